@@ -1,0 +1,152 @@
+"""The one transformer block, and the one place where the name of a mixer becomes a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules.attention import (
+    AlphaTranslution1d,
+    AlphaTranslution2d,
+    SelfAttention,
+    Translution1d,
+    Translution2d,
+)
+from ..modules.convolution import Convolution2d
+
+__all__ = ["MIXERS", "SIZES", "Block", "Mixing", "Size", "choose", "mixers_of_layers"]
+
+# Mixers, and whether the model adds a learned absolute position to its tokens.
+MIXERS = {
+    "attention": True,
+    "rotary": False,
+    "bias": False,
+    "convolution": False,
+    "translution": False,
+    "alpha": False,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, number of blocks and heads of a model."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+SIZES = {
+    "tiny": Size(192, 6, 3),
+    "mini": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
+}
+
+
+def choose(name: str, value: str, known: Sequence[str]) -> str:
+    """`value`, if it is known."""
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, want one of {list(known)}")
+    return value
+
+
+@dataclass
+class Mixing:
+    """How the tokens of a model are mixed: the part of a configuration that all models share.
+
+    mixer: one of `MIXERS`. relative: which of "qkv" have tables. relative_layers: only the first so
+    many blocks use the mixer, those after it attention (rotary on images, plain on text); None is
+    all. rank: of α's branch, per head. window, dilation, buckets, init: as in Translution.
+    kernel_size: of the mixer "convolution".
+    """
+
+    mixer: str = "translution"
+    relative: str = "qkv"
+    relative_layers: int | None = None
+    rank: int = 8
+    window: Any = None
+    dilation: Any = 1
+    buckets: Any = None
+    init: str = "equal"
+    kernel_size: int = 3
+    dropout: float = 0.0
+
+    def make(
+        self,
+        mixer: str,
+        dim: int,
+        grid: tuple[int, ...],
+        heads: int,
+        head_dim: int,
+        causal: bool = False,
+        prefix: int = 0,
+        prefix_queries: bool = False,
+    ) -> nn.Module:
+        """The token mixer of one block. Causality and geometry go to every mixer from here."""
+        if mixer == "convolution":
+            if prefix or causal:
+                raise ValueError("mixer: 'convolution' mixes images without a class token only")
+            return Convolution2d(dim, grid, self.kernel_size)
+        keywords: dict[str, Any] = {
+            "heads": heads,
+            "head_dim": head_dim,
+            "causal": causal,
+            "prefix": prefix,
+            "prefix_queries": prefix_queries,
+            "dropout": self.dropout,
+            "window": self.window,
+            "dilation": self.dilation,
+            "buckets": self.buckets,
+        }
+        flat = len(grid) == 1
+        if mixer == "translution":
+            keywords |= {"relative": self.relative, "init": self.init}
+            return (Translution1d if flat else Translution2d)(dim, _one(grid), **keywords)
+        if mixer == "alpha":
+            keywords |= {"relative": self.relative, "init": self.init, "rank": self.rank}
+            return (AlphaTranslution1d if flat else AlphaTranslution2d)(dim, _one(grid), **keywords)
+        position = {"attention": "none"}.get(mixer, mixer)
+        return SelfAttention(dim, grid, position=position, **keywords)
+
+
+def _one(grid: tuple[int, ...]) -> Any:
+    return grid[0] if len(grid) == 1 else grid
+
+
+def mixers_of_layers(mixing: Mixing, depth: int, after: str) -> list[str]:
+    """The mixer of each block: `mixing.mixer` in the first `relative_layers`, `after` then."""
+    first = depth if mixing.relative_layers is None else mixing.relative_layers
+    if not 0 <= first <= depth:
+        raise ValueError(f"relative_layers: got {first}, want 0 to depth {depth}")
+    return [mixing.mixer] * first + [after] * (depth - first)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); each norm before its branch.
+
+    A mixer that answers for the prefix alone (`prefix_queries`) cuts the tokens to the prefix.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, dropout: float = 0.0):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        y = self.mixer(self.norm1(x), grid=grid)
+        x = x[:, : y.shape[1]] + y
+        return x + self.mlp(self.norm2(x))

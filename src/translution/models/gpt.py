@@ -1,0 +1,93 @@
+"""The causal language model, with any mixer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
+from .vit import configure
+
+__all__ = ["GPT", "GPTConfig", "gpt"]
+
+
+@dataclass
+class GPTConfig(Mixing):
+    """Everything that a `GPT` is made from. context: the most tokens it sees at once (with
+    `buckets` and a mixer without absolute positions an input may be longer)."""
+
+    context: int = 1024
+    vocab_size: int = 50257
+    dim: int = 192
+    depth: int = 6
+    heads: int = 3
+    head_dim: int = 64
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        choose("mixer", self.mixer, [name for name in MIXERS if name != "convolution"])
+        for name in ("context", "vocab_size", "dim", "depth", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+
+
+class GPT(nn.Module):
+    """Token ids [batch, length] -> logits [batch, length, vocab_size]; causal in every block."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.positions: nn.Parameter | None = None
+        if MIXERS[c.mixer]:
+            self.positions = nn.Parameter(torch.randn(1, c.context, c.dim) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(
+                c.dim,
+                c.make(mixer, c.dim, (c.context,), c.heads, c.head_dim, causal=True),
+                c.mlp_ratio,
+                c.dropout,
+            )
+            for mixer in mixers_of_layers(c, c.depth, after="attention")
+        )
+        self.norm = nn.LayerNorm(c.dim)
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [batch, length]; shorter inputs than the context are fine."""
+        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.shape[1]:
+            raise ValueError(
+                f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 (batch, length)"
+            )
+        x = self.embed(ids)
+        length = int(ids.shape[1])
+        if self.positions is not None:
+            if length > self.config.context:
+                raise ValueError(
+                    f"ids: got {length} tokens, want at most the context {self.config.context}"
+                )
+            x = x + self.positions[:, :length]
+        for block in self.blocks:
+            x = block(x, (length,))
+        return self.head(self.norm(x))
+
+
+def gpt(
+    size: str = "tiny",
+    mixer: str = "translution",
+    context: int = 1024,
+    vocab_size: int = 50257,
+    **overrides: Any,
+) -> GPT:
+    """A causal language model of a named size ("tiny", "mini", "small", "base", "large").
+
+    Any field of `GPTConfig` can be given, such as `dim`, `depth`, `heads`, `relative_layers`.
+
+    Raises:
+        ValueError: an unknown size, mixer or field, or values that don't fit.
+    """
+    given = vars(SIZES[choose("size", size, list(SIZES))]) | overrides
+    return GPT(configure(GPTConfig, mixer=mixer, context=context, vocab_size=vocab_size, **given))

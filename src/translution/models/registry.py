@@ -1,0 +1,55 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .blocks import MIXERS, SIZES
+from .gpt import gpt
+from .vit import vit
+
+__all__ = ["create_model", "list_models", "register_model"]
+
+_MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
+
+
+def register_model(name: str, make: Callable[..., nn.Module], **keywords: Any) -> None:
+    """Let `create_model(name)` call `make(**keywords)`."""
+    if name in _MODELS:
+        raise ValueError(f"name: {name!r} is registered already")
+    _MODELS[name] = (make, keywords)
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """The model of this name, with any of its options changed.
+
+    Raises:
+        ValueError: an unknown name (it lists the close ones), or options that don't fit.
+    """
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, _MODELS, n=5, cutoff=0.5)
+        hint = f"did you mean {close}" if close else "list_models() has them all"
+        raise ValueError(f"name: there is no model {name!r}; {hint}")
+    make, keywords = _MODELS[name]
+    return make(**(keywords | overrides))
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that match a shell pattern such as "alpha_*", sorted."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+for _mixer in MIXERS:
+    for _size in SIZES:
+        for _patch in (16, 32, 56):
+            register_model(
+                f"{_mixer}_vit_{_size}_patch{_patch}_224", vit,
+                size=_size, mixer=_mixer, image_size=224, patch_size=_patch,
+            )  # fmt: skip
+        if _mixer != "convolution":
+            register_model(f"{_mixer}_gpt_{_size}", gpt, size=_size, mixer=_mixer, context=1024)

@@ -1,0 +1,45 @@
+"""Convolution as a token mixer, the other parent of Translution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["Convolution2d"]
+
+
+class Convolution2d(nn.Module):
+    """A k×k convolution over the grid, then an output projection: tokens in, tokens out.
+
+    Every token is on the grid; there are no prefix tokens. Zero padding keeps the grid's size.
+
+    Args:
+        dim: channels of a token.
+        grid: the default grid of `forward`, two sizes (or one int for both).
+        kernel_size: odd.
+
+    Attributes:
+        conv: nn.Conv2d(dim, dim, kernel_size).
+        o_proj: nn.Linear(dim, dim).
+    """
+
+    def __init__(self, dim: int, grid: int | Sequence[int], kernel_size: int = 3):
+        super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: got {kernel_size!r}, want an odd int of at least 1")
+        self.dim = dim
+        self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, bias=False)
+        self.o_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """x [batch, tokens, dim], row-major over `grid` -> the same shape."""
+        height, width = self.grid if grid is None else tuple(grid)
+        if x.ndim != 3 or x.shape[1] != height * width or x.shape[2] != self.dim:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, want (batch, {height * width} tokens, "
+                f"dim {self.dim}) for the grid {(height, width)}"
+            )
+        image = x.transpose(1, 2).unflatten(2, (height, width))
+        return self.o_proj(self.conv(image).flatten(2).transpose(1, 2))
