@@ -101,7 +101,7 @@ def offset_mix(
         w_value: a table [classes, channels, heads · head_dim]; or one matrix for all pairs; or None
             where the tokens are projected already.
         layout: the `Layout` of these queries and keys (or its `key`).
-        bias_value: [classes, heads · head_dim] beside a table, [heads · head_dim] beside one matrix.
+        bias_value: [classes, heads · head_dim] beside a table, [heads · head_dim] beside a matrix.
         backend: "auto", or the name of one in `translution.backends`.
 
     Returns:
@@ -155,7 +155,8 @@ _HALF = (torch.float16, torch.bfloat16)
 def _autocast(x: Tensor) -> Tensor:
     """The tokens in autocast's dtype. Tables stay as they are and are cast class by class."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = torch.amp.autocast_mode.is_autocast_available(kind)
+    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -210,6 +211,18 @@ def _layout_index(like: Tensor, layout: str) -> Tensor:
 def _(like: Tensor, layout: str) -> Tensor:
     parsed = Layout.parse(layout)
     return like.new_empty((parsed.n_queries, parsed.n_keys), dtype=torch.int64)
+
+
+@torch.library.custom_op("translution::layout_positions", mutates_args=())
+def _layout_positions(like: Tensor, layout: str) -> Tensor:
+    return Layout.parse(layout).positions(like.device)
+
+
+@_layout_positions.register_fake
+def _(like: Tensor, layout: str) -> Tensor:
+    parsed = Layout.parse(layout)
+    grid_tokens = parsed.tokens - parsed.prefix
+    return like.new_empty((grid_tokens, len(parsed.grid)), dtype=torch.int64)
 
 
 @torch.library.custom_op("translution::offset_scores", mutates_args=())

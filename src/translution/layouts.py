@@ -72,7 +72,7 @@ class Layout:
     buckets: tuple[int | None, ...] | None = None
     prefix: int = 0
     prefix_queries: bool = False
-    input_grid: tuple[int, ...] | None = None
+    input_grid: tuple[int, ...] = ()
     queries: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
 
@@ -98,13 +98,13 @@ class Layout:
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
-        grid = _sizes("grid", self.grid, None, 1)
+        grid = _sizes("grid", self.grid, None, 1) or ()
         if not 1 <= len(grid) <= 3:
             raise ValueError(f"grid: got {len(grid)} axes, want 1, 2 or 3")
         axes = len(grid)
         put("grid", grid)
         put("window", _sizes("window", self.window, axes, 0, optional=True))
-        put("dilation", _sizes("dilation", self.dilation or 1, axes, 1))
+        put("dilation", _sizes("dilation", 1 if self.dilation == () else self.dilation, axes, 1))
         put("buckets", _sizes("buckets", self.buckets, axes, 1, optional=True))
         if not isinstance(self.prefix, int) or self.prefix < 0:
             raise ValueError(f"prefix: got {self.prefix!r}, want an int of at least 0")
@@ -112,9 +112,8 @@ class Layout:
             raise ValueError(f"causal: needs a grid of one axis, got grid {grid}")
         if self.prefix_queries and not self.prefix:
             raise ValueError("prefix_queries: needs at least one prefix token, got prefix 0")
-        given = grid if self.input_grid is None else self.input_grid
-        put("input_grid", _sizes("input_grid", given, axes, 1))
-        for axis, (size, most) in enumerate(zip(self.input_grid or (), grid, strict=True)):
+        put("input_grid", _sizes("input_grid", self.input_grid or grid, axes, 1))
+        for axis, (size, most) in enumerate(zip(self.input_grid, grid, strict=True)):
             if size > most and not self._unbounded(axis):
                 raise ValueError(
                     f"grid: got {size} tokens on axis {axis}, but the tables are made for at most "
@@ -126,12 +125,13 @@ class Layout:
         outward = 0 if self.causal else self.prefix
         inward = 0 if self.prefix_queries else self.prefix
         put("classes", self.offset_classes + self.prefix**2 + outward + inward)
-        put("tokens", self.prefix + math.prod(self.input_grid or ()))
+        put("tokens", self.prefix + math.prod(self.input_grid))
         for name in ("queries", "keys"):
             put(name, self._tokens(name, getattr(self, name)))
         put("n_queries", self._count(self.queries, self.prefix if self.prefix_queries else None))
         put("n_keys", self._count(self.keys))
-        limited = any(self._limited(axis, n) for axis, n in enumerate(self.input_grid or ()))
+        limited = any(self._limited(axis, n) for axis, n in enumerate(self.input_grid))
+        limited = limited and not self.prefix_queries
         put("full", not limited and not (self.causal and self.prefix))
         put("may_be_empty", self.keys is not None)
         whole = self.queries is None and self.keys is None and not self.prefix
@@ -178,7 +178,8 @@ class Layout:
 
     def at(self, grid: int | Sequence[int]) -> Layout:
         """The same tables on another input grid."""
-        return dataclasses.replace(self, input_grid=_sizes("grid", grid, len(self.grid), 1))
+        sizes = _sizes("grid", grid, len(self.grid), 1) or ()
+        return dataclasses.replace(self, input_grid=sizes)
 
     def select(
         self, queries: Sequence[int] | None = None, keys: Sequence[int] | None = None
@@ -207,7 +208,7 @@ class Layout:
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """int64 [grid tokens, axes]: the place of every grid token of this input."""
-        axes = [torch.arange(n, device=device) for n in self.input_grid or ()]
+        axes = [torch.arange(n, device=device or _CPU) for n in self.input_grid]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
 
     @property
@@ -229,11 +230,10 @@ class Layout:
         grid = torch.zeros((), dtype=torch.int64, device=_CPU)
         present = torch.ones((), dtype=torch.bool, device=_CPU)
         axes = len(self.grid)
-        input_grid = self.input_grid or ()
         for axis, count in enumerate(self.axis_classes):
-            cls, here = self._axis_class(axis, _offsets(input_grid[axis]))
+            cls, here = self._axis_class(axis, _offsets(self.input_grid[axis]))
             shape = [1] * (2 * axes)
-            shape[axis] = shape[axes + axis] = input_grid[axis]
+            shape[axis] = shape[axes + axis] = self.input_grid[axis]
             grid = grid * count + cls.view(shape)
             present = present & here.view(shape)
         if not self.prefix_queries:
@@ -273,11 +273,10 @@ def _sizes(
     """One int per axis from an int or a sequence."""
     if value is None and optional:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,) * (axes or 1)
     kind = "an int" + (" or None" if optional else "")
+    one = isinstance(value, int) and not isinstance(value, bool)
     try:
-        sizes = tuple(value)
+        sizes = (value,) * (axes or 1) if one else tuple(value)
     except TypeError:
         raise ValueError(f"{name}: got {value!r}, want {kind} or one per axis") from None
     if axes is not None and len(sizes) != axes:
@@ -329,7 +328,8 @@ def _index(layout: Layout, device: torch.device) -> Tensor:
 def _pairs(layout: Layout, device: torch.device) -> Pairs:
     if device.type != "cpu":
         pairs = _pairs(layout, _CPU)
-        return Pairs(*(t.to(device) for t in pairs[:4]), pairs.starts)
+        query, key, flat, slot = (t.to(device) for t in pairs[:4])
+        return Pairs(query, key, flat, slot, pairs.starts)
     index = _index(layout, _CPU).reshape(-1)
     n_keys = max(layout.n_keys, 1)
     order = torch.argsort(index, stable=True)

@@ -92,10 +92,9 @@ class SideGrad:
     def leave(self) -> None:
         if self.fresh:
             return
-        if self.weight is not None and self.weight.dtype != self.sums:
-            self.weight[self.cls] = self.weight_sum
-        if self.bias is not None and self.bias.dtype != self.sums:
-            self.bias[self.cls] = self.bias_sum
+        for whole, mine in ((self.weight, self.weight_sum), (self.bias, self.bias_sum)):
+            if whole is not None and mine is not None and whole.dtype != self.sums:
+                whole[self.cls] = mine
 
     def add(self, chunk: slice, rows: Tensor, grad: Tensor) -> None:
         """`grad` [rows, heads * head_dim] is that of what `Side.project(rows)` gave."""
@@ -142,7 +141,9 @@ def _like(table: Tensor | None) -> Tensor | None:
 
 def _chunks(pairs: Pairs, batch: int) -> Iterator[tuple[int, slice, bool]]:
     """(class, its pairs or a part of them, whether the class begins)."""
-    step = max(1, ROWS // max(batch, 1))
+    if not batch:
+        return
+    step = max(1, ROWS // batch)
     for cls, (start, stop) in enumerate(zip(pairs.starts, pairs.starts[1:], strict=False)):
         for at in range(start, stop, step):
             yield cls, slice(at, min(at + step, stop)), at == start
@@ -152,7 +153,7 @@ def _sort(dense: Tensor, pairs: Pairs) -> Tensor:
     """[batch, heads, queries, keys] -> [pairs, batch, heads] in the order of the classes."""
     batch, heads = dense.shape[:2]
     cells = dense.reshape(batch * heads, dense.shape[2] * dense.shape[3]).t().contiguous()
-    return cells.index_select(0, pairs.flat).view(-1, batch, heads)
+    return cells.index_select(0, pairs.flat).view(len(pairs.flat), batch, heads)
 
 
 def _unsort(sorted_: Tensor, pairs: Pairs, layout: Layout) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -100,6 +101,7 @@ class Attention(nn.Module):
         layout = self._layout(x, grid)
         if mask is not None:
             _check_mask(mask, (x.shape[0], self.heads, layout.n_queries, layout.n_keys))
+            mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
         query = x[:, : layout.prefix] if layout.prefix_queries else x
         y, weights = self.attend(query, x, layout, mask, return_weights)
         y = self.o_proj(y)
@@ -124,14 +126,11 @@ class Attention(nn.Module):
         q, k = self.q_proj(query), self.k_proj(x)
         if self.rotary:
             tokens = tuple(range(layout.prefix)) if layout.prefix_queries else None
-            q, k = (
-                Projected(self._turn(q.x, layout, tokens)),
-                Projected(self._turn(k.x, layout, None)),
-            )
+            q, k = self._turn(q, layout, tokens), self._turn(k, layout, None)
         return q, k
 
-    def _turn(self, x: Tensor, layout: Layout, tokens: tuple[int, ...] | None) -> Tensor:
-        return self.join(rotate(self.split(x), layout, tokens))
+    def _turn(self, p: Projected, layout: Layout, tokens: tuple[int, ...] | None) -> Projected:
+        return Projected(self.join(rotate(self.split(p.x), layout, tokens)))
 
     def split(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
@@ -159,6 +158,8 @@ class Attention(nn.Module):
             grid = max(int(x.shape[1]) - layout.prefix, 1)
         if grid is not None:
             given = (grid,) * len(layout.grid) if isinstance(grid, int) else tuple(grid)
+            # a layout is made for sizes that are numbers: tracing specialises on them here
+            given = tuple(operator.index(n) if isinstance(n, int) else n for n in given)
             if given != layout.grid:
                 layout = _at(layout.key, given)
         if x.shape[1] != layout.tokens:

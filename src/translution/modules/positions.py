@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import functional  # noqa: F401  (registers translution::layout_index)
+from .. import functional  # noqa: F401  (registers the operators)
 from ..layouts import Layout
 
 __all__ = ["RelativeBias", "check_rotary", "rotate"]
@@ -35,7 +35,8 @@ def rotate(x: Tensor, layout: Layout, tokens: tuple[int, ...] | None = None) -> 
     each = x.shape[-1] // (2 * axes)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rate = 10000.0 ** (-torch.arange(each, device=x.device, dtype=wide) / each)
-    angle = (layout.positions(x.device).to(wide)[..., None] * rate).flatten(1)
+    places = torch.ops.translution.layout_positions(x, layout.key)
+    angle = (places.to(wide)[..., None] * rate).flatten(1)
     angle = torch.cat([angle.new_zeros(layout.prefix, angle.shape[1]), angle])
     if tokens is not None:
         angle = angle[list(tokens)]

@@ -1,0 +1,231 @@
+"""Handwritten digits, and where they are put on a larger canvas."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Digits", "Ring", "load_digits", "mnist", "place", "read_idx", "rings", "train_batches"]
+
+# The four files of MNIST and the SHA-256 of what is in them (unpacked, so that it does not matter
+# how a copy was compressed).
+MNIST = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+SOURCES = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+RINGS = 10  # at most so many distances in "accuracy against distance moved"
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Digits [n, height, width] with values 0 to 1, and their labels; the test ones held out."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+    @property
+    def size(self) -> int:
+        return int(self.train.shape[-1])
+
+    def limited(self, train: int | None, test: int | None) -> Digits:
+        """The first so many of each part (their order is random already)."""
+        return Digits(
+            self.train[:train], self.train_labels[:train], self.test[:test], self.test_labels[:test]
+        )
+
+
+def load_digits() -> Digits:
+    """The 1,797 digits of 8×8 pixels that scikit-learn ships; a fixed fifth is held out."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) / 16).astype(np.float32)
+    train, test, train_labels, test_labels = train_test_split(
+        images, labels.astype(np.int64), test_size=0.2, random_state=0, stratify=labels
+    )
+    return Digits(*(torch.from_numpy(a) for a in (train, train_labels, test, test_labels)))
+
+
+def mnist(
+    folder: Path,
+    sources: Sequence[str] = SOURCES,
+    checksums: dict[str, str] | None = None,
+) -> Digits:
+    """MNIST from its four IDX files in this folder, gzip or not; absent ones are downloaded.
+
+    Raises:
+        ValueError: a file that is not what it should be.
+        OSError: a file that cannot be read or downloaded.
+    """
+    checksums = MNIST if checksums is None else checksums
+    arrays = {}
+    for name, checksum in checksums.items():
+        path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+        content = _download(folder, name, checksum, sources) if path is None else _unpack(path)
+        if path is not None:
+            _check(str(path), content, checksum)
+        arrays[name] = read_idx(content, str(path or folder / name))
+    train, train_labels, test, test_labels = arrays.values()
+    return Digits(
+        torch.from_numpy(train.astype(np.float32) / 255),
+        torch.from_numpy(train_labels.astype(np.int64)),
+        torch.from_numpy(test.astype(np.float32) / 255),
+        torch.from_numpy(test_labels.astype(np.int64)),
+    )
+
+
+def read_idx(content: bytes, name: str) -> np.ndarray:
+    """The array of unsigned bytes in an IDX file."""
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 4:
+        raise ValueError(
+            f"{name}: not an IDX file of unsigned bytes (it starts with {content[:4].hex(' ')}, "
+            "want 00 00 08 and the number of axes)"
+        )
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise ValueError(f"{name}: cut off within its header of {start} bytes")
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
+    if len(content) - start != math.prod(shape):
+        raise ValueError(
+            f"{name}: got {len(content) - start} bytes of data, want {math.prod(shape)} for the "
+            f"shape {shape} in its header"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _unpack(path: Path) -> bytes:
+    content = path.read_bytes()
+    if content[:2] != b"\x1f\x8b":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error})") from None
+
+
+def _check(name: str, content: bytes, checksum: str) -> None:
+    got = hashlib.sha256(content).hexdigest()
+    if got != checksum:
+        raise ValueError(
+            f"{name}: the SHA-256 of its content is {got}, want {checksum}; remove the file to "
+            "have it downloaded"
+        )
+
+
+def _download(folder: Path, name: str, checksum: str, sources: Sequence[str]) -> bytes:
+    """Fetch a file from the first source that has it; it appears in the folder only if right."""
+    folder.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for source in sources:
+        url = f"{source}{name}.gz"
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+        try:
+            with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=30) as reply:
+                shutil.copyfileobj(reply, file)
+            content = _unpack(Path(temporary))
+            _check(url, content, checksum)
+            os.replace(temporary, folder / f"{name}.gz")
+            return content
+        except (OSError, ValueError) as error:
+            problems.append(f"{url}: {error}")
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    raise OSError(
+        f"cannot download {name} to {folder} ({'; '.join(problems)}); put the four MNIST files "
+        "there, or use --data digits"
+    )
+
+
+# -- places on the canvas ------------------------------------------------------------------------
+
+
+def place(digits: Tensor, canvas: int, places: Tensor) -> Tensor:
+    """Images [n, 1, canvas, canvas], digit i with its upper left pixel at places[i] (row, column).
+
+    Raises:
+        ValueError: a digit that would not lie within the canvas.
+    """
+    n, size = len(digits), digits.shape[-1]
+    if n and (places.min() < 0 or places.max() > canvas - size):
+        raise ValueError(
+            f"places: got {int(places.min())} to {int(places.max())}, want 0 to {canvas - size}"
+        )
+    span = torch.arange(size)
+    rows = (places[:, :1] + span)[:, :, None]
+    columns = (places[:, 1:] + span)[:, None, :]
+    images = torch.zeros(n, canvas, canvas)
+    images[torch.arange(n)[:, None, None], rows, columns] = digits
+    return images[:, None]
+
+
+def centre(n: int, size: int, canvas: int) -> Tensor:
+    return torch.full((n, 2), (canvas - size) // 2)
+
+
+def anywhere(n: int, size: int, canvas: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(canvas - size + 1, (n, 2), generator=generator)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The places at a distance (the larger of rows and columns) of first to last pixels."""
+
+    first: int
+    last: int
+    places: Tensor  # [n, 2]
+    share: float  # of all places
+
+
+def rings(size: int, canvas: int) -> list[Ring]:
+    """All places of a digit by their distance from the centre, nearest first."""
+    axis = torch.arange(canvas - size + 1)
+    every = torch.cartesian_prod(axis, axis)
+    distance = (every - (canvas - size) // 2).abs().amax(1)
+    most = int(distance.max())
+    count = min(RINGS - 1, most)
+    edges = [0] + [1 + i * most // count for i in range(count + 1)]
+    found = []
+    for first, after in zip(edges, edges[1:], strict=False):
+        places = every[(distance >= first) & (distance < after)]
+        found.append(Ring(first, after - 1, places, len(places) / len(every)))
+    return found
+
+
+def train_batches(
+    data: Digits, canvas: int, moved: bool, batch_size: int, steps: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` batches, going through the digits in a new order each time around."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < batch_size:
+            again = torch.randperm(len(data.train), generator=generator)
+            order = torch.cat([order, again])
+        some, order = order[:batch_size], order[batch_size:]
+        if moved:
+            places = anywhere(batch_size, data.size, canvas, generator)
+        else:
+            places = centre(batch_size, data.size, canvas)
+        yield place(data.train[some], canvas, places), data.train_labels[some]

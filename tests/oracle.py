@@ -1,0 +1,117 @@
+"""The slow, obvious twin of every operator: a loop over pairs, in float64. The library never
+imports it; it never imports the library's computation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def offset_class(
+    query: int | tuple,
+    key: int | tuple,
+    *,
+    grid: tuple[int, ...],
+    causal: bool = False,
+    window: tuple | None = None,
+    dilation: tuple | None = None,
+    prefix: int = 0,
+    prefix_queries: bool = False,
+) -> int:
+    """The class of one pair (no buckets): a token is an int (a prefix token) or its position."""
+    axes = len(grid)
+    window = window or (None,) * axes
+    dilation = dilation or (1,) * axes
+    sides = []
+    for size, w, r in zip(grid, window, dilation, strict=True):
+        reach = (size - 1) // r
+        sides.append(reach if w is None else min(reach, w))
+    spans = [s + 1 if causal else 2 * s + 1 for s in sides]
+    offsets = 0 if prefix_queries else math.prod(spans)
+    if isinstance(query, int) and isinstance(key, int):
+        return offsets + query * prefix + key
+    if isinstance(query, int):
+        return -1 if causal else offsets + prefix**2 + query
+    if isinstance(key, int):
+        return offsets + prefix**2 + (0 if causal else prefix) + key
+    cls = 0
+    for i, j, side, span, r in zip(query, key, sides, spans, dilation, strict=True):
+        step, rest = divmod(i - j, r)
+        if rest or abs(step) > side or (causal and step < 0):
+            return -1
+        cls = cls * span + (step if causal else step + side)
+    return cls
+
+
+def index(input_grid: tuple[int, ...] | None = None, **layout) -> Tensor:
+    """[queries, keys]: `offset_class` of every pair."""
+    positions = list(itertools.product(*(range(n) for n in input_grid or layout["grid"])))
+    prefix = list(range(layout.get("prefix", 0)))
+    tokens = prefix + positions
+    queries = prefix if layout.get("prefix_queries") else tokens
+    return torch.tensor([[offset_class(q, k, **layout) for k in tokens] for q in queries])
+
+
+def project(x: Tensor, cls: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None:
+        return x
+    if weight.ndim == 3:
+        weight, bias = weight[cls], None if bias is None else bias[cls]
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
+def scores(xq, xk, wq, wk, index, heads, bq=None, bk=None, scale=1.0) -> Tensor:
+    """[batch, heads, queries, keys], pair by pair; -inf where absent."""
+    rows = []
+    for i, j in itertools.product(*map(range, index.shape)):
+        cls = int(index[i, j])
+        if cls < 0:
+            rows.append(torch.full((len(xq), heads), -math.inf, dtype=xq.dtype))
+            continue
+        q = project(xq[:, i], cls, wq, bq).unflatten(-1, (heads, -1))
+        k = project(xk[:, j], cls, wk, bk).unflatten(-1, (heads, -1))
+        rows.append((q * k).sum(-1) * scale)
+    return torch.stack(rows, -1).unflatten(-1, tuple(index.shape))
+
+
+def mix(a, x, w, index, b=None) -> Tensor:
+    """[batch, queries, heads * head_dim], pair by pair."""
+    heads, out = a.shape[1], []
+    for i in range(index.shape[0]):
+        total = 0
+        for j in range(index.shape[1]):
+            cls = int(index[i, j])
+            if cls >= 0:
+                v = project(x[:, j], cls, w, b).unflatten(-1, (heads, -1))
+                total = total + a[:, :, i, j, None] * v
+        out.append(total.flatten(1))
+    return torch.stack(out, 1)
+
+
+def softmax(s: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Zeros where a row may look nowhere."""
+    e = s.exp() if mask is None else s.exp() * mask
+    total = e.sum(-1, keepdim=True)
+    return torch.where(total > 0, e / total.clamp(min=1e-300), torch.zeros_like(e))
+
+
+def rotate(x: Tensor, positions: list[tuple[int, ...] | None]) -> Tensor:
+    """Rotary positions of x [batch, heads, tokens, head_dim]; None is a token without a place."""
+    d = x.shape[-1]
+    out = x.clone()
+    for t, position in enumerate(positions):
+        if position is None:
+            continue
+        each = d // 2 // len(position)
+        for axis, place in enumerate(position):
+            for p in range(each):
+                a, b = axis * each + p, axis * each + p + d // 2
+                angle = place * 10000.0 ** (-2 * p / (2 * each))
+                cos, sin = math.cos(angle), math.sin(angle)
+                out[:, :, t, a] = x[:, :, t, a] * cos - x[:, :, t, b] * sin
+                out[:, :, t, b] = x[:, :, t, b] * cos + x[:, :, t, a] * sin
+    return out
