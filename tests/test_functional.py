@@ -21,7 +21,7 @@ BACKENDS = list(backends.BACKENDS)
 
 def tensors(layout, kind, channels, inner, tokens, batch=2, bias=False, dtype=torch.float64):
     """x, weight, bias of one side."""
-    make = dict(dtype=dtype)
+    make = {"dtype": dtype}
     x = torch.randn(batch, tokens, inner if kind == "none" else channels, **make)
     if kind == "none":
         return x, None, None
@@ -206,7 +206,7 @@ def test_non_contiguous_inputs():
     x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 0, 1)
     w = torch.randn(4, layout.classes, 4, dtype=torch.float64).transpose(0, 1)
     a = torch.randn(6, 6, 3, 2, dtype=torch.float64).permute(2, 3, 0, 1)
-    assert not (x.is_contiguous() or w.is_contiguous() or a.is_contiguous())
+    assert not any(t.is_contiguous() for t in (x, w, a))
     args = graded([x.contiguous(), w.contiguous(), a.contiguous()])
     apart = graded([x, w, a])
     assert not any(t.is_contiguous() for t in apart)

@@ -56,7 +56,8 @@ def test_pairs_are_the_index_sorted_by_class(case):
     keywords, input_grid = case
     layout = Layout(**keywords).at(input_grid)
     pairs, index = layout.pairs_on("cpu"), layout.index
-    assert pairs.starts[-1] == int((index >= 0).sum()) and len(pairs.starts) == layout.classes + 1
+    assert pairs.starts[-1] == int((index >= 0).sum())
+    assert len(pairs.starts) == layout.classes + 1
     for cls in range(layout.classes):
         mine = slice(pairs.starts[cls], pairs.starts[cls + 1])
         assert (index[pairs.query[mine], pairs.key[mine]] == cls).all()

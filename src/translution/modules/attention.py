@@ -471,10 +471,13 @@ class SelfAttention(Attention):
         return f"{super().extra_repr()}, position={self.position!r}"
 
 
-@torch.compiler.assume_constant_result
 def _at(key: str, grid: tuple[int, ...]) -> Layout:
     """Tracing takes the layout as a constant instead of following how it is made."""
     return _cached_at(key, grid)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)
