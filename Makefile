@@ -1,0 +1,32 @@
+# `make compare` runs the main job, `make test` the tests; each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help compare test lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+compare: $(VENV)/.ready ## train and compare the mixers on moving digits; writes compare/report.html
+	$(BIN)/translution compare $(ARGS)
+
+test: $(VENV)/.ready ## the whole test suite
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready ## speed and memory of the operators on this machine
+	$(BIN)/translution bench $(ARGS)
+
+clean: ## remove what make made
+	rm -rf $(VENV) compare
