@@ -7,7 +7,9 @@ of it) exist at a time; the backward pass computes them again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +18,9 @@ from ..layouts import Layout, Pairs
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
 
-# Rows (pairs x batch) computed at once: enough for a matrix product to run at full rate, few
-# enough for its operands to stay in a core's cache.
-ROWS = 2048
+# Rows (pairs x batch) computed at once: enough that the steps around the matrix products cost
+# little, few enough that their operands stay in the cache.
+ROWS = 512
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -30,6 +32,42 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Segment(NamedTuple):
+    """The rows of one class (or a part of it) in a group."""
+
+    cls: int
+    start: int
+    stop: int
+    first: bool  # whether the class begins here
+
+
+class Group(NamedTuple):
+    """Pairs computed at once: small classes together, large ones in parts."""
+
+    pairs: slice
+    segments: list[Segment]
+
+
+def _groups(pairs: Pairs, batch: int) -> Iterator[Group]:
+    if not batch:
+        return
+    most = max(1, ROWS // batch)
+    begin, segments = 0, list[Segment]()
+    for cls, (start, stop) in enumerate(itertools.pairwise(pairs.starts)):
+        if stop - begin > most and segments:
+            yield Group(slice(begin, start), segments)
+            begin, segments = start, []
+        for at in range(start, stop, most):
+            end = min(at + most, stop)
+            rows = (at - begin) * batch, (end - begin) * batch
+            segments.append(Segment(cls, *rows, at == start))
+            if end < stop:
+                yield Group(slice(begin, end), segments)
+                begin, segments = end, []
+    if segments:
+        yield Group(slice(begin, pairs.starts[-1]), segments)
+
+
 class Side:
     """One side of the pairs (query, key or value): its token rows and, if relative, its table."""
 
@@ -37,31 +75,32 @@ class Side:
         self.x = x.transpose(0, 1).contiguous()
         self.weight, self.bias, self.places = weight, bias, places
         self.batch = self.x.shape[1]
-        self.table: Tensor | None = None
-        self.offset: Tensor | None = None
 
-    def enter(self, cls: int) -> None:
-        """Take this class's matrix, in the dtype of the tokens (a table may be kept wider)."""
-        if self.weight is not None:
-            self.table = self.weight[cls].to(self.x.dtype)
-        if self.bias is not None:
-            self.offset = self.bias[cls].to(self.x.dtype)
+    def matrix(self, cls: int) -> Tensor:
+        """A class's matrix in the dtype of the tokens (a table may be kept wider)."""
+        assert self.weight is not None
+        return self.weight[cls].to(self.x.dtype)
 
-    def rows(self, chunk: slice) -> Tensor:
+    def rows(self, group: Group) -> Tensor:
         """The tokens of these pairs: [rows, channels]."""
-        return self.x.index_select(0, self.places[chunk]).flatten(0, 1)
+        return self.x.index_select(0, self.places[group.pairs]).flatten(0, 1)
 
-    def project(self, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor, group: Group) -> Tensor:
         """What this side gives to the pairs: [rows, heads * head_dim]."""
-        if self.table is None:
+        if self.weight is None:
             return rows
-        if self.offset is None:
-            return rows @ self.table
-        return torch.addmm(self.offset, rows, self.table)
+        out = rows.new_empty((rows.shape[0], self.weight.shape[-1]))
+        for cls, start, stop, _ in group.segments:
+            part, matrix = rows[start:stop], self.matrix(cls)
+            if self.bias is None:
+                torch.mm(part, matrix, out=out[start:stop])
+            else:
+                torch.addmm(self.bias[cls].to(rows.dtype), part, matrix, out=out[start:stop])
+        return out
 
 
 class SideGrad:
-    """The gradients of a `Side`. Each is summed wide, and narrowed once at the end."""
+    """The gradients of a `Side`. Each is summed wide, and narrowed at the end."""
 
     def __init__(self, side: Side, x: bool, weight: bool, bias: bool):
         self.side = side
@@ -69,59 +108,45 @@ class SideGrad:
         self.x = torch.zeros_like(side.x, dtype=self.sums) if x else None
         self.weight = _like(side.weight) if weight else None
         self.bias = _like(side.bias) if bias else None
-        self.fresh = True
+        self.carry: dict[str, Tensor] = {}
 
     @property
     def wanted(self) -> bool:
         return not (self.x is None and self.weight is None and self.bias is None)
 
-    def enter(self, cls: int) -> None:
-        """Keep the sums of the class before, and begin this one's."""
-        self.leave()
-        self.cls = cls
-        self.weight_sum = self._sum(self.weight)
-        self.bias_sum = self._sum(self.bias)
-        self.fresh = True
-
-    def _sum(self, whole: Tensor | None) -> Tensor | None:
-        if whole is None:
-            return None
-        mine = whole[self.cls]
-        return mine if mine.dtype == self.sums else torch.empty_like(mine, dtype=self.sums)
-
-    def leave(self) -> None:
-        if self.fresh:
-            return
-        for whole, mine in ((self.weight, self.weight_sum), (self.bias, self.bias_sum)):
-            if whole is not None and mine is not None and whole.dtype != self.sums:
-                whole[self.cls] = mine
-
-    def add(self, chunk: slice, rows: Tensor, grad: Tensor) -> None:
+    def add(self, group: Group, rows: Tensor, grad: Tensor) -> None:
         """`grad` [rows, heads * head_dim] is that of what `Side.project(rows)` gave."""
         side = self.side
-        if self.weight_sum is not None:
-            if grad.dtype == self.sums:
-                # beta = 0 overwrites, so the memory of a table's gradient is written only once
-                self.weight_sum.addmm_(rows.t(), grad, beta=0 if self.fresh else 1)
-            elif self.fresh:
-                self.weight_sum.copy_(rows.t() @ grad)
-            else:
-                self.weight_sum += rows.t() @ grad
-        if self.bias_sum is not None:
-            part = grad.sum(0, dtype=self.sums)
-            self.bias_sum.copy_(part if self.fresh else self.bias_sum + part)
-        self.fresh = False
+        for segment in group.segments:
+            part = grad[segment.start : segment.stop]
+            if self.weight is not None:
+                tokens = rows[segment.start : segment.stop].t()
+                if self.weight.dtype == grad.dtype == self.sums:
+                    # beta = 0 overwrites, so a table's gradient is written once, never cleared
+                    self.weight[segment.cls].addmm_(tokens, part, beta=0 if segment.first else 1)
+                else:
+                    self._sum("weight", self.weight, segment, tokens @ part)
+            if self.bias is not None:
+                self._sum("bias", self.bias, segment, part.sum(0, dtype=self.sums))
         if self.x is not None:
-            if side.table is not None:
-                grad = grad @ side.table.t()
-            grad = grad.view(-1, side.batch, side.x.shape[-1]).to(self.sums)
-            self.x.index_add_(0, side.places[chunk], grad)
+            if side.weight is not None:
+                back = grad.new_empty((grad.shape[0], side.x.shape[-1]))
+                for cls, start, stop, _ in group.segments:
+                    torch.mm(grad[start:stop], side.matrix(cls).t(), out=back[start:stop])
+                grad = back
+            grad = grad.view(-1, *side.x.shape[1:]).to(self.sums)
+            self.x.index_add_(0, side.places[group.pairs], grad)
 
-    def finish(self, starts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """The gradients of x, weight, bias; empty where none was wanted."""
-        self.leave()
-        for cls in range(len(starts) - 1):
-            if starts[cls] == starts[cls + 1] or not self.side.batch:
+    def _sum(self, name: str, whole: Tensor, segment: Segment, part: Tensor) -> None:
+        """Add to a class's sum, which stays wide while the class lasts."""
+        part = part.to(self.sums)
+        self.carry[name] = part if segment.first else self.carry[name] + part
+        whole[segment.cls] = self.carry[name]
+
+    def finish(self, pairs: Pairs) -> tuple[Tensor, ...]:
+        """The gradients of x, weight, bias; those of a class without pairs are zero."""
+        for cls, (start, stop) in enumerate(itertools.pairwise(pairs.starts)):
+            if start == stop or not self.side.batch:
                 for whole in (self.weight, self.bias):
                     if whole is not None:
                         whole[cls] = 0
@@ -134,19 +159,8 @@ class SideGrad:
 
 
 def _like(table: Tensor | None) -> Tensor | None:
-    return (
-        None if table is None else torch.empty(table.shape, dtype=table.dtype, device=table.device)
-    )
-
-
-def _chunks(pairs: Pairs, batch: int) -> Iterator[tuple[int, slice, bool]]:
-    """(class, its pairs or a part of them, whether the class begins)."""
-    if not batch:
-        return
-    step = max(1, ROWS // batch)
-    for cls, (start, stop) in enumerate(zip(pairs.starts, pairs.starts[1:], strict=False)):
-        for at in range(start, stop, step):
-            yield cls, slice(at, min(at + step, stop)), at == start
+    """Room for a table's gradient: contiguous, and not yet written."""
+    return None if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
 
 
 def _sort(dense: Tensor, pairs: Pairs) -> Tensor:
@@ -178,13 +192,10 @@ def scores(
     query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
     out = xq.new_empty((pairs.starts[-1] + 1, query.batch, heads), dtype=wide(xq.dtype))
     out[-1] = float("-inf")
-    for cls, chunk, begins in _chunks(pairs, query.batch):
-        if begins:
-            query.enter(cls)
-            key.enter(cls)
-        q = query.project(query.rows(chunk)).to(out.dtype)
-        k = key.project(key.rows(chunk)).to(out.dtype)
-        part = out[chunk].view(-1, heads)
+    for group in _groups(pairs, query.batch):
+        q = query.project(query.rows(group), group).to(out.dtype)
+        k = key.project(key.rows(group), group).to(out.dtype)
+        part = out[group.pairs].view(-1, heads)
         torch.sum((q * k).unflatten(-1, (heads, -1)), -1, out=part)
     if scale != 1.0:
         out *= scale
@@ -211,22 +222,17 @@ def scores_backward(
     grad = _sort(grad, pairs)
     if scale != 1.0:
         grad = grad * scale
-    for cls, chunk, begins in _chunks(pairs, query.batch):
-        if begins:
-            query.enter(cls)
-            key.enter(cls)
-            grad_query.enter(cls)
-            grad_key.enter(cls)
-        xq_rows, xk_rows = query.rows(chunk), key.rows(chunk)
-        ds = grad[chunk].view(-1, heads, 1)
+    for group in _groups(pairs, query.batch):
+        xq_rows, xk_rows = query.rows(group), key.rows(group)
+        ds = grad[group.pairs].view(-1, heads, 1)
         if grad_query.wanted:
-            k = key.project(xk_rows).unflatten(-1, (heads, -1))
-            grad_query.add(chunk, xq_rows, (k * ds).flatten(1).to(xq.dtype))
+            k = key.project(xk_rows, group).unflatten(-1, (heads, -1))
+            grad_query.add(group, xq_rows, (k * ds).flatten(1).to(xq.dtype))
         if grad_key.wanted:
-            q = query.project(xq_rows).unflatten(-1, (heads, -1))
-            grad_key.add(chunk, xk_rows, (q * ds).flatten(1).to(xk.dtype))
-    dxq, dwq, dbq = grad_query.finish(pairs.starts)
-    dxk, dwk, dbk = grad_key.finish(pairs.starts)
+            q = query.project(xq_rows, group).unflatten(-1, (heads, -1))
+            grad_key.add(group, xk_rows, (q * ds).flatten(1).to(xk.dtype))
+    dxq, dwq, dbq = grad_query.finish(pairs)
+    dxk, dwk, dbk = grad_key.finish(pairs)
     return dxq, dxk, dwq, dwk, dbq, dbk
 
 
@@ -236,12 +242,10 @@ def mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> Te
     heads, inner = a.shape[1], w.shape[-1]
     weights = _sort(a, pairs)
     out = x.new_zeros((layout.n_queries, value.batch, inner), dtype=wide(x.dtype))
-    for cls, chunk, begins in _chunks(pairs, value.batch):
-        if begins:
-            value.enter(cls)
-        v = value.project(value.rows(chunk)).to(out.dtype).unflatten(-1, (heads, -1))
-        v *= weights[chunk].view(-1, heads, 1)
-        out.index_add_(0, pairs.query[chunk], v.view(-1, value.batch, inner))
+    for group in _groups(pairs, value.batch):
+        v = value.project(value.rows(group), group).to(out.dtype).unflatten(-1, (heads, -1))
+        v *= weights[group.pairs].view(-1, heads, 1)
+        out.index_add_(0, pairs.query[group.pairs], v.view(-1, value.batch, inner))
     return out.transpose(0, 1).to(x.dtype).contiguous()
 
 
@@ -264,19 +268,16 @@ def mix_backward(
         weights.new_zeros((len(weights) + 1, *weights.shape[1:]), dtype=sums) if wanted[0] else None
     )
     grad_value = SideGrad(value, *wanted[1:])
-    for cls, chunk, begins in _chunks(pairs, value.batch):
-        if begins:
-            value.enter(cls)
-            grad_value.enter(cls)
-        rows = value.rows(chunk)
-        dy = outer.rows(chunk).unflatten(-1, (heads, -1))
+    for group in _groups(pairs, value.batch):
+        rows = value.rows(group)
+        dy = outer.rows(group).unflatten(-1, (heads, -1))
         if da is not None:
-            v = value.project(rows).view_as(dy).to(sums)
-            torch.sum(v * dy, -1, out=da[chunk].view(-1, heads))
+            v = value.project(rows, group).view_as(dy).to(sums)
+            torch.sum(v * dy, -1, out=da[group.pairs].view(-1, heads))
         if grad_value.wanted:
-            dv = dy * weights[chunk].view(-1, heads, 1)
-            grad_value.add(chunk, rows, dv.flatten(1).to(x.dtype))
-    dx, dw, db = grad_value.finish(pairs.starts)
+            dv = dy * weights[group.pairs].view(-1, heads, 1)
+            grad_value.add(group, rows, dv.flatten(1).to(x.dtype))
+    dx, dw, db = grad_value.finish(pairs)
     if da is None:
         return x.new_empty(0), dx, dw, db
     return _unsort(da, pairs, layout).to(a.dtype), dx, dw, db
