@@ -20,8 +20,10 @@ MAY_IMPORT = {
     "functional": {"layouts", "backends"},
     "modules": {"layouts", "functional"},
     "models": {"modules"},
-    "bench": {"layouts", "functional", "modules", "backends", "models"},
-    "compare": {"layouts", "functional", "modules", "models"},
+    "measuring": set(),
+    "files": set(),
+    "bench": {"layouts", "functional", "modules", "models", "measuring", "files"},
+    "compare": {"layouts", "modules", "models", "measuring", "files"},
     "cli": {"bench", "compare"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,1 @@
+"""Speed and memory of the operators, as ratios within one process."""

@@ -1,0 +1,138 @@
+"""What can be measured: each operator with its shapes, inputs, flops and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import offset_mix, offset_scores
+from ..layouts import Layout
+from ..modules import AlphaTranslution1d, AlphaTranslution2d
+from .dense import dense_bytes, dense_translution
+
+__all__ = ["OPERATORS", "Built", "Case", "attention"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    operator: str
+    grid: tuple[int, ...]
+    causal: bool
+    width: int
+    heads: int
+    batch: int
+    dtype: torch.dtype
+    relative: str = "qkv"
+    rank: int = 8
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.grid, causal=self.causal)
+
+    @property
+    def pairs(self) -> int:
+        return int((self.layout.index >= 0).sum())
+
+    @property
+    def name(self) -> str:
+        grid = "×".join(map(str, self.grid)) + (" causal" if self.causal else "")
+        return f"{self.operator} {grid}, batch {self.batch}, width {self.width}"
+
+
+@dataclass
+class Built:
+    """A case ready to run."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]  # what gets a gradient
+    flops: int  # of the forward pass; forward + backward counts three times as many
+    bytes: int  # inputs and weights read, outputs written
+    dense: Callable[[], Tensor] | None = None
+    dense_bytes: Callable[[bool], int] | None = None
+
+
+def _leaf(*shape: int, case: Case, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(case.dtype).requires_grad_()
+
+
+def translution(case: Case, device: torch.device) -> Built:
+    """offset_scores, softmax, offset_mix: the two primitives without the output projection.
+
+    A unit is 2 · batch · pairs · width² flops, one per relative projection; a shared projection is
+    2 · batch · tokens · width², and a product of attention that is left dense 2 · batch · pairs ·
+    width.
+    """
+    layout, width, heads = case.layout, case.width, case.heads
+    x = _leaf(case.batch, layout.tokens, width, case=case, device=device)
+    sides = []
+    for name in "qkv":
+        lead = (layout.classes,) if name in case.relative else ()
+        sides.append(_leaf(*lead, width, width, case=case, device=device, scale=width**-0.5))
+    wq, wk, wv = sides
+    scale = (width // heads) ** -0.5
+
+    def forward() -> Tensor:
+        s = offset_scores(x, x, wq, wk, layout, heads=heads, scale=scale)
+        return offset_mix(s.softmax(-1), x, wv, layout)
+
+    unit = 2 * case.batch * case.pairs * width * width
+    shared = 2 * case.batch * layout.tokens * width * width
+    flops = len(case.relative) * unit + (3 - len(case.relative)) * shared
+    moved = sum(t.numel() for t in (x, x, *sides)) * x.element_size()
+    built = Built(forward, [x, *sides], flops, moved)
+    if case.relative == "qkv" and not case.causal:
+        index = layout.index_on(device)
+        built.dense = lambda: dense_translution(x, wq, wk, wv, index, heads)
+        built.dense_bytes = lambda backward: dense_bytes(
+            case.batch, layout.tokens, width, width, backward, x.element_size()
+        )
+    return built
+
+
+def alpha(case: Case, device: torch.device) -> Built:
+    """The whole α-Translution module, its projections included."""
+    make: Any = AlphaTranslution1d if len(case.grid) == 1 else AlphaTranslution2d
+    keywords = {"causal": True} if case.causal else {}
+    grid: Any = case.grid[0] if len(case.grid) == 1 else case.grid
+    module: nn.Module = make(
+        case.width, grid, heads=case.heads, rank=case.rank, relative=case.relative, **keywords
+    ).to(device, case.dtype)
+    layout, width, low = case.layout, case.width, case.heads * case.rank
+    x = _leaf(case.batch, layout.tokens, width, case=case, device=device)
+    tokens, pairs = case.batch * layout.tokens, case.batch * case.pairs
+    flops = 2 * tokens * (4 * width * width + 4 * width * low)
+    flops += 2 * pairs * (2 * width + len(case.relative) * low * low + 2 * low)
+    leaves = [x, *module.parameters()]
+    moved = sum(t.numel() for t in (x, *leaves)) * x.element_size()
+    return Built(lambda: module(x), leaves, flops, moved)
+
+
+def attention(case: Case, device: torch.device) -> Built:
+    """Ordinary self-attention on the same tokens: q, k, v and scaled_dot_product_attention."""
+    layout, width, heads = case.layout, case.width, case.heads
+    x = _leaf(case.batch, layout.tokens, width, case=case, device=device)
+    weight = _leaf(3 * width, width, case=case, device=device, scale=width**-0.5)
+
+    def forward() -> Tensor:
+        qkv = F.linear(x, weight).unflatten(-1, (3, heads, -1)).transpose(1, 3)
+        q, k, v = qkv.unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+        return y.transpose(1, 2).flatten(2)
+
+    flops = 2 * case.batch * (layout.tokens * 3 * width * width + case.pairs * 2 * width)
+    moved = sum(t.numel() for t in (x, x, weight)) * x.element_size()
+    return Built(forward, [x, weight], flops, moved)
+
+
+OPERATORS: dict[str, Callable[[Case, torch.device], Built]] = {
+    "translution": translution,
+    "alpha": alpha,
+    "attention": attention,
+}

@@ -1,0 +1,116 @@
+"""Time and peak memory of a call, and the machine they were taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["machine", "matmul_rate", "peak_bytes", "seconds", "synchronize"]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; work on it is asynchronous."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(function: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """The median time of a call, after one to warm up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
+    """Flops per second of a plain large matrix product."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: left @ right, device, 5)
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most tensor memory that a call holds at once beyond what was there before it.
+
+    On CUDA the allocator counts; on the CPU the profiler reports each allocation and release, and
+    their running sum is taken. What `function` returns is dropped.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        raise ValueError(f"device: got {device}, peak memory is measured on cpu and cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        _no_native_log(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+    ):
+        function()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [e for e in results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _no_native_log() -> Iterator[None]:
+    """The profiler's native code writes lines to the standard error stream's descriptor."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from . import __version__
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "translution": __version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
