@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import shutil
@@ -207,7 +208,7 @@ def rings(size: int, canvas: int) -> list[Ring]:
     count = min(RINGS - 1, most)
     edges = [0] + [1 + i * most // count for i in range(count + 1)]
     found = []
-    for first, after in zip(edges, edges[1:], strict=False):
+    for first, after in itertools.pairwise(edges):
         places = every[(distance >= first) & (distance < after)]
         found.append(Ring(first, after - 1, places, len(places) / len(every)))
     return found

@@ -21,8 +21,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 # What None stands for, by data set.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
-        "canvas": 20, "patch": 4, "dim": 48, "depth": 3, "heads": 2,
-        "steps": 400, "batch_size": 64, "learning_rate": 2e-3,
+        "canvas": 20, "patch": 5, "dim": 48, "depth": 3, "heads": 2,
+        "steps": 300, "batch_size": 64, "learning_rate": 3e-3,
     },
     "mnist": {
         "canvas": 84, "patch": 12, "dim": 192, "depth": 6, "heads": 3,
@@ -91,24 +91,21 @@ class Options:
                 f"patch: got {filled['patch']}, want a divisor of the canvas {filled['canvas']}"
             )
         if filled["dim"] % filled["heads"]:
-            raise ValueError(
-                f"heads: got {filled['heads']}, want a divisor of dim {filled['dim']}"
-            )
+            raise ValueError(f"heads: got {filled['heads']}, want a divisor of dim {filled['dim']}")
         pick_device(full.device)
         for mixer in full.mixers:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 full.model(mixer)
         return full
 
     def model_config(self, mixer: str) -> dict[str, Any]:
         """The arguments of `translution.vit` that make this mixer's model."""
-        assert_filled = self.dim is not None and self.heads is not None
-        if not assert_filled:
+        if self.dim is None or self.heads is None:
             raise ValueError("options: want resolved() ones")
         return {
             "mixer": mixer, "image_size": self.canvas, "patch_size": self.patch, "channels": 1,
             "num_classes": 10, "dim": self.dim, "depth": self.depth, "heads": self.heads,
-            "head_dim": (self.dim or 0) // (self.heads or 1), "init": self.init,
+            "head_dim": self.dim // self.heads, "init": self.init,
         }  # fmt: skip
 
     def model(self, mixer: str) -> ViT:

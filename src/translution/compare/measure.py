@@ -1,0 +1,99 @@
+"""Peak memory, attention weights and table norms of a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..measuring import peak_bytes
+from ..models import ViT
+from ..modules.projections import RelativeLinear
+
+__all__ = ["MEMORY", "attention_maps", "peak_of_a_step", "table_norms"]
+
+# How the peak was measured, by device.
+MEMORY = {
+    "cpu": (
+        "weights, gradients, optimizer state and everything allocated during one training step, "
+        "from PyTorch's profiler"
+    ),
+    "cuda": "torch.cuda.max_memory_allocated over the training",
+    "mps": "memory held by the Metal driver for the process after the training",
+}
+
+
+def peak_of_a_step(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Most bytes held at once, on the CPU, by one training step of a copy of this model.
+
+    A first step makes the optimizer's state; the profiler follows every allocation of the second.
+    """
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad()
+    held = [*model.parameters(), *model.buffers()]
+    for state in optimizer.state.values():
+        held += [value for value in state.values() if isinstance(value, Tensor)]
+    before = sum(t.numel() * t.element_size() for t in held)
+    return before + peak_bytes(step, torch.device("cpu"))
+
+
+@torch.inference_mode()
+def attention_maps(model: ViT, image: Tensor) -> list[Tensor | None]:
+    """For each block the weights [heads, queries, keys] on one image [1, canvas, canvas].
+
+    None for a mixer that has no weights. The last block of a model with a class token has that one
+    query only.
+    """
+    x = image[None].to(next(model.parameters()).device)
+    grid = model.config.grid
+    x = model.embed(x)
+    if model.positions is not None:
+        x = x + model.positions.flatten(1, 2)
+    if model.cls_token is not None:
+        x = torch.cat([model.cls_token, x], 1)
+    found: list[Tensor | None] = []
+    for block in model.blocks:
+        mixer: Any = block.mixer
+        if hasattr(mixer, "layout"):
+            _, weights = mixer(block.norm1(x), grid=grid, return_weights=True)
+            found.append(weights[0].float().cpu())
+        else:
+            found.append(None)
+        x = block(x, grid)
+    return found
+
+
+@torch.no_grad()
+def table_norms(model: ViT) -> list[dict[str, Any]]:
+    """For each table with offsets: the norm of each entry, and of what sets it apart from the mean.
+
+    "norm" and "apart" are [rows, columns] arranged over the offset, key to query.
+    """
+    found = []
+    for number, block in enumerate(model.blocks):
+        mixer: Any = block.mixer
+        for name, part in mixer.named_children():
+            if not isinstance(part, RelativeLinear) or not mixer.layout.offset_classes:
+                continue
+            weight = part.weight[: mixer.layout.offset_classes].float().cpu()
+            shape = mixer.layout.axis_classes
+            found.append(
+                {
+                    "block": number,
+                    "table": name.split("_")[0],
+                    "norm": weight.flatten(1).norm(dim=1).view(shape),
+                    "apart": (weight - weight.mean(0)).flatten(1).norm(dim=1).view(shape),
+                }
+            )
+    return found
