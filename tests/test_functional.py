@@ -267,20 +267,20 @@ def test_opcheck(layout, kinds):
 
 def test_nothing_of_size_pairs_times_channels_is_held():
     """Peak bytes of forward + backward beside inputs, outputs and gradients, at a size where one
-    q for all pairs would be 22 times the scores."""
+    q for all pairs would be 32 times the scores."""
     from translution.measuring import peak_bytes
 
-    layout, batch, heads, channels = Layout((8, 8)), 4, 2, 64
-    x = torch.randn(batch, 64, channels, requires_grad=True)
+    layout, batch, heads, channels = Layout((12, 12)), 8, 2, 64
+    x = torch.randn(batch, 144, channels, requires_grad=True)
     tables = [torch.randn(layout.classes, channels, channels, requires_grad=True) for _ in "qkv"]
-    up = torch.randn(batch, 64, channels)
+    up = torch.randn(batch, 144, channels)
 
     def step():
         y = attend(layout, heads, x, x, *tables)
         torch.autograd.grad(y, [x, *tables], up)
 
     step()
-    pairs = 64 * 64
+    pairs = 144 * 144
     scores = batch * heads * pairs * 4
     per_pair = batch * pairs * channels * 4
     own = sum(t.numel() for t in tables) * 4 + 8 * x.numel() * 4

@@ -18,8 +18,10 @@ from ..layouts import Layout, Pairs
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
 
-# Rows (pairs x batch) computed at once: enough that the steps around the matrix products cost
-# little, few enough that their operands stay in the cache.
+# Numbers per operand (rows x channels) computed at once: enough that the steps around the matrix
+# products cost little, few enough that the operands stay in the cache. Never fewer rows than the
+# second, at which a matrix product runs at full rate.
+NUMBERS = 98304
 ROWS = 512
 
 
@@ -47,11 +49,16 @@ class Group(NamedTuple):
     pairs: slice
     segments: list[Segment]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Rows per segment."""
+        return [segment.stop - segment.start for segment in self.segments]
 
-def _groups(pairs: Pairs, batch: int) -> Iterator[Group]:
+
+def _groups(pairs: Pairs, batch: int, channels: int) -> Iterator[Group]:
     if not batch:
         return
-    most = max(1, ROWS // batch)
+    most = max(1, max(ROWS, NUMBERS // max(channels, 1)) // batch)
     begin, segments = 0, list[Segment]()
     for cls, (start, stop) in enumerate(itertools.pairwise(pairs.starts)):
         if stop - begin > most and segments:
@@ -75,11 +82,15 @@ class Side:
         self.x = x.transpose(0, 1).contiguous()
         self.weight, self.bias, self.places = weight, bias, places
         self.batch = self.x.shape[1]
+        self._matrices = None if weight is None else weight.unbind(0)
 
-    def matrix(self, cls: int) -> Tensor:
-        """A class's matrix in the dtype of the tokens (a table may be kept wider)."""
-        assert self.weight is not None
-        return self.weight[cls].to(self.x.dtype)
+    def matrices(self, group: Group) -> list[Tensor]:
+        """The classes' matrices in the dtype of the tokens (a table may be kept wider)."""
+        assert self._matrices is not None
+        found = [self._matrices[segment.cls] for segment in group.segments]
+        if found[0].dtype == self.x.dtype:
+            return found
+        return [matrix.to(self.x.dtype) for matrix in found]
 
     def rows(self, group: Group) -> Tensor:
         """The tokens of these pairs: [rows, channels]."""
@@ -90,12 +101,13 @@ class Side:
         if self.weight is None:
             return rows
         out = rows.new_empty((rows.shape[0], self.weight.shape[-1]))
-        for cls, start, stop, _ in group.segments:
-            part, matrix = rows[start:stop], self.matrix(cls)
+        sizes = group.sizes
+        parts = zip(rows.split(sizes), self.matrices(group), out.split(sizes), strict=True)
+        for segment, (part, matrix, into) in zip(group.segments, parts, strict=True):
             if self.bias is None:
-                torch.mm(part, matrix, out=out[start:stop])
+                torch.mm(part, matrix, out=into)
             else:
-                torch.addmm(self.bias[cls].to(rows.dtype), part, matrix, out=out[start:stop])
+                torch.addmm(self.bias[segment.cls].to(rows.dtype), part, matrix, out=into)
         return out
 
 
@@ -117,22 +129,26 @@ class SideGrad:
     def add(self, group: Group, rows: Tensor, grad: Tensor) -> None:
         """`grad` [rows, heads * head_dim] is that of what `Side.project(rows)` gave."""
         side = self.side
-        for segment in group.segments:
-            part = grad[segment.start : segment.stop]
+        sizes = group.sizes
+        parts = zip(rows.split(sizes), grad.split(sizes), strict=True)
+        for segment, (tokens, part) in zip(group.segments, parts, strict=True):
             if self.weight is not None:
-                tokens = rows[segment.start : segment.stop].t()
                 if self.weight.dtype == grad.dtype == self.sums:
                     # beta = 0 overwrites, so a table's gradient is written once, never cleared
-                    self.weight[segment.cls].addmm_(tokens, part, beta=0 if segment.first else 1)
+                    into = self.weight[segment.cls]
+                    into.addmm_(tokens.t(), part, beta=0 if segment.first else 1)
                 else:
-                    self._sum("weight", self.weight, segment, tokens @ part)
+                    self._sum("weight", self.weight, segment, tokens.t() @ part)
             if self.bias is not None:
                 self._sum("bias", self.bias, segment, part.sum(0, dtype=self.sums))
         if self.x is not None:
             if side.weight is not None:
                 back = grad.new_empty((grad.shape[0], side.x.shape[-1]))
-                for cls, start, stop, _ in group.segments:
-                    torch.mm(grad[start:stop], side.matrix(cls).t(), out=back[start:stop])
+                intos = back.split(sizes)
+                for part, matrix, into in zip(
+                    grad.split(sizes), side.matrices(group), intos, strict=True
+                ):
+                    torch.mm(part, matrix.t(), out=into)
                 grad = back
             grad = grad.view(-1, *side.x.shape[1:]).to(self.sums)
             self.x.index_add_(0, side.places[group.pairs], grad)
@@ -192,7 +208,7 @@ def scores(
     query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
     out = xq.new_empty((pairs.starts[-1] + 1, query.batch, heads), dtype=wide(xq.dtype))
     out[-1] = float("-inf")
-    for group in _groups(pairs, query.batch):
+    for group in _groups(pairs, query.batch, xq.shape[-1]):
         q = query.project(query.rows(group), group).to(out.dtype)
         k = key.project(key.rows(group), group).to(out.dtype)
         part = out[group.pairs].view(-1, heads)
@@ -222,7 +238,7 @@ def scores_backward(
     grad = _sort(grad, pairs)
     if scale != 1.0:
         grad = grad * scale
-    for group in _groups(pairs, query.batch):
+    for group in _groups(pairs, query.batch, xq.shape[-1]):
         xq_rows, xk_rows = query.rows(group), key.rows(group)
         ds = grad[group.pairs].view(-1, heads, 1)
         if grad_query.wanted:
@@ -242,7 +258,7 @@ def mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> Te
     heads, inner = a.shape[1], w.shape[-1]
     weights = _sort(a, pairs)
     out = x.new_zeros((layout.n_queries, value.batch, inner), dtype=wide(x.dtype))
-    for group in _groups(pairs, value.batch):
+    for group in _groups(pairs, value.batch, x.shape[-1]):
         v = value.project(value.rows(group), group).to(out.dtype).unflatten(-1, (heads, -1))
         v *= weights[group.pairs].view(-1, heads, 1)
         out.index_add_(0, pairs.query[group.pairs], v.view(-1, value.batch, inner))
@@ -268,7 +284,7 @@ def mix_backward(
         weights.new_zeros((len(weights) + 1, *weights.shape[1:]), dtype=sums) if wanted[0] else None
     )
     grad_value = SideGrad(value, *wanted[1:])
-    for group in _groups(pairs, value.batch):
+    for group in _groups(pairs, value.batch, x.shape[-1]):
         rows = value.rows(group)
         dy = outer.rows(group).unflatten(-1, (heads, -1))
         if da is not None:
