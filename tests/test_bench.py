@@ -3,13 +3,16 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from translution import Layout, cli, measuring
+from translution.bench import command
 from translution.bench.cases import OPERATORS, Case
 from translution.bench.dense import dense_bytes, dense_translution
+from translution.bench.measure import measure_dense, step
 from translution.functional import offset_mix, offset_scores
 from translution.measuring import peak_bytes
 
@@ -20,11 +23,11 @@ CPU = torch.device("cpu")
 def run(monkeypatch, capsys):
     """The command in this process: (exit code, what it printed, its errors)."""
     small = functools.partial(measuring.matmul_rate, size=64)
-    monkeypatch.setattr("translution.bench.command.matmul_rate", small)
+    monkeypatch.setattr("translution.bench.measure.matmul_rate", small)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["translution", "bench", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", "120")
         code = 0
         try:
             cli.main()
@@ -90,21 +93,98 @@ def test_cases_run(operator, grid, causal):
         assert built.flops == 3 * 2 * 3 * case.pairs * 8 * 8
 
 
+@pytest.mark.parametrize("relative", ["qkv", "kv", ""])
+def test_flops_of_products(relative):
+    """A relative projection counts 2 · batch · pairs · width², a shared one tokens for pairs."""
+    case = Case("translution", (2, 3), False, 8, 2, 5, torch.float32, relative)
+    built = OPERATORS["translution"](case, CPU)
+    unit = 2 * 5 * 8 * 8
+    assert built.flops == unit * (36 * len(relative) + 6 * (3 - len(relative)))
+
+
+def test_dense_is_compared_at_the_batch_that_fits():
+    case = Case("translution", (2, 3), False, 8, 2, 12, torch.float32)
+    done = {}
+    limit = dense_bytes(3, 6, 8, 8, True)
+    found = measure_dense(case, CPU, True, 1, limit, done)
+    assert found["batch"] == 3
+    assert found["seconds"] > 0
+    assert found["peak_bytes"] > 0
+    built = OPERATORS["translution"](replace(case, batch=3), CPU)
+    call = step(built.forward, built.leaves, True)
+    call()  # draws the gradient that it then keeps
+    assert found["own_peak_bytes"] == peak_bytes(call, CPU)
+    assert measure_dense(case, CPU, True, 1, limit, done) is found
+    assert measure_dense(case, CPU, True, 1, 100.0, done) is None
+
+
+SMALL = ("--grid", "2x3,4", "--width", "8", "--batch", "2", "--repeats", "1")
+
+
 def test_command(tmp_path, run):
-    small = ("--grid", "2x3,4", "--width", "8", "--batch", "2", "--repeats", "1")
     file = tmp_path / "rows.json"
-    code, out, err = run(*small, "--json", str(file))
+    code, out, err = run(*SMALL, "--json", str(file))
     assert code == 0, err
     assert "matmul share" in out
+    assert "× memory" in out
     told = json.loads(file.read_text())
     assert told["machine"]["torch"] == torch.__version__
+    assert "commit" in told["machine"]
     assert len(told["rows"]) == 4
     for row in told["rows"]:
         assert row["seconds"] > 0
+        assert row["attention_seconds"] > 0
+        assert row["peak_bytes"] > 0
+        assert row["bytes"] > 0
         assert row["matmul_share"] == row["flops"] / row["seconds"] / row["matmul_rate"]
-        assert row["dense_peak_bytes"] > 0
-    code, out, err = run(*small, "--against", str(file), "--no-dense")
+        assert row["dense"]["batch"] == 2
+        assert row["dense"]["peak_bytes"] > 0
+        assert row["dense_bytes_by_shape"] > 0
+    assert [row["flops"] for row in told["rows"][:2]] == [3 * 2 * 2 * 36 * 64, 9 * 2 * 2 * 36 * 64]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_against_compares_equal_rows_alone(tmp_path, run):
+    file = tmp_path / "rows.json"
+    assert run(*SMALL, "--json", str(file), "--no-dense")[0] == 0
+    told = json.loads(file.read_text())
+    for row in told["rows"]:
+        row["seconds"] = 1e9  # every ratio to it is 0.00
+    told["machine"].update(cpu="another machine", gpu="another machine")
+    file.write_text(json.dumps(told))
+    _, out, err = run(*SMALL, "--against", str(file), "--no-dense")
     assert "÷ earlier" in out, err
+    assert "earlier: another machine" in out
+    ends = [
+        line.split()[-1] for line in out.splitlines() if " forward " in line or " both " in line
+    ]
+    assert ends == ["0.00"] * 4
+    _, out, err = run(*SMALL, "--against", str(file), "--no-dense", "--dtype", "float64")
+    ends = [
+        line.split()[-1] for line in out.splitlines() if " forward " in line or " both " in line
+    ]
+    assert ends == ["none"] * 4, err
+
+
+def test_an_interrupted_run_keeps_what_is_finished(tmp_path, run, monkeypatch):
+    left = [1, 1]
+    real = command.measure
+
+    def stopping(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(command, "measure", stopping)
+    file = tmp_path / "rows.json"
+    assert run(*SMALL, "--no-dense", "--json", str(file))[0] == 130
+    assert len(json.loads(file.read_text())["rows"]) == 2
+
+
+def test_dense_that_does_not_fit_is_told_in_bytes(run):
+    _, out, err = run(*SMALL, "--dense-limit", "1e-9")
+    assert out.count("not run: ") == 4, err
 
 
 @pytest.mark.parametrize(
@@ -115,13 +195,35 @@ def test_command(tmp_path, run):
         (["--dtype", "int8"], "dtype: got 'int8'"),
         (["--operator", "conv"], "operator: got 'conv'"),
         (["--device", "tpu"], "device: got 'tpu'"),
+        (["--device", "mps"], "device: got 'mps'"),
         (["--heads", "5"], "heads: got 5"),
+        (["--heads", "-1"], "heads: got -1"),
+        (["--batch", "0"], "batch: got '0'"),
+        (["--repeats", "0"], "repeats: got 0"),
+        (["--rank", "0"], "rank: got 0"),
+        (["--relative", "qq"], "relative: got 'qq'"),
+        (["--relative", "x"], "relative: got 'x'"),
+        (["--dense-limit", "-1"], "dense-limit: got -1"),
+        (["--dense-limit", "nan"], "dense-limit: got nan"),
+        (["--json", "nowhere/rows.json"], "json: got nowhere/rows.json"),
+        (["--json", "/"], "json: got /"),
         (["--causal"], "causal: needs a grid of one axis"),
         (["--against", "nowhere.json"], "nowhere.json"),
     ],
 )
-def test_bad_arguments_end_in_one_line(arguments, message, run):
+def test_bad_arguments_end_in_one_line(arguments, message, run, monkeypatch):
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"rows": 3}', '{"machine": {}, "rows": []}'])
+def test_against_something_else(content, tmp_path, run):
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    code, _, err = run("--against", str(file))
+    assert code == 2
+    assert err.startswith("translution: against: ")
     assert len(err.strip().splitlines()) == 1

@@ -55,7 +55,7 @@ class Built:
     flops: int  # of the forward pass; forward + backward counts three times as many
     bytes: int  # inputs and weights read, outputs written
     dense: Callable[[], Tensor] | None = None
-    dense_bytes: Callable[[bool], int] | None = None
+    dense_bytes: Callable[..., int] | None = None  # of (backward, batch = that of the case)
 
 
 def _leaf(*shape: int, case: Case, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -90,8 +90,8 @@ def translution(case: Case, device: torch.device) -> Built:
     if case.relative == "qkv" and not case.causal:
         index = layout.index_on(device)
         built.dense = lambda: dense_translution(x, wq, wk, wv, index, heads)
-        built.dense_bytes = lambda backward: dense_bytes(
-            case.batch, layout.tokens, width, width, backward, x.element_size()
+        built.dense_bytes = lambda backward, batch=case.batch: dense_bytes(
+            batch, layout.tokens, width, width, backward, x.element_size()
         )
     return built
 

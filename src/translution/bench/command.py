@@ -3,50 +3,59 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import json
-import os
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
-from torch import Tensor
 
 from ..files import write_whole
-from ..measuring import machine, matmul_rate, peak_bytes, seconds
+from ..measuring import machine
 from ..models.blocks import choose
-from .cases import OPERATORS, Case, attention
+from ..modules.attention import check_relative
+from .cases import OPERATORS, Case
+from .measure import Measured, measure
 
 __all__ = ["bench", "parse_grid"]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES["float64"] = torch.float64
 # grid: batches
-DEFAULTS = {"7x7": (16, 64), "14x14": (8, 16)}
+DEFAULTS: dict[tuple[int, ...], tuple[int, ...]] = {(7, 7): (16, 64)}
+OTHERS = (8, 16)
+# what has to agree for two rows to be the same measurement
+SAME = (
+    "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
+    "device", "backward",
+)  # fmt: skip
 
 
 def bench(
-    grid: Annotated[str, typer.Option(help="Such as 7x7,14x14 or 256 (1-D).")] = "7x7,14x14",
+    grid: Annotated[str, typer.Option(help="7x7,14x14; 256 is 1-D.")] = "7x7,14x14",
     width: Annotated[str, typer.Option(help="Channels, such as 192,384.")] = "192,384",
     batch: Annotated[
-        str, typer.Option(help="Such as 16,64; default 16,64 for 7x7, 8,16 for others.")
+        str, typer.Option(help="Such as 16,64; default 16,64 for 7x7, 8 for others.")
     ] = "",
     heads: Annotated[int, typer.Option(help="0: width / 64.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     operator: Annotated[str, typer.Option(help=f"{', '.join(OPERATORS)}.")] = "translution",
     relative: Annotated[str, typer.Option(help="Which of qkv have tables.")] = "qkv",
+    rank: Annotated[int, typer.Option(help="Of alpha.")] = 8,
     causal: Annotated[bool, typer.Option(help="1-D: only keys at or before.")] = False,
-    dense: Annotated[bool, typer.Option(help="Also time the dense gather where it fits.")] = True,
+    dense: Annotated[bool, typer.Option(help="Also a dense gather, at a batch that fits.")] = True,
     dense_limit: Annotated[float, typer.Option(help="GB the dense gather may take.")] = 8.0,
-    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 3,
     threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
-    json_file: Annotated[str, typer.Option("--json", help="Also write the rows here.")] = "",
+    json_file: Annotated[
+        str, typer.Option("--json", help="Also write the rows here, as they come.")
+    ] = "",
     against: Annotated[str, typer.Option(help="An earlier --json file to compare with.")] = "",
 ) -> None:
     """Measure the operator: forward, and forward + backward.
@@ -54,130 +63,129 @@ def bench(
     The matmul share is the operator's own flops (recomputation not counted) per second, over the
     rate of a plain large matrix product of the same dtype measured beside it. Attention is q, k, v
     projections and scaled_dot_product_attention on the same tokens. Memory is the peak during the
-    call beyond what was there before it; gradients count, as they are made there.
+    call beyond what was there before it; gradients count, as they are made there. The dense gather
+    makes a matrix for every pair and sample; where that does not fit at the batch of the row, both
+    are compared at a smaller one, and the bytes it would take are told.
     """
     choose("dtype", dtype, list(DTYPES))
     choose("operator", operator, list(OPERATORS))
-    for name, value in (("repeats", repeats), ("heads", heads + 1), ("threads", threads + 1)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, want at least {1 if name == 'repeats' else 0}")
+    relative = check_relative(relative)
+    least = {
+        "repeats": (repeats, 1),
+        "rank": (rank, 1),
+        "heads": (heads, 0),
+        "threads": (threads, 0),
+    }
+    for name, (value, want) in least.items():
+        if value < want:
+            raise ValueError(f"{name}: got {value}, want at least {want}")
+    if not dense_limit >= 0:
+        raise ValueError(f"dense-limit: got {dense_limit}, want GB, at least 0")
+    target = Path(json_file).absolute()
+    if json_file and (target.is_dir() or not target.parent.is_dir()):
+        raise ValueError(f"json: got {json_file}, want a file in a folder that exists")
     if threads:
         torch.set_num_threads(threads)
     where = torch.device(_device(device))
     earlier = _earlier(against)
     cases = []
-    for one in grid.split(","):
+    for shape in map(parse_grid, grid.split(",")):
         for w in _ints("width", width):
-            for b in _ints("batch", batch) if batch else DEFAULTS.get(one.strip(), (8, 16)):
+            for b in _ints("batch", batch) if batch else DEFAULTS.get(shape, OTHERS):
                 n = heads or max(1, w // 64)
                 if w % n:
                     raise ValueError(f"heads: got {n}, want a divisor of width {w}")
-                shape = parse_grid(one)
-                cases.append(Case(operator, shape, causal, w, n, b, DTYPES[dtype], relative))
+                cases.append(Case(operator, shape, causal, w, n, b, DTYPES[dtype], relative, rank))
                 cases[-1].layout  # noqa: B018  (bad shapes are refused before anything runs)
     console = Console()
-    about = machine(where.type)
-    console.print(
-        f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}, "
-        f"{dtype}, {datetime.date.today()}"
-    )
+    about = {**machine(where.type), "commit": _commit()}
+    console.print(f"{_told(about)}, {dtype}, {datetime.date.today()}", highlight=False)
+    if earlier and _told(earlier["machine"]) != _told(about):
+        console.print(f"earlier: {_told(earlier['machine'])}", highlight=False)
+    told: dict[str, Any] = {"machine": about, "command": " ".join(["translution", *sys.argv[1:]])}
+    told["date"] = datetime.datetime.now().isoformat(timespec="seconds")
     rows: list[dict[str, Any]] = []
+    told["rows"] = rows
+    done: Measured = {}
     with console.status("") as status:
         for case in cases:
             for backward in (False, True):
                 status.update(f"{case.name}, {'forward + backward' if backward else 'forward'}")
                 allowed = dense_limit * 1e9 if dense else 0.0
-                rows.append(measure(case, where, backward, repeats, allowed))
-    console.print(table(rows, earlier))
+                rows.append(measure(case, where, backward, repeats, allowed, done))
+                if json_file:  # after each row: an interrupted run keeps what is finished
+                    text = json.dumps(told, indent=1)
+                    write_whole(Path(json_file), lambda p, text=text: p.write_text(text, "utf-8"))
+    console.print(table(rows, earlier["rows"] if earlier else []))
     if json_file:
-        command = " ".join(["translution", *sys.argv[1:]])
-        told = {"machine": about, "command": command, "rows": rows}
-        told["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-        write_whole(Path(json_file), lambda p: p.write_text(json.dumps(told, indent=1), "utf-8"))
         console.print(f"written to {json_file}")
 
 
-def measure(
-    case: Case, device: torch.device, backward: bool, repeats: int, dense_limit: float
-) -> dict[str, Any]:
-    """One row: times, rates, memory and ratios of a case in one direction."""
-    built = OPERATORS[case.operator](case, device)
-    call = step(built.forward, built.leaves, backward)
-    rates = [matmul_rate(case.dtype, device)]
-    taken = seconds(call, device, repeats)
-    rates.append(matmul_rate(case.dtype, device))
-    rate = sum(rates) / 2  # machines drift: measured before and after
-    flops = built.flops * (3 if backward else 1)
-    row: dict[str, Any] = {
-        "name": f"{case.name}, {'both' if backward else 'forward'}",
-        "operator": case.operator,
-        "grid": list(case.grid),
-        "causal": case.causal,
-        "batch": case.batch,
-        "width": case.width,
-        "heads": case.heads,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "relative": case.relative,
-        "backward": backward,
-        "seconds": taken,
-        "flops": flops,
-        "bytes": built.bytes,
-        "matmul_rate": rate,
-        "matmul_share": flops / taken / rate,
-        "peak_bytes": peak_bytes(call, device),
-    }
-    plain = attention(case, device)
-    plain_call = step(plain.forward, plain.leaves, backward)
-    row["attention_seconds"] = seconds(plain_call, device, repeats)
-    row["attention_peak_bytes"] = peak_bytes(plain_call, device)
-    if built.dense is not None and built.dense_bytes is not None:
-        row["dense_bytes_by_shape"] = built.dense_bytes(backward)
-        if row["dense_bytes_by_shape"] <= min(dense_limit, 0.8 * _free(device)):
-            dense_call = step(built.dense, built.leaves, backward)
-            row["dense_peak_bytes"] = peak_bytes(dense_call, device)
-            row["dense_seconds"] = seconds(dense_call, device, 1)
-    gc.collect()
-    return row
-
-
-def step(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
-    """A call of one direction."""
-    if not backward:
-        return torch.no_grad()(forward)
-    up: Tensor | None = None
-
-    def both() -> Any:
-        nonlocal up
-        y = forward()
-        up = torch.randn_like(y) if up is None else up
-        return torch.autograd.grad(y, leaves, up)
-
-    return both
-
-
-def table(rows: list[dict[str, Any]], earlier: dict[str, Any]) -> Table:
+def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
     """The rows for the screen."""
-    shown = Table(box=None, header_style="bold")
-    heads = ["case", "ms", "matmul share", "peak MB", "× attention", "dense ÷ this", "its memory"]
-    for head in heads + (["÷ earlier"] if earlier else []):
-        shown.add_column(head, justify="left" if head == "case" else "right")
+    before = {_same(row): row for row in earlier}
+    dense = any("dense_bytes_by_shape" in row for row in rows)
+    shown = Table(box=None, header_style="bold", title=rows[0]["operator"], title_justify="left")
+    columns = ["grid", "width", "batch", "direction", "ms", "matmul share", "peak MB"]
+    columns += ["× attention"] + ["dense"] * dense + ["÷ earlier"] * bool(earlier)
+    for name in columns:
+        shown.add_column(
+            name, justify="left" if name in ("grid", "direction", "dense") else "right"
+        )
     for row in rows:
-        name, taken = row["name"], row["seconds"]
-        cells = [name, f"{taken * 1e3:.1f}", f"{row['matmul_share']:.2f}"]
-        cells += [f"{row['peak_bytes'] / 1e6:.0f}", f"{taken / row['attention_seconds']:.1f}"]
-        if "dense_seconds" in row:
-            times = row["dense_seconds"] / taken
-            memory = row["dense_peak_bytes"] / max(row["peak_bytes"], 1)
-            cells += [f"{times:.0f} × slower", f"{memory:.0f} × larger"]
-        elif "dense_bytes_by_shape" in row:
-            cells += ["not run", f"{row['dense_bytes_by_shape'] / 1e9:.1f} GB by shape"]
-        else:
-            cells += ["", ""]
+        taken, peak = row["seconds"], row["peak_bytes"]
+        cells = ["×".join(map(str, row["grid"])), str(row["width"]), str(row["batch"])]
+        cells += ["both" if row["backward"] else "forward", f"{taken * 1e3:.1f}"]
+        cells += [f"{row['matmul_share']:.2f}", "" if peak is None else f"{peak / 1e6:.0f}"]
+        cells += [f"{taken / row['attention_seconds']:.1f}"]
+        if dense:
+            cells.append(_dense_cell(row))
         if earlier:
-            before = earlier.get(name)
-            cells.append(f"{taken / before['seconds']:.2f}" if before else "")
+            same = before.get(_same(row))
+            cells.append(f"{taken / same['seconds']:.2f}" if same else "none")
         shown.add_row(*cells)
     return shown
+
+
+def _dense_cell(row: dict[str, Any]) -> str:
+    """How much slower and larger the dense gather is, or what it would take."""
+    if "dense_bytes_by_shape" not in row:
+        return ""
+    found = row.get("dense")
+    if found is None:
+        return f"not run: {row['dense_bytes_by_shape'] / 1e9:.3g} GB"
+    cell = f"{found['seconds'] / found['own_seconds']:.0f} × time"
+    if found["peak_bytes"] is not None:
+        cell += f", {found['peak_bytes'] / max(found['own_peak_bytes'], 1):.0f} × memory"
+    if found["batch"] != row["batch"]:
+        cell += f" at batch {found['batch']}: {row['dense_bytes_by_shape'] / 1e9:.3g} GB here"
+    return cell
+
+
+def _same(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in SAME)
+
+
+def _told(about: dict[str, Any]) -> str:
+    """The machine in a line."""
+    told = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
+    commit = about.get("commit")
+    return f"{told}, translution {about['translution']}" + (f" ({commit})" if commit else "")
+
+
+def _commit() -> str | None:
+    """The commit this code is at, where it runs from a checkout of its own."""
+    here = Path(__file__).resolve()
+    try:
+        for command in ("ls-files --error-unmatch", "describe --always --dirty --abbrev=10"):
+            named = [here.name] if command.startswith("ls-files") else []
+            told = subprocess.run(
+                ["git", *command.split(), *named],
+                cwd=here.parent, capture_output=True, text=True, timeout=10, check=True,
+            )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip() or None
 
 
 def parse_grid(text: str) -> tuple[int, ...]:
@@ -196,32 +204,25 @@ def _ints(name: str, text: str) -> list[int]:
 
 
 def _device(name: str) -> str:
-    choose("device", name, ["auto", "cpu", "cuda"])
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: got 'cuda', but torch sees no CUDA device here")
+    choose("device", name, ["auto", "cpu", "cuda", "mps"])
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return next((kind for kind, have in there.items() if have()), "cpu")
+    if name in there and not there[name]():
+        raise ValueError(f"device: got {name!r}, but torch sees no such device here")
     return name
 
 
 def _earlier(file: str) -> dict[str, Any]:
+    """What an earlier run wrote, {} for none."""
     if not file:
         return {}
     try:
-        rows = json.loads(Path(file).read_text("utf-8"))["rows"]
-        return {row["name"]: row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        told = json.loads(Path(file).read_text("utf-8"))
+        _told(told["machine"])
+        for row in told["rows"]:
+            row.setdefault("device", told["machine"]["device"])
+            float(row["seconds"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"against: {file} is not a --json file of this command: {error}") from None
-
-
-def _free(device: torch.device) -> float:
-    """Bytes that can still be taken."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return told

@@ -1,0 +1,160 @@
+"""One row of the benchmark: a case in one direction, and what it is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..measuring import matmul_rate, peak_bytes, seconds
+from .cases import OPERATORS, Built, Case, attention
+
+__all__ = ["Measured", "measure", "measure_dense", "step"]
+
+Measured = dict[tuple[Case, bool], dict[str, Any]]
+"""Comparisons with the dense gather made so far, by case and direction."""
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    backward: bool,
+    repeats: int = 5,
+    dense_limit: float = 0.0,
+    done: Measured | None = None,
+) -> dict[str, Any]:
+    """Times, rates, memory and ratios. `dense_limit`: bytes the dense gather may take, 0 is none.
+
+    Where the batch of the case does not fit, the dense gather is compared at the largest half,
+    quarter, ... that does; `done` spares measuring the same comparison twice.
+    """
+    built = OPERATORS[case.operator](case, device)
+    call = step(built.forward, built.leaves, backward)
+    rates = [matmul_rate(case.dtype, device)]
+    taken = seconds(call, device, repeats)
+    rates.append(matmul_rate(case.dtype, device))
+    rate = sum(rates) / 2  # machines drift: measured before and after
+    flops = built.flops * (3 if backward else 1)
+    row: dict[str, Any] = {
+        "name": f"{case.name}, {'both' if backward else 'forward'}",
+        "operator": case.operator,
+        "grid": list(case.grid),
+        "causal": case.causal,
+        "batch": case.batch,
+        "width": case.width,
+        "heads": case.heads,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "relative": case.relative,
+        "rank": case.rank if case.operator == "alpha" else None,
+        "device": device.type,
+        "backward": backward,
+        "seconds": taken,
+        "flops": flops,
+        "bytes": built.bytes,
+        "matmul_rate": rate,
+        "matmul_share": flops / taken / rate,
+        "peak_bytes": _peak(call, device),
+    }
+    plain = attention(case, device)
+    plain_call = step(plain.forward, plain.leaves, backward)
+    row["attention_seconds"] = seconds(plain_call, device, repeats)
+    row["attention_peak_bytes"] = _peak(plain_call, device)
+    if built.dense_bytes is not None:
+        row["dense_bytes_by_shape"] = built.dense_bytes(backward)
+        del built, call, plain, plain_call
+        found = measure_dense(case, device, backward, repeats, dense_limit, done)
+        if found is not None:
+            row["dense"] = found
+    gc.collect()
+    return row
+
+
+def measure_dense(
+    case: Case,
+    device: torch.device,
+    backward: bool,
+    repeats: int,
+    limit: float,
+    done: Measured | None = None,
+) -> dict[str, Any] | None:
+    """The operator and the dense gather at the largest fitting batch; None where none fits."""
+    limit = min(limit, 0.8 * _free(device))
+    built = OPERATORS[case.operator](dataclasses.replace(case, batch=1), device)
+    while built.dense_bytes is not None and built.dense_bytes(backward, case.batch) > limit:
+        if case.batch == 1:
+            return None
+        case = dataclasses.replace(case, batch=case.batch // 2)
+    done = {} if done is None else done
+    if (case, backward) not in done:
+        done[case, backward] = _dense(
+            OPERATORS[case.operator](case, device), case, device, backward, repeats
+        )
+    return done[case, backward]
+
+
+def _dense(
+    built: Built, case: Case, device: torch.device, backward: bool, repeats: int
+) -> dict[str, Any]:
+    assert built.dense is not None
+    call = step(built.forward, built.leaves, backward)
+    slow = step(built.dense, built.leaves, backward)
+    once = [0.0]
+
+    def timed() -> None:
+        start = time.perf_counter()
+        slow()
+        once[0] = time.perf_counter() - start
+
+    dense_peak = _peak(timed, device)
+    # a call of seconds needs no warm-up on the CPU, and three of them would be long
+    long = device.type == "cpu" and once[0] > 1
+    return {
+        "batch": case.batch,
+        "seconds": once[0] if long else seconds(slow, device, repeats),
+        "peak_bytes": dense_peak,
+        "own_seconds": seconds(call, device, repeats),
+        "own_peak_bytes": _peak(call, device),
+    }
+
+
+def step(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+    """A call of one direction."""
+    if not backward:
+        return torch.no_grad()(forward)
+    up: Tensor | None = None
+
+    def both() -> Any:
+        nonlocal up
+        y = forward()
+        up = torch.randn_like(y) if up is None else up
+        return torch.autograd.grad(y, leaves, up)
+
+    return both
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> int | None:
+    """None where it cannot be measured (mps); the call is made all the same."""
+    if device.type in ("cpu", "cuda"):
+        return peak_bytes(call, device)
+    call()
+    return None
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that can still be taken."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return float(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
