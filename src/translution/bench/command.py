@@ -28,7 +28,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat
 DTYPES["float64"] = torch.float64
 # grid: batches
 DEFAULTS: dict[tuple[int, ...], tuple[int, ...]] = {(7, 7): (16, 64)}
-OTHERS = (8, 16)
+OTHERS = (8,)
 # what has to agree for two rows to be the same measurement
 SAME = (
     "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
@@ -107,16 +107,15 @@ def bench(
     rows: list[dict[str, Any]] = []
     told["rows"] = rows
     done: Measured = {}
-    with console.status("") as status:
+    with Live(console=console) as live:
         for case in cases:
             for backward in (False, True):
-                status.update(f"{case.name}, {'forward + backward' if backward else 'forward'}")
                 allowed = dense_limit * 1e9 if dense else 0.0
                 rows.append(measure(case, where, backward, repeats, allowed, done))
+                live.update(table(rows, earlier["rows"] if earlier else []))
                 if json_file:  # after each row: an interrupted run keeps what is finished
                     text = json.dumps(told, indent=1)
                     write_whole(Path(json_file), lambda p, text=text: p.write_text(text, "utf-8"))
-    console.print(table(rows, earlier["rows"] if earlier else []))
     if json_file:
         console.print(f"written to {json_file}")
 
