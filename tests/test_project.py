@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,13 @@ def test_no_file_is_long_without_reason():
 
 def test_typed():
     assert (ROOT / "py.typed").exists()
+
+
+def test_the_readmes_code_runs():
+    """Everything in its python block, as it stands."""
+    readme = ROOT.parents[1] / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.S)
+    scope = {}
+    exec(code, scope)
+    assert scope["y"].shape == (8, 50, 192)
+    assert scope["logits"].shape == (2, 10)
