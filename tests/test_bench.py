@@ -125,8 +125,8 @@ def test_command(tmp_path, run):
     file = tmp_path / "rows.json"
     code, out, err = run(*SMALL, "--json", str(file))
     assert code == 0, err
-    assert "matmul share" in out
-    assert "× memory" in out
+    assert "of the matmul rate" in out
+    assert " time, ×" in out
     told = json.loads(file.read_text())
     assert told["machine"]["torch"] == torch.__version__
     assert "commit" in told["machine"]

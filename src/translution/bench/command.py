@@ -116,6 +116,8 @@ def bench(
                 if json_file:  # after each row: an interrupted run keeps what is finished
                     text = json.dumps(told, indent=1)
                     write_whole(Path(json_file), lambda p, text=text: p.write_text(text, "utf-8"))
+    if not console.is_terminal:
+        console.print()  # a live table ends its last line on a terminal alone
     if json_file:
         console.print(f"written to {json_file}")
 
@@ -124,13 +126,16 @@ def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
     """The rows for the screen."""
     before = {_same(row): row for row in earlier}
     dense = any("dense_bytes_by_shape" in row for row in rows)
-    shown = Table(box=None, header_style="bold", title=rows[0]["operator"], title_justify="left")
-    columns = ["grid", "width", "batch", "direction", "ms", "matmul share", "peak MB"]
-    columns += ["× attention"] + ["dense"] * dense + ["÷ earlier"] * bool(earlier)
+    shown = Table(
+        box=None, header_style="bold", title=rows[0]["operator"], title_justify="left",
+        pad_edge=False, collapse_padding=True, caption_justify="left",
+        caption="share: of the matmul rate. MB: peak. × att.: time over self-attention's.",
+    )  # fmt: skip
+    columns = ["grid", "width", "batch", "pass", "ms", "share", "MB"]
+    columns += ["× att."] + ["dense"] * dense + ["÷ earlier"] * bool(earlier)
     for name in columns:
-        shown.add_column(
-            name, justify="left" if name in ("grid", "direction", "dense") else "right"
-        )
+        left = name in ("grid", "pass", "dense")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "dense")
     for row in rows:
         taken, peak = row["seconds"], row["peak_bytes"]
         cells = ["×".join(map(str, row["grid"])), str(row["width"]), str(row["batch"])]
@@ -153,11 +158,11 @@ def _dense_cell(row: dict[str, Any]) -> str:
     found = row.get("dense")
     if found is None:
         return f"not run: {row['dense_bytes_by_shape'] / 1e9:.3g} GB"
-    cell = f"{found['seconds'] / found['own_seconds']:.0f} × time"
+    cell = f"×{found['seconds'] / found['own_seconds']:.0f} time"
     if found["peak_bytes"] is not None:
-        cell += f", {found['peak_bytes'] / max(found['own_peak_bytes'], 1):.0f} × memory"
+        cell += f", ×{found['peak_bytes'] / max(found['own_peak_bytes'], 1):.0f} bytes"
     if found["batch"] != row["batch"]:
-        cell += f" at batch {found['batch']}: {row['dense_bytes_by_shape'] / 1e9:.3g} GB here"
+        cell += f" (batch {found['batch']}; {row['dense_bytes_by_shape'] / 1e9:.3g} GB here)"
     return cell
 
 
