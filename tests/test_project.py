@@ -18,10 +18,11 @@ ROOT = Path(translution.__file__).parent
 MAY_IMPORT = {
     "layouts": set(),
     "backends": {"layouts"},
-    "functional": {"layouts", "backends"},
+    "neighborhoods": set(),
+    "functional": {"layouts", "neighborhoods", "backends"},
     "modules": {"layouts", "functional"},
     "models": {"modules"},
-    "measuring": set(),
+    "measuring": {"layouts", "functional"},
     "files": set(),
     "bench": {"layouts", "functional", "modules", "models", "measuring", "files"},
     "compare": {"layouts", "modules", "models", "measuring", "files"},

@@ -4,6 +4,7 @@ from . import functional
 from .layouts import Layout
 from .models import GPT, ViT, create_model, gpt, list_models, register_model, vit
 from .modules import (
+    ACmix2d,
     AlphaTranslution1d,
     AlphaTranslution2d,
     Convolution2d,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "ACmix2d",
     "AlphaTranslution1d",
     "AlphaTranslution2d",
     "Convolution2d",

@@ -11,6 +11,7 @@ from torch import nn
 
 from .blocks import MIXERS, SIZES
 from .gpt import gpt
+from .resnet import RESNETS, resnet
 from .vit import vit
 
 __all__ = ["create_model", "list_models", "register_model"]
@@ -53,3 +54,6 @@ for _mixer in MIXERS:
             )  # fmt: skip
         if _mixer != "convolution":
             register_model(f"{_mixer}_gpt_{_size}", gpt, size=_size, mixer=_mixer, context=1024)
+for _size in RESNETS:
+    register_model(f"acmix_resnet{_size}", resnet, size=_size, mixer="acmix")
+    register_model(f"resnet{_size}", resnet, size=_size, mixer="convolution")

@@ -1,5 +1,6 @@
-"""Modules: tokens in, tokens out."""
+"""Modules with weights: Translution and attention on tokens, ACmix and its parents on images."""
 
+from .acmix import ConvolutionPath
 from .attention import (
     AlphaTranslution1d,
     AlphaTranslution2d,
@@ -9,13 +10,17 @@ from .attention import (
     Translution3d,
 )
 from .convolution import Convolution2d
+from .local import ACmix2d, LocalAttention2d
 from .projections import INITS, RelativeLinear
 
 __all__ = [
     "INITS",
+    "ACmix2d",
     "AlphaTranslution1d",
     "AlphaTranslution2d",
     "Convolution2d",
+    "ConvolutionPath",
+    "LocalAttention2d",
     "RelativeLinear",
     "SelfAttention",
     "Translution1d",

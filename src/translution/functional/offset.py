@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
-from .layouts import Layout
+from .. import backends
+from ..layouts import Layout
 
 __all__ = ["masked_softmax", "offset_mix", "offset_scores"]
 
@@ -52,7 +52,7 @@ def offset_scores(
         ValueError: naming the argument, what came and what is wanted.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
-    x_query, x_key = _autocast(x_query), _autocast(x_key)
+    x_query, x_key = autocast(x_query), autocast(x_key)
     _check_tokens("x_query", x_query, layout.n_queries)
     _check_tokens("x_key", x_key, layout.n_keys)
     if x_query.shape[0] != x_key.shape[0]:
@@ -75,7 +75,7 @@ def offset_scores(
     if wq is None and wk is None:
         q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (x_query, x_key))
         s = (q * scale) @ k.transpose(-1, -2)
-        if s.dtype in _HALF:
+        if s.dtype in HALF:
             s = s.float()
         return s if layout.full else s.masked_fill(_absent(s, layout), float("-inf"))
     backends.choose(backend, x_query.device, x_query.dtype)
@@ -111,7 +111,7 @@ def offset_mix(
         ValueError: naming the argument, what came and what is wanted.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
-    x_value = _autocast(x_value)
+    x_value = autocast(x_value)
     _check_tokens("x_value", x_value, layout.n_keys)
     want = (x_value.shape[0], layout.n_queries, layout.n_keys)
     if a.ndim != 4 or (a.shape[0], *a.shape[2:]) != want:
@@ -149,10 +149,10 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = Fal
     return s.masked_fill(nowhere, 0.0).softmax(-1).masked_fill(nowhere, 0.0)
 
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """The tokens in autocast's dtype. Tables stay as they are and are cast class by class."""
     kind = x.device.type
     known = torch.amp.autocast_mode.is_autocast_available(kind)
@@ -245,7 +245,7 @@ def _scores(
 @_scores.register_fake
 def _(xq, xk, wq, wk, bq, bk, heads, scale, layout, backend):  # type: ignore[no-untyped-def]
     parsed = Layout.parse(layout)
-    dtype = torch.float32 if xq.dtype in _HALF else xq.dtype
+    dtype = torch.float32 if xq.dtype in HALF else xq.dtype
     return xq.new_empty((xq.shape[0], heads, parsed.n_queries, parsed.n_keys), dtype=dtype)
 
 

@@ -1,0 +1,366 @@
+"""Attention, and mixing by given weights, over the k×k neighbourhood of each place of a map.
+
+Neither copies keys or values k² times. Attention works on tiles of queries: the few keys that a
+tile sees are gathered once, and scores, softmax and mix of a tile are small matrix products. The
+backward pass computes the scores again. Mixing walks the taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..neighborhoods import Neighborhood, Sizes
+from .offset import HALF, autocast
+
+__all__ = ["neighborhood_attention", "neighborhood_mix"]
+
+NUMBERS = {"cpu": 300_000, "cuda": 30_000_000}
+"""Scores held at once, by device: on the CPU what its caches hold."""
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of each query over its k×k neighbourhood, reflected at the borders.
+
+    y_i = Σ_j softmax_j(scale · q_i · k_j) v_j, j over the neighbourhood of i (`Neighborhood` says
+    where it lies).
+
+    Args:
+        query: [batch, heads, out height, out width, head_dim], out = size / stride rounded up.
+        key: [batch, heads, height, width, head_dim].
+        value: [batch, heads, height, width, value channels].
+        kernel_size: odd; an int or (rows, columns), as `stride` and `dilation`.
+        scale: of the scores; None is 1 / sqrt(head_dim).
+
+    Returns:
+        [batch, heads, out height, out width, value channels] in the dtype of the values; the scores
+        and sums are float32 for half precision.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 5 or not x.dtype.is_floating_point or x.dtype != query.dtype:
+            raise ValueError(
+                f"{name}: got {x.dtype} of shape {tuple(x.shape)}, want {query.dtype} of shape "
+                "(batch, heads, height, width, channels)"
+            )
+    area = Neighborhood.of(_size(key.shape[2:4]), kernel_size, stride, dilation)
+    want = (*key.shape[:2], *area.out, key.shape[4])
+    if query.shape != want:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, want {tuple(want)}")
+    if value.shape[:4] != key.shape[:4]:
+        raise ValueError(f"value: got shape {tuple(value.shape)}, want {tuple(key.shape[:4])}, any")
+    factor = key.shape[4] ** -0.5 if scale is None else float(scale)
+    return torch.ops.translution.neighborhood_attention(
+        query, key, value, area.kernel, area.stride, area.dilation, factor
+    )
+
+
+def neighborhood_mix(
+    weights: Tensor, value: Tensor, kernel_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1
+) -> Tensor:
+    """The weighted sum over each k×k neighbourhood, weights given per place, tap and group.
+
+    y[c, i] = Σ_t weights[c mod groups, t, i] · value[c, neighbour t of i], reflected at borders.
+
+    Args:
+        weights: [batch, groups, taps, out height, out width].
+        value: [batch, channels, height, width], channels a multiple of groups.
+        kernel_size: odd; an int or (rows, columns), as `stride` and `dilation`.
+
+    Returns:
+        [batch, channels, out height, out width].
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+    if value.ndim != 4 or not value.dtype.is_floating_point:
+        raise ValueError(
+            f"value: got {value.dtype} of shape {tuple(value.shape)}, want floating point of shape "
+            "(batch, channels, height, width)"
+        )
+    area = Neighborhood.of(_size(value.shape[2:]), kernel_size, stride, dilation)
+    groups = weights.shape[1] if weights.ndim == 5 else 0
+    want = (value.shape[0], groups, area.taps, *area.out)
+    if weights.shape != want or weights.dtype != value.dtype:
+        raise ValueError(
+            f"weights: got {weights.dtype} of shape {tuple(weights.shape)}, want {value.dtype} of "
+            f"shape (batch {want[0]}, groups, taps {want[2]}, {want[3]}, {want[4]})"
+        )
+    if not groups or value.shape[1] % groups:
+        raise ValueError(
+            f"weights: got {groups} groups, want a divisor of the {value.shape[1]} channels"
+        )
+    return torch.ops.translution.neighborhood_mix(
+        weights, value, area.kernel, area.stride, area.dilation
+    )
+
+
+def _size(shape: torch.Size) -> tuple[int, int]:
+    """A map is made for sizes that are numbers: tracing specialises on them here."""
+    height, width = (int(n) for n in shape)
+    if min(height, width) < 1:
+        raise ValueError(f"key: got a map of {height}×{width}, want at least 1×1")
+    return height, width
+
+
+# -- attention on tiles ---------------------------------------------------------------------------
+
+
+class _Walk:
+    """The (batch, head) slices in chunks, and the gathers and sums of one chunk."""
+
+    def __init__(self, query: Tensor, key: Tensor, area: Neighborhood):
+        self.wide = torch.float32 if query.dtype in HALF else query.dtype
+        self.tiles = tiles = area.tiles(query.device, self.wide)
+        self.device = query.device
+        self.total = query.shape[0] * query.shape[1]
+        per_slice = max(1, tiles.log_times.numel())
+        numbers = NUMBERS.get(query.device.type, NUMBERS["cuda"])
+        self.step = min(max(1, self.total), max(1, numbers // per_slice))
+        self.places = key.shape[2] * key.shape[3]
+
+    def chunks(self) -> list[slice]:
+        return [slice(i, min(i + self.step, self.total)) for i in range(0, self.total, self.step)]
+
+    def queries(self, x: Tensor, chunk: slice) -> Tensor:
+        """[slices, queries of the map, channels] -> [slices * tiles, queries, channels]."""
+        picked = x[chunk].index_select(1, self.tiles.query_index).to(self.wide)
+        return picked.view(-1, self.tiles.queries, x.shape[-1])
+
+    def used(self, x: Tensor) -> Tensor:
+        """Zero where a place in a tile is unused; in place."""
+        if self.tiles.used is not None:
+            x.view(-1, self.tiles.count * self.tiles.queries, x.shape[-1]).mul_(self.tiles.used)
+        return x
+
+    def keys(self, x: Tensor, chunk: slice) -> Tensor:
+        picked = x[chunk].index_select(1, self.tiles.key_index).to(self.wide)
+        return picked.view(-1, self.tiles.keys, x.shape[-1])
+
+    def softmax(self, query: Tensor, key: Tensor) -> Tensor:
+        """[slices * tiles, queries, keys]: each key's share, all its reflections together."""
+        s = torch.bmm(query, key.transpose(1, 2))
+        t = self.tiles
+        s.view(-1, t.count, t.queries, t.keys).add_(t.log_times)
+        return torch.softmax(s, -1)
+
+    def to_queries(self, x: Tensor, out: Tensor) -> None:
+        """Tiles back to the queries of the map, out [slices, queries of the map, channels]."""
+        flat = x.view(len(out), self.tiles.count * self.tiles.queries, x.shape[-1])
+        if flat.dtype == out.dtype:
+            torch.index_select(flat, 1, self.tiles.query_slot, out=out)
+        else:
+            out.copy_(flat.index_select(1, self.tiles.query_slot))
+
+    def to_keys(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Sum leftᵀ right of every tile into the places of the map: gathered, so without races."""
+        t, channels = self.tiles, right.shape[-1]
+        rows = len(out) * t.count * t.keys
+        held = right.new_empty(rows + 1, channels)
+        held[rows] = 0  # what places point to that fewer tiles hold
+        torch.bmm(left.transpose(1, 2), right, out=held[:rows].view(-1, t.keys, channels))
+        slots = self._slots(len(out), rows)
+        picked = held.index_select(0, slots).view(len(out), self.places, t.copies, channels)
+        out.copy_(picked.sum(2) if t.copies > 1 else picked[:, :, 0])
+
+    def _slots(self, slices: int, rows: int) -> Tensor:
+        t = self.tiles
+        size = t.count * t.keys
+        first = torch.arange(slices, device=self.device)[:, None] * size
+        return torch.where(t.key_slots == size, rows, first + t.key_slots).view(-1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[batch, heads, height, width, channels] -> [batch * heads, places, channels]."""
+    batch, heads, height, width, channels = x.shape
+    return x.reshape(batch * heads, height * width, channels)
+
+
+@torch.library.custom_op("translution::neighborhood_attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    scale: float,
+) -> Tensor:
+    walk = _Walk(query, key, _area(key.shape[2:4], kernel, stride, dilation))
+    y = query.new_empty(*query.shape[:4], value.shape[4])
+    q, k, v, out = _flat(query), _flat(key), _flat(value), _flat(y)
+    for chunk in walk.chunks():
+        weights = walk.softmax(walk.queries(q, chunk) * scale, walk.keys(k, chunk))
+        walk.to_queries(torch.bmm(weights, walk.keys(v, chunk)), out[chunk])
+    return y
+
+
+@_attention.register_fake
+def _(query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty((*query.shape[:4], value.shape[4]))
+
+
+@torch.library.custom_op("translution::neighborhood_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    y: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    walk = _Walk(query, key, _area(key.shape[2:4], kernel, stride, dilation))
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in
+                  (query, key, value))  # fmt: skip
+    gq, gk, gv = (_flat(x) for x in grads)
+    up, q, k, v = _flat(grad), _flat(query), _flat(key), _flat(value)
+    # Σ_j of softmax's backward, a_ij dy_i · v_j, is dy_i · y_i
+    along = (up.to(walk.wide) * _flat(y)).sum(-1, keepdim=True)
+    for chunk in walk.chunks():
+        dy, dot = (walk.used(walk.queries(x, chunk)) for x in (up, along))
+        picked_q, picked_k = walk.queries(q, chunk) * scale, walk.keys(k, chunk)
+        picked_v = walk.keys(v, chunk)
+        weights = walk.softmax(picked_q, picked_k)
+        walk.to_keys(weights, dy, gv[chunk])
+        ds = torch.bmm(dy, picked_v.transpose(1, 2)).sub_(dot).mul_(weights)
+        walk.to_queries(torch.bmm(ds, picked_k).mul_(scale), gq[chunk])
+        walk.to_keys(ds, picked_q, gk[chunk])
+    return grads  # type: ignore[return-value]
+
+
+@_attention_backward.register_fake
+def _(grad, y, query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.scale = inputs
+    ctx.save_for_backward(output, *tensors)
+
+
+def _backward_attention(ctx, grad):  # type: ignore[no-untyped-def]
+    grads = torch.ops.translution.neighborhood_attention_backward(
+        grad, *ctx.saved_tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.scale
+    )
+    return (*grads, None, None, None, None)
+
+
+_attention.register_autograd(_backward_attention, setup_context=_save_attention)
+
+
+# -- mixing, tap by tap ---------------------------------------------------------------------------
+
+
+def _area(size, kernel, stride, dilation) -> Neighborhood:  # type: ignore[no-untyped-def]
+    return Neighborhood(tuple(size), tuple(kernel), tuple(stride), tuple(dilation))
+
+
+class _Taps:
+    """The map continued over its borders, and for each tap the part of it that the queries see."""
+
+    def __init__(self, area: Neighborhood, device: torch.device):
+        self.area = area
+        self.lines: list[Tensor] = []
+        for axis in (0, 1):
+            reach = area.dilation[axis] * (area.kernel[axis] - 1) // 2
+            wide = Neighborhood((area.size[axis],) * 2, (2 * reach + 1,) * 2)
+            first, last = wide.neighbors(0, 0)[:reach], wide.neighbors(0, area.size[axis] - 1)
+            line = [*first, *range(area.size[axis]), *(last[reach + 1 :])]
+            self.lines.append(torch.tensor(line, device=device))
+
+    def continued(self, x: Tensor) -> Tensor:
+        return x.index_select(2, self.lines[0]).index_select(3, self.lines[1])
+
+    def folded(self, x: Tensor) -> Tensor:
+        """The adjoint of `continued`."""
+        for axis in (1, 0):
+            shape = list(x.shape)
+            shape[2 + axis] = self.area.size[axis]
+            x = x.new_zeros(shape).index_add_(2 + axis, self.lines[axis], x)
+        return x
+
+    def at(self, wide: Tensor, tap: int) -> Tensor:
+        """A view of the continued map: what each query sees at a tap."""
+        cuts = []
+        for axis, t in enumerate(divmod(tap, self.area.kernel[1])):
+            start, step = t * self.area.dilation[axis], self.area.stride[axis]
+            cuts.append(slice(start, start + step * (self.area.out[axis] - 1) + 1, step))
+        return wide[:, :, cuts[0], cuts[1]]
+
+
+@torch.library.custom_op("translution::neighborhood_mix", mutates_args=())
+def _mix(
+    weights: Tensor, value: Tensor, kernel: list[int], stride: list[int], dilation: list[int]
+) -> Tensor:
+    area = _area(value.shape[2:], kernel, stride, dilation)
+    taps = _Taps(area, value.device)
+    groups, wide = weights.shape[1], taps.continued(value)
+    total = torch.float32 if value.dtype in HALF else value.dtype
+    y = value.new_zeros((value.shape[0], value.shape[1] // groups, groups, *area.out), dtype=total)
+    for tap in range(area.taps):
+        seen = taps.at(wide, tap).unflatten(1, (-1, groups))
+        y.addcmul_(seen.to(total), weights[:, None, :, tap].to(total))
+    return y.flatten(1, 2).to(value.dtype)
+
+
+@_mix.register_fake
+def _(weights, value, kernel, stride, dilation):  # type: ignore[no-untyped-def]
+    return value.new_empty((*value.shape[:2], *weights.shape[3:]))
+
+
+@torch.library.custom_op("translution::neighborhood_mix_backward", mutates_args=())
+def _mix_backward(
+    grad: Tensor,
+    weights: Tensor,
+    value: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    area = _area(value.shape[2:], kernel, stride, dilation)
+    taps = _Taps(area, value.device)
+    groups, wide = weights.shape[1], taps.continued(value)
+    total = torch.float32 if value.dtype in HALF else value.dtype
+    up = grad.unflatten(1, (-1, groups))
+    to_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    to_wide = torch.zeros_like(wide, dtype=total)
+    for tap in range(area.taps):
+        seen = taps.at(wide, tap).unflatten(1, (-1, groups))
+        to_weights[:, :, tap] = (up * seen).sum(1, dtype=total)
+        view = taps.at(to_wide, tap).unflatten(1, (-1, groups))
+        view.addcmul_(up.to(total), weights[:, None, :, tap].to(total))
+    return to_weights, taps.folded(to_wide).to(value.dtype)
+
+
+@_mix_backward.register_fake
+def _(grad, weights, value, kernel, stride, dilation):  # type: ignore[no-untyped-def]
+    return weights.new_empty(weights.shape), value.new_empty(value.shape)
+
+
+def _save_mix(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.kernel, ctx.stride, ctx.dilation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_mix(ctx, grad):  # type: ignore[no-untyped-def]
+    grads = torch.ops.translution.neighborhood_mix_backward(
+        grad, *ctx.saved_tensors, ctx.kernel, ctx.stride, ctx.dilation
+    )
+    return (*grads, None, None, None)
+
+
+_mix.register_autograd(_backward_mix, setup_context=_save_mix)

@@ -1,0 +1,228 @@
+"""Which places of a map are the neighbours of which: the geometry of local operators on images.
+
+As `layouts` is for tokens on a grid: nothing else knows how a neighbourhood lies at a border, under
+a stride or a dilation. Where it reaches over the border, the map is continued by reflection.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Neighborhood", "Sizes", "Tiles", "pair", "reflect"]
+
+Sizes = int | Sequence[int]
+
+TILE = 7
+"""Queries along a side of a tile. Their keys lie in a square of TILE + kernel - 1, so small tiles
+multiply less that is thrown away, and large ones copy fewer keys twice. Measured on the CPU with
+kernels of 7: see docs/performance.md."""
+
+
+def pair(name: str, value: Sizes, least: int = 1) -> tuple[int, int]:
+    """(rows, columns) of an int or two of them."""
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    fine = len(both) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in both)
+    if not fine or min(both) < least:
+        raise ValueError(f"{name}: got {value!r}, want an int of at least {least}, or two of them")
+    return both  # type: ignore[return-value]
+
+
+def reflect(place: int, size: int) -> int:
+    """The place inside a line of `size` that a place outside stands for, mirrored at both ends
+    (the ends are not repeated) as often as it takes."""
+    if size == 1:
+        return 0
+    place %= 2 * (size - 1)
+    return min(place, 2 * (size - 1) - place)
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """The k×k neighbourhood of each query on a map.
+
+    Query (y, x) stands at the place (y, x) · stride of the map; its neighbours are at
+    (place + dilation · t) for t from -(k - 1) / 2 to (k - 1) / 2 on both axes, reflected at the
+    borders. Small maps may be reflected more than once.
+
+    Attributes:
+        size: (height, width) of the map of keys.
+        kernel: (rows, columns), odd.
+        stride, dilation: per axis.
+        out: (height, width) of the queries, size / stride rounded up.
+    """
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    @staticmethod
+    def of(size: Sizes, kernel_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1) -> Neighborhood:
+        """Checked, from ints or pairs."""
+        kernel = pair("kernel_size", kernel_size)
+        if not all(k % 2 for k in kernel):
+            raise ValueError(f"kernel_size: got {kernel_size!r}, want odd sizes")
+        return Neighborhood(
+            pair("size", size), kernel, pair("stride", stride), pair("dilation", dilation)
+        )
+
+    @property
+    def out(self) -> tuple[int, int]:
+        (height, width), (down, right) = self.size, self.stride
+        return (height - 1) // down + 1, (width - 1) // right + 1
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    def neighbors(self, axis: int, query: int) -> list[int]:
+        """The places on one axis that a query sees there, tap by tap."""
+        reach = (self.kernel[axis] - 1) // 2
+        centre = query * self.stride[axis]
+        return [
+            reflect(centre + self.dilation[axis] * t, self.size[axis])
+            for t in range(-reach, reach + 1)
+        ]
+
+    @property
+    def index(self) -> Tensor:
+        """int64 [queries, taps]: which place of the map (row-major) each query sees at each tap."""
+        rows, columns = (
+            torch.tensor([self.neighbors(axis, query) for query in range(self.out[axis])])
+            for axis in (0, 1)
+        )
+        width = self.size[1]
+        index = rows[:, None, :, None] * width + columns[None, :, None, :]
+        return index.reshape(self.out[0] * self.out[1], self.taps)
+
+    def tiles(self, device: torch.device, dtype: torch.dtype) -> Tiles:
+        """The queries in tiles, cached; dtype is that of the scores."""
+        return _tiles(self, device, dtype)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A division of the queries into equal tiles, each with the few keys that its queries see.
+
+    Each key of a tile is there once. A query that sees it several times (by reflection) has the
+    logarithm of that number added to its score, which is exact: exp(s + log n) = n exp(s).
+
+    Attributes:
+        count, queries, keys: of the tiles, of the queries in one, of the keys in one.
+        query_index: [count * queries] places among the queries; unused places repeat a query.
+        key_index: [count * keys] places of the map; unused places repeat one.
+        used: [count * queries, 1], 0 where a place is unused; None if all are used.
+        log_times: [count, queries, keys] the logarithm of how often a query sees a key.
+        query_slot: [queries of the map] where in the tiles a query is.
+        key_slots: [places of the map * copies] where in the tiles a place of the map is as a key;
+            count * keys where it is in fewer tiles than others.
+        copies: the most tiles that hold a place as a key.
+    """
+
+    count: int
+    queries: int
+    keys: int
+    query_index: Tensor
+    key_index: Tensor
+    used: Tensor | None
+    log_times: Tensor
+    query_slot: Tensor
+    key_slots: Tensor
+    copies: int
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The tiles along one axis: [tiles, queries], [tiles, keys], times [tiles, queries, keys] and
+    for each place the (tile, slot) pairs that hold it as a key."""
+
+    queries: Tensor
+    keys: Tensor
+    times: Tensor
+    holders: list[list[tuple[int, int]]]
+
+
+def _line(area: Neighborhood, axis: int, tile: int) -> _Line:
+    """Queries of one tile have the same place modulo the dilation, so that they share keys."""
+    out, step, spread = area.out[axis], area.stride[axis], area.dilation[axis]
+    apart = spread // math.gcd(step, spread)  # queries this far apart share keys
+    tiles: list[list[int]] = []
+    for first in range(min(apart, out)):
+        alike = list(range(first, out, apart))
+        each = math.ceil(len(alike) / math.ceil(len(alike) / tile))
+        tiles += [alike[i : i + each] for i in range(0, len(alike), each)]
+    seen = [[area.neighbors(axis, query) for query in queries] for queries in tiles]
+    keys = [sorted({place for places in tile for place in places}) for tile in seen]
+    most_queries, most_keys = max(map(len, tiles)), max(map(len, keys))
+    query_table = torch.full((len(tiles), most_queries), -1)
+    key_table = torch.zeros(len(tiles), most_keys, dtype=torch.int64)
+    times = torch.zeros(len(tiles), most_queries, most_keys)
+    holders: list[list[tuple[int, int]]] = [[] for _ in range(area.size[axis])]
+    for i, (queries, places) in enumerate(zip(tiles, keys, strict=True)):
+        query_table[i, : len(queries)] = torch.tensor(queries)
+        key_table[i, : len(places)] = torch.tensor(places)
+        slot = {place: j for j, place in enumerate(places)}
+        for place in places:
+            holders[place].append((i, slot[place]))
+        for row, neighbors in enumerate(seen[i]):
+            for place in neighbors:
+                times[i, row, slot[place]] += 1
+        times[i, len(queries) :, 0] = 1  # unused rows see something: no NaN
+    return _Line(query_table, key_table, times, holders)
+
+
+@functools.lru_cache(maxsize=32)  # a large map has tens of MB
+def _tiles(area: Neighborhood, device: torch.device, dtype: torch.dtype) -> Tiles:
+    # on large maps flat tiles waste less; on small ones whole ones have one halo
+    tall = TILE if min(area.out) <= 2 * TILE else (TILE + 1) // 2
+    down, right = _line(area, 0, tall), _line(area, 1, TILE)
+    (ny, ty), (nx, tx), my, mx = (
+        down.queries.shape, right.queries.shape, down.keys.shape[1], right.keys.shape[1],
+    )  # fmt: skip
+
+    def flat(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+        """[tiles, slots] per axis -> one number per tile and slot of both."""
+        return (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(-1)
+
+    out_width = area.out[1]
+    query_index = flat(down.queries.clamp(min=0), right.queries.clamp(min=0), out_width)
+    used = flat((down.queries >= 0).long() * 2, (right.queries >= 0).long(), 1) == 3
+    query_slot = torch.empty(area.out[0] * area.out[1], dtype=torch.int64)
+    query_slot[query_index[used]] = used.nonzero().flatten()
+    times = down.times[:, None, :, None, :, None] * right.times[None, :, None, :, None, :]
+    # where each place is held as a key: every tile of its row meets every tile of its column
+    tiles_down, slots_down = _held(down.holders)
+    tiles_right, slots_right = _held(right.holders)
+    none = (tiles_down < 0)[:, None, :, None] | (tiles_right < 0)[None, :, None, :]
+    tile = tiles_down[:, None, :, None] * nx + tiles_right[None, :, None, :]
+    slot = slots_down[:, None, :, None] * mx + slots_right[None, :, None, :]
+    count, keys = ny * nx, my * mx
+    key_slots = (tile * keys + slot).masked_fill(none, count * keys)
+    return Tiles(
+        count=count,
+        queries=ty * tx,
+        keys=keys,
+        query_index=query_index.to(device),
+        key_index=flat(down.keys, right.keys, area.size[1]).to(device),
+        used=None if bool(used.all()) else used[:, None].to(device, dtype),
+        log_times=times.reshape(count, ty * tx, keys).to(dtype).log().to(device),
+        query_slot=query_slot.to(device),
+        key_slots=key_slots.reshape(-1).to(device),
+        copies=tiles_down.shape[1] * tiles_right.shape[1],
+    )
+
+
+def _held(holders: list[list[tuple[int, int]]]) -> tuple[Tensor, Tensor]:
+    """(tiles, slots), each [places, most holders], -1 where there are fewer."""
+    most = max(1, *map(len, holders))
+    table = torch.full((len(holders), most, 2), -1)
+    for place, held in enumerate(holders):
+        for i, (tile, slot) in enumerate(held):
+            table[place, i, 0], table[place, i, 1] = tile, slot
+    return table[..., 0], table[..., 1]
