@@ -115,3 +115,59 @@ def rotate(x: Tensor, positions: list[tuple[int, ...] | None]) -> Tensor:
                 out[:, :, t, a] = x[:, :, t, a] * cos - x[:, :, t, b] * sin
                 out[:, :, t, b] = x[:, :, t, b] * cos + x[:, :, t, a] * sin
     return out
+
+
+def bounce(place: int, size: int) -> int:
+    """Walk from 0 towards the place, step by step, turning round at each end."""
+    inside, direction = 0, 1
+    for _ in range(abs(place) if size > 1 else 0):
+        if not 0 <= inside + direction < size:
+            direction = -direction
+        inside += direction
+    return inside
+
+
+def local_attention(q, k, v, kernel: int, stride: int, dilation: int) -> Tensor:
+    """q, k, v [batch, heads, head_dim, height, width] -> [batch, heads, head_dim, out, out]: each
+    query over its neighbourhood, place by place, scores divided by sqrt(head_dim)."""
+    height, width = k.shape[3:]
+    reach = (kernel - 1) // 2
+    steps = [dilation * t for t in range(-reach, reach + 1)]
+    rows = []
+    for y in range(0, height, stride):
+        for x in range(0, width, stride):
+            places = [
+                (bounce(y + dy, height), bounce(x + dx, width)) for dy in steps for dx in steps
+            ]
+            s = torch.stack([(q[..., y, x] * k[..., a, b]).sum(-1) for a, b in places], -1)
+            weights = softmax(s / math.sqrt(q.shape[2]))
+            values = torch.stack([v[..., a, b] for a, b in places], -1)
+            rows.append((weights[:, :, None] * values).sum(-1))
+    out = len(range(0, height, stride)), len(range(0, width, stride))
+    return torch.stack(rows, -1).unflatten(-1, out)
+
+
+def convolution_path(slices, fc, fc_bias, shifts, bias, stride, dilation, grouped_order=False):
+    """slices [batch, slices, channels, height, width]; fc [taps, slices]; shifts [channels * each,
+    taps, k, k] -> [batch, each * channels, out, out], place by place."""
+    batch, _, channels, height, width = slices.shape
+    kernel = shifts.shape[-1]
+    reach = (kernel - 1) // 2
+    maps = torch.einsum("ts,bschw->btchw", fc, slices)
+    if fc_bias is not None:
+        maps = maps + fc_bias[:, None, None, None]
+    each = len(shifts) // channels
+    rows = []
+    for y in range(0, height, stride):
+        for x in range(0, width, stride):
+            total = slices.new_zeros(batch, channels, each)
+            for i, j in itertools.product(range(kernel), repeat=2):
+                a, b = y + dilation * (i - reach), x + dilation * (j - reach)
+                if 0 <= a < height and 0 <= b < width:
+                    weight = shifts[..., i, j].unflatten(0, (channels, each))
+                    total = total + torch.einsum("cot,btc->bco", weight, maps[..., a, b])
+            total = total if grouped_order else total.transpose(1, 2)
+            total = total.flatten(1)
+            rows.append(total if bias is None else total + bias)
+    out = len(range(0, height, stride)), len(range(0, width, stride))
+    return torch.stack(rows, -1).unflatten(-1, out)

@@ -165,8 +165,9 @@ class Mixed(ImageAttention):
 
 def unit_position(height: int, width: int, like: Tensor) -> Tensor:
     """[1, 2, height, width]: column and row of each place, from -1 to 1."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     rows, columns = (
-        torch.linspace(-1, 1, n, device=like.device, dtype=torch.float32).to(like.dtype)
+        torch.linspace(-1, 1, n, device=like.device, dtype=wide).to(like.dtype)
         for n in (height, width)
     )
     return torch.stack([columns.expand(height, width), rows[:, None].expand(height, width)])[None]
