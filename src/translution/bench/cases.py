@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from ..functional import offset_mix, offset_scores
 from ..layouts import Layout
-from ..modules import AlphaTranslution1d, AlphaTranslution2d
+from ..modules import ACmix2d, AlphaTranslution1d, AlphaTranslution2d
 from .dense import dense_bytes, dense_translution
+from .unfold import unfold_acmix, unfold_bytes
 
-__all__ = ["OPERATORS", "Built", "Case", "attention"]
+__all__ = ["BESIDE", "OPERATORS", "Built", "Case"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class Case:
     dtype: torch.dtype
     relative: str = "qkv"
     rank: int = 8
+    kernel: int = 7
+    stride: int = 1
+
+    def check(self) -> None:
+        """Refuse what cannot be built, before anything runs."""
+        if self.operator != "acmix":
+            self.layout  # noqa: B018  (it checks)
+        elif len(self.grid) != 2 or self.causal:
+            raise ValueError(f"grid: got {self.grid}, acmix wants two axes, and not causal")
 
     @property
     def layout(self) -> Layout:
@@ -43,7 +54,8 @@ class Case:
     @property
     def name(self) -> str:
         grid = "×".join(map(str, self.grid)) + (" causal" if self.causal else "")
-        return f"{self.operator} {grid}, batch {self.batch}, width {self.width}"
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        return f"{self.operator} {grid}{stride}, batch {self.batch}, width {self.width}"
 
 
 @dataclass
@@ -54,7 +66,8 @@ class Built:
     leaves: list[Tensor]  # what gets a gradient
     flops: int  # of the forward pass; forward + backward counts three times as many
     bytes: int  # inputs and weights read, outputs written
-    dense: Callable[[], Tensor] | None = None
+    beside: str  # the ordinary operator that it is compared with, one of BESIDE
+    dense: Callable[[], Tensor] | None = None  # the obvious implementation that copies
     dense_bytes: Callable[..., int] | None = None  # of (backward, batch = that of the case)
 
 
@@ -86,7 +99,7 @@ def translution(case: Case, device: torch.device) -> Built:
     shared = 2 * case.batch * layout.tokens * width * width
     flops = len(case.relative) * unit + (3 - len(case.relative)) * shared
     moved = sum(t.numel() for t in (x, x, *sides)) * x.element_size()
-    built = Built(forward, [x, *sides], flops, moved)
+    built = Built(forward, [x, *sides], flops, moved, "attention")
     if case.relative == "qkv" and not case.causal:
         index = layout.index_on(device)
         built.dense = lambda: dense_translution(x, wq, wk, wv, index, heads)
@@ -111,7 +124,27 @@ def alpha(case: Case, device: torch.device) -> Built:
     flops += 2 * pairs * (2 * width + len(case.relative) * low * low + 2 * low)
     leaves = [x, *module.parameters()]
     moved = sum(t.numel() for t in (x, *leaves)) * x.element_size()
-    return Built(lambda: module(x), leaves, flops, moved)
+    return Built(lambda: module(x), leaves, flops, moved, "attention")
+
+
+def acmix(case: Case, device: torch.device) -> Built:
+    """The whole ACmix2d module. The grid is the map that comes in."""
+    width, places = case.width, math.prod(case.grid)
+    layer = ACmix2d(width, width, case.heads, case.kernel, stride=case.stride)
+    layer = layer.to(device, case.dtype)
+    x = _leaf(case.batch, width, *case.grid, case=case, device=device)
+    out = math.prod(-(-n // case.stride) for n in case.grid)
+    flops = 2 * case.batch * places * 3 * width * width
+    flops += 2 * case.batch * out * width * 2 * case.kernel**2
+    flops += 2 * case.batch * out * width * 3 * case.heads * layer.convolution.kernel_size**2
+    leaves = [x, *layer.parameters()]
+    moved = sum(t.numel() for t in (x, *leaves)) * x.element_size()
+    built = Built(lambda: layer(x), leaves, flops, moved, "convolution")
+    built.dense = lambda: unfold_acmix(layer, x)
+    built.dense_bytes = lambda backward, batch=case.batch: unfold_bytes(
+        batch, width, out, case.kernel**2, backward, x.element_size()
+    )
+    return built
 
 
 def attention(case: Case, device: torch.device) -> Built:
@@ -128,11 +161,26 @@ def attention(case: Case, device: torch.device) -> Built:
 
     flops = 2 * case.batch * (layout.tokens * 3 * width * width + case.pairs * 2 * width)
     moved = sum(t.numel() for t in (x, x, weight)) * x.element_size()
-    return Built(forward, [x, weight], flops, moved)
+    return Built(forward, [x, weight], flops, moved, "attention")
 
 
+def convolution(case: Case, device: torch.device) -> Built:
+    """A 3×3 convolution of the same map."""
+    width = case.width
+    x = _leaf(case.batch, width, *case.grid, case=case, device=device)
+    weight = _leaf(width, width, 3, 3, case=case, device=device, scale=(9 * width) ** -0.5)
+    out = math.prod(-(-n // case.stride) for n in case.grid)
+    flops = 2 * case.batch * out * 9 * width * width
+    moved = sum(t.numel() for t in (x, x, weight)) * x.element_size()
+    return Built(
+        lambda: F.conv2d(x, weight, None, case.stride, 1), [x, weight], flops, moved, "convolution"
+    )
+
+
+BESIDE = {"attention": attention, "convolution": convolution}
 OPERATORS: dict[str, Callable[[Case, torch.device], Built]] = {
     "translution": translution,
     "alpha": alpha,
+    "acmix": acmix,
     "attention": attention,
 }

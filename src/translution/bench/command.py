@@ -26,31 +26,39 @@ __all__ = ["bench", "parse_grid"]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES["float64"] = torch.float64
-# grid: batches
-DEFAULTS: dict[tuple[int, ...], tuple[int, ...]] = {(7, 7): (16, 64)}
-OTHERS = (8,)
+# operator: (grid, width, batches) where they are not given
+SHAPES: dict[str, list[tuple[str, int, str]]] = {
+    "acmix": [("56x56", 64, "8"), ("28x28", 128, "8"), ("14x14", 256, "8"), ("7x7", 512, "8")],
+}
+OTHER_SHAPES = [
+    ("7x7", 192, "16,64"), ("7x7", 384, "16,64"), ("14x14", 192, "8"), ("14x14", 384, "8"),
+]  # fmt: skip
 # what has to agree for two rows to be the same measurement
 SAME = (
     "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
-    "device", "backward",
+    "kernel", "stride", "device", "backward",
 )  # fmt: skip
 
 
 def bench(
-    grid: Annotated[str, typer.Option(help="7x7,14x14; 256 is 1-D.")] = "7x7,14x14",
-    width: Annotated[str, typer.Option(help="Channels, such as 192,384.")] = "192,384",
-    batch: Annotated[
-        str, typer.Option(help="Such as 16,64; default 16,64 for 7x7, 8 for others.")
+    grid: Annotated[
+        str, typer.Option(help="Such as 7x7,14x14; 256 is 1-D. Default by operator.")
     ] = "",
-    heads: Annotated[int, typer.Option(help="0: width / 64.")] = 0,
+    width: Annotated[str, typer.Option(help="Channels, such as 192,384.")] = "",
+    batch: Annotated[str, typer.Option(help="Such as 16,64.")] = "",
+    heads: Annotated[int, typer.Option(help="0: width / 64; 4 of acmix.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     operator: Annotated[str, typer.Option(help=f"{', '.join(OPERATORS)}.")] = "translution",
     relative: Annotated[str, typer.Option(help="Which of qkv have tables.")] = "qkv",
     rank: Annotated[int, typer.Option(help="Of alpha.")] = 8,
+    kernel: Annotated[int, typer.Option(help="Of acmix's attention, odd.")] = 7,
+    stride: Annotated[int, typer.Option(help="Of acmix.")] = 1,
     causal: Annotated[bool, typer.Option(help="1-D: only keys at or before.")] = False,
-    dense: Annotated[bool, typer.Option(help="Also a dense gather, at a batch that fits.")] = True,
-    dense_limit: Annotated[float, typer.Option(help="GB the dense gather may take.")] = 8.0,
+    dense: Annotated[
+        bool, typer.Option(help="Also the dense gather (acmix: unfold), at a batch that fits.")
+    ] = True,
+    dense_limit: Annotated[float, typer.Option(help="GB that may take.")] = 8.0,
     repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 3,
     threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
     json_file: Annotated[
@@ -65,7 +73,9 @@ def bench(
     projections and scaled_dot_product_attention on the same tokens. Memory is the peak during the
     call beyond what was there before it; gradients count, as they are made there. The dense gather
     makes a matrix for every pair and sample; where that does not fit at the batch of the row, both
-    are compared at a smaller one, and the bytes it would take are told.
+    are compared at a smaller one, and the bytes it would take are told. The operator acmix has a
+    3x3 convolution beside it instead of attention, and for the dense gather an implementation that
+    unfolds keys and values to a copy per neighbour.
     """
     choose("dtype", dtype, list(DTYPES))
     choose("operator", operator, list(OPERATORS))
@@ -74,6 +84,8 @@ def bench(
         "repeats": (repeats, 1),
         "rank": (rank, 1),
         "heads": (heads, 0),
+        "kernel": (kernel, 1),
+        "stride": (stride, 1),
         "threads": (threads, 0),
     }
     for name, (value, want) in least.items():
@@ -89,14 +101,16 @@ def bench(
     where = torch.device(_device(device))
     earlier = _earlier(against)
     cases = []
-    for shape in map(parse_grid, grid.split(",")):
-        for w in _ints("width", width):
-            for b in _ints("batch", batch) if batch else DEFAULTS.get(shape, OTHERS):
-                n = heads or max(1, w // 64)
-                if w % n:
-                    raise ValueError(f"heads: got {n}, want a divisor of width {w}")
-                cases.append(Case(operator, shape, causal, w, n, b, DTYPES[dtype], relative, rank))
-                cases[-1].layout  # noqa: B018  (bad shapes are refused before anything runs)
+    for shape, w, b in _shapes(operator, grid, width, batch):
+        n = heads or (4 if operator == "acmix" else max(1, w // 64))
+        if w % n:
+            raise ValueError(f"heads: got {n}, want a divisor of width {w}")
+        cases.append(
+            Case(
+                operator, shape, causal, w, n, b, DTYPES[dtype], relative, rank, kernel, stride
+            )
+        )  # fmt: skip
+        cases[-1].check()
     console = Console()
     about = {**machine(where.type), "commit": _commit()}
     console.print(f"{_told(about)}, {dtype}, {datetime.date.today()}", highlight=False)
@@ -122,26 +136,44 @@ def bench(
         console.print(f"written to {json_file}")
 
 
+def _shapes(
+    operator: str, grid: str, width: str, batch: str
+) -> list[tuple[tuple[int, ...], int, int]]:
+    """(grid, width, batch) of each case: what is given, and the operator's own for the rest."""
+    own = [(parse_grid(g), w, b) for g, w, b in SHAPES.get(operator, OTHER_SHAPES)]
+    grids = [parse_grid(g) for g in grid.split(",")] if grid else list(dict(g[::2] for g in own))
+    widths = _ints("width", width) if width else []
+    found = []
+    for shape in grids:
+        known = [(w, b) for g, w, b in own if g == shape] or [(own[0][1], "8")]
+        for w in widths or [w for w, _ in known]:
+            found += [(shape, w, n) for n in _ints("batch", batch or known[0][1])]
+    return found
+
+
 def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
     """The rows for the screen."""
     before = {_same(row): row for row in earlier}
     dense = any("dense_bytes_by_shape" in row for row in rows)
+    beside = {"attention": "self-attention", "convolution": "a 3×3 convolution"}[rows[0]["beside"]]
+    short = rows[0]["beside"][:4] + "."
+    twin = "unfold" if rows[0]["operator"] == "acmix" else "dense"
     shown = Table(
         box=None, header_style="bold", title=rows[0]["operator"], title_justify="left",
         pad_edge=False, collapse_padding=True, caption_justify="left",
-        caption="share: of the matmul rate. MB: peak. × att.: time over self-attention's.",
+        caption=f"share: of the matmul rate. MB: peak. × {short}: time over {beside}'s.",
     )  # fmt: skip
     columns = ["grid", "width", "batch", "pass", "ms", "share", "MB"]
-    columns += ["× att."] + ["dense"] * dense + ["÷ earlier"] * bool(earlier)
+    columns += [f"× {short}"] + [twin] * dense + ["÷ earlier"] * bool(earlier)
     for name in columns:
-        left = name in ("grid", "pass", "dense")
-        shown.add_column(name, justify="left" if left else "right", no_wrap=name != "dense")
+        left = name in ("grid", "pass", twin)
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != twin)
     for row in rows:
         taken, peak = row["seconds"], row["peak_bytes"]
         cells = ["×".join(map(str, row["grid"])), str(row["width"]), str(row["batch"])]
         cells += ["both" if row["backward"] else "forward", f"{taken * 1e3:.1f}"]
         cells += [f"{row['matmul_share']:.2f}", "" if peak is None else f"{peak / 1e6:.0f}"]
-        cells += [f"{taken / row['attention_seconds']:.1f}"]
+        cells += [f"{taken / row['beside_seconds']:.1f}"]
         if dense:
             cells.append(_dense_cell(row))
         if earlier:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..measuring import matmul_rate, peak_bytes, seconds
-from .cases import OPERATORS, Built, Case, attention
+from .cases import BESIDE, OPERATORS, Built, Case
 
 __all__ = ["Measured", "measure", "measure_dense", "step"]
 
@@ -30,10 +30,10 @@ def measure(
     dense_limit: float = 0.0,
     done: Measured | None = None,
 ) -> dict[str, Any]:
-    """Times, rates, memory and ratios. `dense_limit`: bytes the dense gather may take, 0 is none.
+    """Times, rates, memory and ratios. `dense_limit`: bytes its obvious twin may take, 0 is none.
 
-    Where the batch of the case does not fit, the dense gather is compared at the largest half,
-    quarter, ... that does; `done` spares measuring the same comparison twice.
+    Where the batch of the case does not fit, the twin (a dense gather, an unfold) is compared at
+    the largest half, quarter, ... that does; `done` spares measuring the same comparison twice.
     """
     built = OPERATORS[case.operator](case, device)
     call = step(built.forward, built.leaves, backward)
@@ -53,6 +53,8 @@ def measure(
         "dtype": str(case.dtype).removeprefix("torch."),
         "relative": case.relative,
         "rank": case.rank if case.operator == "alpha" else None,
+        "kernel": case.kernel if case.operator == "acmix" else None,
+        "stride": case.stride,
         "device": device.type,
         "backward": backward,
         "seconds": taken,
@@ -62,10 +64,11 @@ def measure(
         "matmul_share": flops / taken / rate,
         "peak_bytes": _peak(call, device),
     }
-    plain = attention(case, device)
+    row["beside"] = built.beside
+    plain = BESIDE[built.beside](case, device)
     plain_call = step(plain.forward, plain.leaves, backward)
-    row["attention_seconds"] = seconds(plain_call, device, repeats)
-    row["attention_peak_bytes"] = _peak(plain_call, device)
+    row["beside_seconds"] = seconds(plain_call, device, repeats)
+    row["beside_peak_bytes"] = _peak(plain_call, device)
     if built.dense_bytes is not None:
         row["dense_bytes_by_shape"] = built.dense_bytes(backward)
         del built, call, plain, plain_call
