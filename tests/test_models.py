@@ -8,7 +8,7 @@ import torch
 
 import translution
 from translution import create_model, gpt, list_models, vit
-from translution.models.blocks import MIXERS
+from translution.models.blocks import IMAGE_MIXERS, MIXERS
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "head_dim": 8}
 
@@ -24,7 +24,7 @@ def tiny_gpt(mixer, **more):
 MODELS = {f"vit {mixer}": (lambda m=mixer: tiny_vit(m)) for mixer in MIXERS}
 MODELS |= {f"vit {m} mean": (lambda m=m: tiny_vit(m, pool="mean")) for m in MIXERS}
 MODELS |= {f"vit {m} hybrid": (lambda m=m: tiny_vit(m, relative_layers=1)) for m in MIXERS}
-MODELS |= {f"gpt {m}": (lambda m=m: tiny_gpt(m)) for m in MIXERS if m != "convolution"}
+MODELS |= {f"gpt {m}": (lambda m=m: tiny_gpt(m)) for m in MIXERS if m not in IMAGE_MIXERS}
 MODELS |= {
     f"gpt {m} hybrid": (lambda m=m: tiny_gpt(m, relative_layers=1))
     for m in ("translution", "alpha")
@@ -79,7 +79,7 @@ def test_no_gpt_sees_the_future(name):
         assert (moved[t:] > 0).all(), "each later token does see it"
 
 
-@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "convolution"])
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in IMAGE_MIXERS])
 def test_a_shorter_text_is_a_prefix(mixer):
     model = tiny_gpt(mixer).double()
     ids = torch.randint(0, 11, (2, 9))
@@ -142,7 +142,7 @@ def test_published_parameter_counts_gpt(context, qkv, alpha, attention):
 def test_names():
     names = list_models()
     assert names == sorted(names)
-    assert len(names) == 5 * (6 * 3 + 5)
+    assert len(names) == 5 * (7 * 3 + 5) + 2 * (3 + 3 + 2 + 2)
     assert list_models("alpha_gpt_*") == [
         f"alpha_gpt_{size}" for size in ("base", "large", "mini", "small", "tiny")
     ]
@@ -156,7 +156,7 @@ def test_names():
 def test_every_name_builds():
     with torch.device("meta"):
         for name in list_models():
-            if "tiny" in name or name.startswith("alpha"):
+            if not name.startswith("translution") or "tiny" in name:
                 assert count(create_model(name)) > 1
 
 
@@ -208,6 +208,7 @@ def test_golden_loss_curve(kind):
         (lambda: tiny_vit("convolution", pool="cls"), "mixer: 'convolution' mixes images without"),
         (lambda: tiny_vit("alpha", relative_layers=3), "relative_layers: got 3, want 0 to depth 2"),
         (lambda: gpt(mixer="convolution"), "mixer: got 'convolution'"),
+        (lambda: gpt(mixer="acmix"), "mixer: got 'acmix'"),
         (lambda: tiny_gpt("alpha", context=0), "context"),
         (lambda: tiny_gpt("attention")(torch.zeros(1, 10, dtype=torch.int64)), "ids: got 10"),
         (lambda: tiny_gpt("attention")(torch.zeros(1, 10)), "ids: got torch.float32"),

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "backends": {"layouts"},
     "neighborhoods": set(),
     "functional": {"layouts", "neighborhoods", "backends"},
-    "modules": {"layouts", "functional"},
+    "modules": {"layouts", "neighborhoods", "functional"},
     "models": {"modules"},
     "measuring": {"layouts", "functional"},
     "files": set(),

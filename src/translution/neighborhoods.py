@@ -26,7 +26,7 @@ kernels of 7: see docs/performance.md."""
 
 def pair(name: str, value: Sizes, least: int = 1) -> tuple[int, int]:
     """(rows, columns) of an int or two of them."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
+    both = tuple(value) if isinstance(value, Sequence) else (value, value)
     fine = len(both) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in both)
     if not fine or min(both) < least:
         raise ValueError(f"{name}: got {value!r}, want an int of at least {least}, or two of them")

@@ -104,8 +104,22 @@ def convolution_by_shifts(
         weight: [out channels, in channels / groups, kernel rows, kernel columns].
         bias: [out channels].
         stride, padding, dilation, groups: as in conv2d.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
     """
-    out, _, rows, columns = weight.shape
+    if weight.ndim != 4:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, want (out channels, in channels / groups, "
+            "rows, columns)"
+        )
+    out, inner, rows, columns = weight.shape
+    if groups < 1 or out % groups:
+        raise ValueError(f"groups: got {groups}, want a divisor of the {out} out channels")
+    if x.ndim != 4 or x.shape[1] != groups * inner:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, want (batch, {groups * inner}, height, width)"
+        )
     # one 1×1 convolution for all taps; the groups stay outermost
     taps = weight.reshape(groups, out // groups, -1, rows * columns)
     stacked = taps.permute(0, 3, 1, 2).reshape(out * rows * columns, -1, 1, 1)

@@ -54,7 +54,7 @@ def neighborhood_attention(
                 f"{name}: got {x.dtype} of shape {tuple(x.shape)}, want {query.dtype} of shape "
                 "(batch, heads, height, width, channels)"
             )
-    area = Neighborhood.of(_size(key.shape[2:4]), kernel_size, stride, dilation)
+    area = Neighborhood.of(_size("key", key.shape[2:4]), kernel_size, stride, dilation)
     want = (*key.shape[:2], *area.out, key.shape[4])
     if query.shape != want:
         raise ValueError(f"query: got shape {tuple(query.shape)}, want {tuple(want)}")
@@ -89,7 +89,7 @@ def neighborhood_mix(
             f"value: got {value.dtype} of shape {tuple(value.shape)}, want floating point of shape "
             "(batch, channels, height, width)"
         )
-    area = Neighborhood.of(_size(value.shape[2:]), kernel_size, stride, dilation)
+    area = Neighborhood.of(_size("value", value.shape[2:]), kernel_size, stride, dilation)
     groups = weights.shape[1] if weights.ndim == 5 else 0
     want = (value.shape[0], groups, area.taps, *area.out)
     if weights.shape != want or weights.dtype != value.dtype:
@@ -106,11 +106,11 @@ def neighborhood_mix(
     )
 
 
-def _size(shape: torch.Size) -> tuple[int, int]:
+def _size(name: str, shape: torch.Size) -> tuple[int, int]:
     """A map is made for sizes that are numbers: tracing specialises on them here."""
     height, width = (int(n) for n in shape)
     if min(height, width) < 1:
-        raise ValueError(f"key: got a map of {height}×{width}, want at least 1×1")
+        raise ValueError(f"{name}: got a map of {height}×{width}, want at least 1×1")
     return height, width
 
 

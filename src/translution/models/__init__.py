@@ -1,17 +1,35 @@
 """Models made of the modules, each read top to bottom in one file."""
 
+from .backbone import Backbone
 from .gpt import GPT, GPTConfig, gpt
+from .pvt import PVT, PVTConfig, pvt
 from .registry import create_model, list_models, register_model
+from .resnet import ResNet, ResNetConfig, resnet
+from .san import SAN, SANConfig, san
+from .swin import Swin, SwinConfig, swin
 from .vit import ViT, ViTConfig, vit
 
 __all__ = [
     "GPT",
+    "PVT",
+    "SAN",
+    "Backbone",
     "GPTConfig",
+    "PVTConfig",
+    "ResNet",
+    "ResNetConfig",
+    "SANConfig",
+    "Swin",
+    "SwinConfig",
     "ViT",
     "ViTConfig",
     "create_model",
     "gpt",
     "list_models",
+    "pvt",
     "register_model",
+    "resnet",
+    "san",
+    "swin",
     "vit",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "ChannelNorm", "DropPath", "drop_rates", "truncated"]
 
 
 class Backbone(nn.Module):
@@ -33,8 +34,11 @@ class Backbone(nn.Module):
                 f"image: got shape {tuple(image.shape)}, want (batch, {self.in_channels}, height, "
                 "width)"
             )
-        maps = self.feature_maps(image)
-        return maps if self.features_only else self.classify(maps[-1])
+        return self.feature_maps(image) if self.features_only else self.logits(image)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Without `features_only`: from the last map, unless a model has more than its maps."""
+        return self.classify(self.feature_maps(image)[-1])
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """The maps at the four strides."""
@@ -43,3 +47,44 @@ class Backbone(nn.Module):
     def classify(self, last: Tensor) -> Tensor:
         """Logits from the last map."""
         raise NotImplementedError
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each place: [batch, channels, height, width] in and out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """In training, zeros a residual branch for a random `rate` of the samples and scales the
+    others up (stochastic depth)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_path: got {rate}, want at least 0 and less than 1")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < keep
+        return x * (kept.to(x.dtype) / keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate:.3g}"
+
+
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Rates of `DropPath` for the blocks of a model: from 0 to `last`, linearly."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def truncated(*layers: nn.Module) -> None:
+    """Start these layers as transformers of images do: normal weights of 0.02, no biases."""
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -16,8 +16,18 @@ from ..modules.attention import (
     Translution2d,
 )
 from ..modules.convolution import Convolution2d
+from ..modules.reduced import ReducedACmix2d
 
-__all__ = ["MIXERS", "SIZES", "Block", "Mixing", "Size", "choose", "mixers_of_layers"]
+__all__ = [
+    "IMAGE_MIXERS",
+    "MIXERS",
+    "SIZES",
+    "Block",
+    "Mixing",
+    "Size",
+    "choose",
+    "mixers_of_layers",
+]
 
 # Mixers, and whether the model adds a learned absolute position to its tokens.
 MIXERS = {
@@ -25,9 +35,12 @@ MIXERS = {
     "rotary": False,
     "bias": False,
     "convolution": False,
+    "acmix": True,
     "translution": False,
     "alpha": False,
 }
+# Those that mix images only.
+IMAGE_MIXERS = ("convolution", "acmix")
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Mixing:
     mixer: one of `MIXERS`. relative: which of "qkv" have tables. relative_layers: only the first so
     many blocks use the mixer, those after it attention (rotary on images, plain on text); None is
     all. rank: of α's branch, per head. window, dilation, buckets, init: as in Translution.
-    kernel_size: of the mixer "convolution".
+    kernel_size: of the mixers "convolution" and "acmix" (whose attention is global).
     """
 
     mixer: str = "translution"
@@ -88,10 +101,17 @@ class Mixing:
         prefix_queries: bool = False,
     ) -> nn.Module:
         """The token mixer of one block. Causality and geometry go to every mixer from here."""
+        if mixer in IMAGE_MIXERS and causal:
+            raise ValueError(f"mixer: {mixer!r} mixes images only")
         if mixer == "convolution":
-            if prefix or causal:
+            if prefix:
                 raise ValueError("mixer: 'convolution' mixes images without a class token only")
             return Convolution2d(dim, grid, self.kernel_size)
+        if mixer == "acmix":
+            return ReducedACmix2d(
+                dim, grid, heads, head_dim=head_dim, conv_kernel=self.kernel_size, prefix=prefix,
+                prefix_queries=prefix_queries, dropout=self.dropout,
+            )  # fmt: skip
         keywords: dict[str, Any] = {
             "heads": heads,
             "head_dim": head_dim,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
+from .blocks import IMAGE_MIXERS, MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
 from .vit import configure
 
 __all__ = ["GPT", "GPTConfig", "gpt"]
@@ -28,7 +28,7 @@ class GPTConfig(Mixing):
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        choose("mixer", self.mixer, [name for name in MIXERS if name != "convolution"])
+        choose("mixer", self.mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
         for name in ("context", "vocab_size", "dim", "depth", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")

@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import MIXERS, SIZES
+from .blocks import IMAGE_MIXERS, MIXERS, SIZES
 from .gpt import gpt
+from .pvt import PVTS, pvt
 from .resnet import RESNETS, resnet
+from .san import SANS, san
+from .swin import SWINS, swin
 from .vit import vit
 
 __all__ = ["create_model", "list_models", "register_model"]
@@ -52,8 +55,16 @@ for _mixer in MIXERS:
                 f"{_mixer}_vit_{_size}_patch{_patch}_224", vit,
                 size=_size, mixer=_mixer, image_size=224, patch_size=_patch,
             )  # fmt: skip
-        if _mixer != "convolution":
+        if _mixer not in IMAGE_MIXERS:
             register_model(f"{_mixer}_gpt_{_size}", gpt, size=_size, mixer=_mixer, context=1024)
-for _size in RESNETS:
-    register_model(f"acmix_resnet{_size}", resnet, size=_size, mixer="acmix")
-    register_model(f"resnet{_size}", resnet, size=_size, mixer="convolution")
+# The backbones of ACmix, and their parents with what ACmix replaces in them.
+_BACKBONES: dict[str, tuple[Callable[..., nn.Module], list[str], str]] = {
+    "resnet{}": (resnet, list(RESNETS), "convolution"),
+    "san{}": (san, list(SANS), "attention"),
+    "pvt_{}": (pvt, list(PVTS), "attention"),
+    "swin_{}": (swin, list(SWINS), "attention"),
+}
+for _name, (_make, _sizes, _parent) in _BACKBONES.items():
+    for _size in _sizes:
+        register_model(_name.format(_size), _make, size=_size, mixer=_parent)
+        register_model("acmix_" + _name.format(_size), _make, size=_size, mixer="acmix")

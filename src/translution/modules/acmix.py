@@ -90,16 +90,31 @@ class ConvolutionPath(nn.Module):
         at_once = slices * self.each * taps
         self.at_once = learned and at_once <= slices * taps + taps * self.each * taps
 
-    def forward(self, *maps: Tensor) -> Tensor:
+    def forward(self, *maps: Tensor, coarse: tuple[Tensor, ...] = (), factor: int = 1) -> Tensor:
         """Maps [batch, slices of its own · channels, height, width], all slices together `slices`
-        -> [batch, out_channels, out height, out width]."""
-        if self.shifts is None:
-            y = self._summed(self._slices(maps))
+        -> [batch, out_channels, out height, out width].
+
+        `coarse` are the maps of the last slices where these are `factor` times smaller (rounded
+        up): each of their places stands for factor × factor places (nearest upsampling).
+        """
+        if self.shifts is not None and self.at_once:
+            size = maps[0].shape[2:]
+            maps += tuple(repeated(m, factor, 2)[..., : size[0], : size[1]] for m in coarse)
+            y = self._convolved_at_once(self._slices(maps), self.shifts)
+        elif self.shifts is not None:
+            mapped = self._mapped(maps, coarse, factor).flatten(3).permute(0, 3, 1, 2)
+            shifts = self.shifts.to(mapped.dtype)
+            y = F.conv2d(mapped, shifts, None, *self._along(), groups=self.channels)
         else:
-            y = self._convolved(self._slices(maps), self.shifts)
+            mapped = self._mapped(maps, coarse, factor).permute(0, 4, 3, 1, 2)
+            y = shift_and_sum(mapped, self.kernel_size, self.stride, dilation=self.dilation)
+            y = y.repeat_interleave(self.each, 1)
         if not self.grouped_order and self.each > 1:
             y = y.unflatten(1, (self.channels, self.each)).transpose(1, 2).flatten(1, 2)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def _along(self) -> tuple[int, int, int]:
+        return self.stride, self.dilation * (self.kernel_size - 1) // 2, self.dilation
 
     def _slices(self, maps: tuple[Tensor, ...]) -> Tensor:
         """[batch, height, width, channels, slices]: a group's inputs beside each other."""
@@ -107,27 +122,28 @@ class ConvolutionPath(nn.Module):
             [m.unflatten(1, (-1, self.channels)).permute(0, 3, 4, 2, 1) for m in maps], -1
         )
 
-    def _summed(self, x: Tensor) -> Tensor:
-        maps = self.fc(x).permute(0, 4, 3, 1, 2)
-        y = shift_and_sum(maps, self.kernel_size, self.stride, dilation=self.dilation)
-        return y.repeat_interleave(self.each, 1)
+    def _mapped(self, maps: tuple[Tensor, ...], coarse: tuple[Tensor, ...], factor: int) -> Tensor:
+        """[batch, height, width, channels, taps]: through `fc`, a map per tap."""
+        x = self._slices(maps)
+        if not coarse:
+            return self.fc(x)
+        # fc is linear: what it does to the coarse slices is computed before they are upsampled
+        fine = x.shape[-1]
+        y = F.linear(x, self.fc.weight[:, :fine], self.fc.bias)
+        z = F.linear(self._slices(coarse), self.fc.weight[:, fine:])
+        return y + repeated(z, factor, 1)[:, : x.shape[1], : x.shape[2]]
 
-    def _convolved(self, x: Tensor, shifts: Tensor) -> Tensor:
-        padding = self.dilation * (self.kernel_size - 1) // 2
-        along = (self.stride, padding, self.dilation)
-        if not self.at_once:
-            maps = self.fc(x).flatten(3).permute(0, 3, 1, 2)
-            return F.conv2d(maps, shifts.to(maps.dtype), None, *along, groups=self.channels)
+    def _convolved_at_once(self, x: Tensor, shifts: Tensor) -> Tensor:
         # autocast would round the product of two weights as well: fold in their own dtype
         weight = torch.einsum("otij,ts->osij", shifts, self.fc.weight.to(shifts.dtype))
         folded = x.flatten(3).permute(0, 3, 1, 2)
-        y = F.conv2d(folded, weight.to(x.dtype), None, *along, groups=self.channels)
+        y = F.conv2d(folded, weight.to(x.dtype), None, *self._along(), groups=self.channels)
         if self.fc.bias is None:
             return y
         # a constant map of each tap's bias, with zeros coming in at the borders
         ones = x.new_ones(1, 1, *x.shape[1:3])
         constant = torch.einsum("otij,t->oij", shifts, self.fc.bias.to(shifts.dtype))[:, None]
-        return y + F.conv2d(ones, constant.to(x.dtype), None, *along)
+        return y + F.conv2d(ones, constant.to(x.dtype), None, *self._along())
 
     def extra_repr(self) -> str:
         return (
@@ -161,6 +177,17 @@ class Mixed(ImageAttention):
 
     def convolve(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.convolution(query, key, value)
+
+
+def filled(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros below and to the right, up to a multiple of so many rows and columns."""
+    more = -x.shape[2] % rows, -x.shape[3] % columns
+    return F.pad(x, (0, more[1], 0, more[0])) if any(more) else x
+
+
+def repeated(x: Tensor, factor: int, axis: int) -> Tensor:
+    """Each place factor × factor times, on `axis` and the one after it."""
+    return x.repeat_interleave(factor, axis).repeat_interleave(factor, axis + 1)
 
 
 def unit_position(height: int, width: int, like: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""Attention of all tokens over a spatially reduced grid (PVT), or over all, and its ACmix."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .acmix import ConvolutionPath, filled
+
+__all__ = ["ReducedACmix2d", "ReducedAttention2d"]
+
+
+class ReducedAttention2d(nn.Module):
+    """Attention whose keys and values come from a grid made `reduction` times coarser.
+
+    A convolution of size and stride `reduction`, and a layer norm, turn reduction² tokens into one
+    before they are projected to a key and a value (pyramid vision transformer, section 3.3, "SRA").
+    A size that the reduction does not divide is filled up with zeros: the coarse grid is rounded
+    up. With reduction 1 it is ordinary self-attention.
+
+    Args:
+        dim: channels of a token.
+        grid: rows and columns of the default grid of `forward` (an int for both).
+        heads, head_dim: head_dim is dim / heads unless given.
+        reduction: tokens per axis that become one key.
+        prefix: tokens without a place, before the grid. They have no place in a coarser grid
+            either, so only with reduction 1.
+        prefix_queries: only the prefix tokens ask (the last layer before a class token is read).
+        dropout: of the attention weights.
+        bias: on the query, key and value projections.
+
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj: nn.Linear.
+        reduce, norm: the convolution and the nn.LayerNorm, with a reduction above 1.
+
+    Shapes:
+        tokens [batch, prefix + rows · columns, dim], the grid row-major -> the same; with
+        `prefix_queries` [batch, prefix, dim].
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: int | Sequence[int],
+        heads: int = 8,
+        reduction: int = 1,
+        head_dim: int | None = None,
+        prefix: int = 0,
+        prefix_queries: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("dim", dim, 1), ("heads", heads, 1), ("reduction", reduction, 1),
+            ("prefix", prefix, 0), ("head_dim", 1 if head_dim is None else head_dim, 1),
+        ):  # fmt: skip
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: got {value!r}, want an int of at least {least}")
+        if head_dim is None and dim % heads:
+            raise ValueError(f"heads: got {heads}, want a divisor of dim {dim} (or give head_dim)")
+        if prefix and reduction > 1:
+            raise ValueError(f"prefix: got {prefix}, want 0 with a reduction of {reduction}")
+        if prefix_queries and not prefix:
+            raise ValueError("prefix_queries: got True, want False without prefix tokens")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: got {dropout}, want at least 0 and less than 1")
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
+        self.grid = _grid(grid)
+        self.reduction, self.prefix, self.prefix_queries = reduction, prefix, prefix_queries
+        self.dropout = dropout
+        inner = self.heads * self.head_dim
+        # the keys' bias is the same for all keys and cancels in the softmax: without a convolution
+        # path its gradient is zero
+        self.q_proj = nn.Linear(dim, inner, bias=bias)
+        self.k_proj = nn.Linear(dim, inner, bias=bias)
+        self.v_proj = nn.Linear(dim, inner, bias=bias)
+        self.o_proj = nn.Linear(inner, dim)
+        if reduction > 1:
+            self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Mix the tokens x, on the grid that the layer was made for or another one."""
+        return self.attend(*self.project(x, self._checked(x, grid)))
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [batch, queries, inner], keys and values [batch, keys, inner]; inner =
+        heads · head_dim."""
+        query, source = x[:, : self.prefix] if self.prefix_queries else x, x
+        if self.reduction > 1:
+            image = x.transpose(1, 2).unflatten(2, grid)
+            source = self.reduce(filled(image, self.reduction, self.reduction))
+            source = self.norm(source.flatten(2).transpose(1, 2))
+        return self.q_proj(query), self.k_proj(source), self.v_proj(source)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The attention's answer, through the output projection."""
+        q, k, v = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _checked(self, x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
+        height, width = self.grid if grid is None else _grid(grid)
+        tokens = self.prefix + height * width
+        fits = x.ndim == 3 and x.shape[1] == tokens and x.shape[2] == self.dim
+        if not fits or not x.dtype.is_floating_point:
+            also = f" after {self.prefix} prefix tokens" if self.prefix else ""
+            raise ValueError(
+                f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape (batch, "
+                f"{tokens}, {self.dim}) for the grid {(height, width)}{also} (another grid is "
+                "given as grid=)"
+            )
+        return height, width
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, grid={self.grid}, heads={self.heads}, head_dim={self.head_dim}, "
+            f"reduction={self.reduction}, prefix={self.prefix}, "
+            f"prefix_queries={self.prefix_queries}"
+        )
+
+
+def _grid(grid: int | Sequence[int]) -> tuple[int, int]:
+    sizes = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    # attention on a grid is made for sizes that are numbers: tracing specialises on them here
+    if len(sizes) == 2 and all(hasattr(n, "__index__") for n in sizes):
+        height, width = (operator.index(n) for n in sizes)
+        if height >= 1 and width >= 1:
+            return height, width
+    raise ValueError(f"grid: got {grid!r}, want two ints of at least 1 (or one for both)")
+
+
+class ReducedACmix2d(ReducedAttention2d):
+    """Spatially reduced attention and a convolution, from the same q, k and v: PVT's ACmix.
+
+    y = α · o_proj(attention) + β · convolution (ACmix, section 4). The authors name PVT as a
+    backbone and released no code for it, so how the two meet is inferred here: of the designs
+    that were counted, this one comes closest to the paper's parameters and multiply-adds. The
+    queries stand at every place of the grid and the keys and values on the coarser one; the
+    convolution's maps per tap are made from each where it is, and those of keys and values then
+    brought to every place by nearest upsampling, cut to the grid's size. As in the authors' Swin,
+    fc has a bias and the output projection is on the attention's path only. Prefix tokens have no
+    place: the convolution gives them zero. With `prefix_queries` there is no convolution at all
+    (`beta` and `convolution` are None), for nothing would read it.
+
+    Args:
+        dim, grid, heads, reduction, prefix, prefix_queries, dropout: as in ReducedAttention2d.
+        head_dim: a divisor of dim; dim / heads unless given.
+        conv_kernel: size of the convolution's kernel, odd.
+        bias: on the query, key and value projections and on the convolution.
+        learned_shifts: whether the convolution's shifts may become other kernels; if not, fc has
+            no bias.
+
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj, reduce, norm: as in ReducedAttention2d.
+        convolution: `ConvolutionPath`.
+        alpha, beta: scalars that start at one half.
+
+    Shapes:
+        tokens [batch, prefix + rows · columns, dim], the grid row-major -> the same; with
+        `prefix_queries` [batch, prefix, dim].
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
+    """
+
+    convolution: ConvolutionPath | None
+    beta: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        grid: int | Sequence[int],
+        heads: int = 8,
+        reduction: int = 1,
+        head_dim: int | None = None,
+        conv_kernel: int = 3,
+        prefix: int = 0,
+        prefix_queries: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        learned_shifts: bool = True,
+    ):
+        super().__init__(
+            dim, grid, heads, reduction, head_dim, prefix, prefix_queries, dropout, bias
+        )
+        if dim % self.head_dim:
+            raise ValueError(f"head_dim: got {head_dim}, want a divisor of dim {dim}")
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.beta = self.convolution = None
+        if not prefix_queries:
+            self.beta = nn.Parameter(torch.tensor(0.5))
+            # fc's bias through shifts that are not learned is one number for all channels, which
+            # the layer norm after it takes away
+            self.convolution = ConvolutionPath(
+                3 * heads, self.head_dim, dim, conv_kernel,
+                bias=bias, fc_bias=learned_shifts, learned=learned_shifts,
+            )  # fmt: skip
+
+    def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Mix the tokens x, on the grid that the layer was made for or another one."""
+        sizes = self._checked(x, grid)
+        maps = self.project(x, sizes)
+        y = self.alpha * self.attend(*maps)
+        if self.convolution is None:
+            return y
+        z = self.convolve(self.convolution, sizes, *maps)
+        return y + self.beta * F.pad(z, (0, 0, self.prefix, 0))
+
+    def convolve(
+        self,
+        path: ConvolutionPath,
+        grid: tuple[int, int],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """The convolution path [batch, rows · columns, dim] from the tokens of `project`."""
+        small = (-(-grid[0] // self.reduction), -(-grid[1] // self.reduction))
+        q, k, v = (
+            m[:, self.prefix :].transpose(1, 2).unflatten(2, size)
+            for m, size in ((query, grid), (key, small), (value, small))
+        )
+        if self.reduction == 1:
+            return path(q, k, v).flatten(2).transpose(1, 2)
+        return path(q, coarse=(k, v), factor=self.reduction).flatten(2).transpose(1, 2)
