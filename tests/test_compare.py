@@ -249,7 +249,9 @@ def test_viewer_data(finished):
 # -- measurements --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixer", ["attention", "bias", "alpha", "translution", "convolution"])
+@pytest.mark.parametrize(
+    "mixer", ["attention", "bias", "alpha", "translution", "convolution", "acmix"]
+)
 def test_attention_maps_are_those_of_the_model(mixer):
     model = tiny(mixers=(mixer,)).resolved().model(mixer).eval()
     maps = attention_maps(model, torch.rand(1, 12, 12))

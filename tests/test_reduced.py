@@ -237,3 +237,12 @@ def test_compiles(heads):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_weights_are_those_that_attend_uses(reduction):
+    m = ReducedAttention2d(4, (4, 3), 2, reduction).double()
+    x = torch.randn(2, 12, 4, dtype=torch.float64)
+    v = m.project(x, (4, 3))[2].unflatten(-1, (2, -1)).transpose(1, 2)
+    y = (m.weights(x) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(m.o_proj(y), m(x))

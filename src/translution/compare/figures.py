@@ -21,10 +21,11 @@ COLOURS = {
     "rotary": "#b07cc6",
     "bias": "#c2953a",
     "convolution": "#4f9d69",
+    "acmix": "#2f7f86",
     "translution": "#e0663c",
     "alpha": "#3d8fd1",
 }
-MARKS = dict(zip(COLOURS, "osD^vX", strict=True))
+MARKS = dict(zip(COLOURS, "osD^PvX", strict=True))
 _TEXT = "#010203"  # stands for currentColor
 
 _STYLE: Any = {

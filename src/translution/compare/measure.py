@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..measuring import peak_bytes
 from ..models import ViT
 from ..modules.projections import RelativeLinear
+from ..modules.reduced import ReducedAttention2d
 
 __all__ = ["MEMORY", "attention_maps", "peak_of_a_step", "table_norms"]
 
@@ -68,6 +69,8 @@ def attention_maps(model: ViT, image: Tensor) -> list[Tensor | None]:
         if hasattr(mixer, "layout"):
             _, weights = mixer(block.norm1(x), grid=grid, return_weights=True)
             found.append(weights[0].float().cpu())
+        elif isinstance(mixer, ReducedAttention2d):
+            found.append(mixer.weights(block.norm1(x), grid)[0].float().cpu())
         else:
             found.append(None)
         x = block(x, grid)

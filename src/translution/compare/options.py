@@ -14,7 +14,7 @@ from ..models.blocks import MIXERS, choose
 __all__ = ["DATA", "DEFAULT_MIXERS", "REGIMES", "Options", "pick_device"]
 
 DATA = ("digits", "mnist")
-DEFAULT_MIXERS = ("attention", "alpha", "translution")
+DEFAULT_MIXERS = ("attention", "convolution", "acmix", "alpha", "translution")
 REGIMES = ("centred", "moved")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -22,7 +22,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "canvas": 20, "patch": 5, "dim": 48, "depth": 3, "heads": 2,
-        "steps": 240, "batch_size": 64, "learning_rate": 3e-3,
+        "steps": 200, "batch_size": 64, "learning_rate": 3e-3,
     },
     "mnist": {
         "canvas": 84, "patch": 12, "dim": 192, "depth": 6, "heads": 3,

@@ -108,6 +108,12 @@ class ReducedAttention2d(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def weights(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """The attention weights [batch, heads, queries, keys], to be looked at."""
+        query, key, _ = self.project(x, self._checked(x, grid))
+        q, k = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (query, key))
+        return (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1)
+
     def _checked(self, x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
         height, width = self.grid if grid is None else _grid(grid)
         tokens = self.prefix + height * width
