@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():  # before triton is imported: its kernels run on the CPU then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # the suite runs in parallel processes; one thread each keeps them out of each other's way
 torch.set_num_threads(1)
 settings.register_profile("here", deadline=None, max_examples=20, print_blob=True)

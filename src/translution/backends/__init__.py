@@ -10,11 +10,11 @@ from types import ModuleType
 
 import torch
 
-from . import eager
+from . import eager, grouped
 
 __all__ = ["BACKENDS", "choose", "explain"]
 
-BACKENDS: dict[str, ModuleType] = {"torch": eager}
+BACKENDS: dict[str, ModuleType] = {"torch": eager, "triton": grouped}
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -23,17 +23,21 @@ def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The backend of this name, or for "auto" the first that can serve. Never falls back.
+    """The backend of this name; never falls back. "auto" is Triton on CUDA where it can serve, else
+    plain torch.
 
     Raises:
         ValueError: an unknown name, or one that can't serve here; it says which can.
     """
+    if name == "auto":
+        order = ["triton", "torch"] if device.type == "cuda" else ["torch", "triton"]
+        for known in order:
+            if BACKENDS[known].unavailable(device, dtype) is None:
+                return BACKENDS[known]
+    elif name in BACKENDS and BACKENDS[name].unavailable(device, dtype) is None:
+        return BACKENDS[name]
     reasons = explain(device, dtype)
     able = [known for known, reason in reasons.items() if reason is None]
-    if name == "auto" and able:
-        return BACKENDS[able[0]]
-    if name in able:
-        return BACKENDS[name]
     why = reasons.get(name) or ("none can serve" if name == "auto" else "there is no such backend")
     raise ValueError(
         f"backend: got {name!r} for {dtype} on {device}: {why}; "
