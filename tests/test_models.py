@@ -8,6 +8,7 @@ import torch
 
 import translution
 from translution import create_model, gpt, list_models, vit
+from translution.measuring import peak_bytes
 from translution.models.blocks import IMAGE_MIXERS, MIXERS
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "head_dim": 8}
@@ -171,6 +172,41 @@ def test_compile_and_checkpoint(mixer):
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mixer", ["translution", "alpha", "attention", "acmix"])
+def test_checkpointing_forgets_and_gives_the_same(mixer):
+    """Equal gradients; the more is forgotten, the less memory a step takes."""
+    x = torch.randn(64, 1, 24, 24)
+    found, peaks = [], []
+    for checkpoint in ("none", "selective", "full"):
+        torch.manual_seed(0)
+        model = vit(
+            mixer=mixer, image_size=24, patch_size=4, num_classes=5, channels=1, depth=4, dim=32,
+            heads=2, head_dim=16, checkpoint=checkpoint, pool="mean",
+        )  # fmt: skip
+
+        def step(model=model):
+            return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+
+        found.append(step())
+        peaks.append(peak_bytes(step, torch.device("cpu")))
+    for grads in found[1:]:
+        torch.testing.assert_close(grads, found[0])
+    assert peaks[2] < peaks[1] < peaks[0]
+    model.eval()
+    assert not model(x).grad_fn.name().startswith("Checkpoint")
+
+
+def test_checkpointing_of_text_and_under_compile():
+    torch._dynamo.reset()
+    plain, forgetful = tiny_gpt("translution"), tiny_gpt("translution", checkpoint="selective")
+    forgetful.load_state_dict(plain.state_dict())
+    ids = inputs(plain)
+    want = torch.autograd.grad(plain(ids).square().sum(), list(plain.parameters()))
+    for model in (forgetful, torch.compile(forgetful, fullgraph=True, backend="aot_eager")):
+        got = torch.autograd.grad(model(ids).square().sum(), list(forgetful.parameters()))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 GOLDEN = {"vit": [1.8631, 0.4104, 0.1960], "gpt": [2.7380, 1.9806, 1.3856]}
 
 
@@ -204,6 +240,7 @@ def test_golden_loss_curve(kind):
         (lambda: vit(mixer="mamba"), "mixer: got 'mamba'"),
         (lambda: vit(image_size=225), r"image_size: got \(225, 225\), want a multiple"),
         (lambda: vit(pool="max"), "pool: got 'max'"),
+        (lambda: vit(checkpoint="some"), "checkpoint: got 'some', want one of"),
         (lambda: vit(width=3), "option of ViTConfig: got 'width'"),
         (lambda: tiny_vit("convolution", pool="cls"), "mixer: 'convolution' mixes images without"),
         (lambda: tiny_vit("alpha", relative_layers=3), "relative_layers: got 3, want 0 to depth 2"),

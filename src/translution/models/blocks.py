@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ..modules.attention import (
     AlphaTranslution1d,
@@ -39,6 +46,8 @@ MIXERS = {
     "translution": False,
     "alpha": False,
 }
+CHECKPOINTS = ("none", "selective", "full")
+
 # Those that mix images only.
 IMAGE_MIXERS = ("convolution", "acmix")
 
@@ -76,6 +85,9 @@ class Mixing:
     many blocks use the mixer, those after it attention (rotary on images, plain on text); None is
     all. rank: of α's branch, per head. window, dilation, buckets, init: as in Translution.
     kernel_size: of the mixers "convolution" and "acmix" (whose attention is global).
+    checkpoint: what a block forgets going forward and computes again going back, in training:
+    "none"; "selective", all but the results of matrix products and of the library's operators; or
+    "full", everything but its input.
     """
 
     mixer: str = "translution"
@@ -88,6 +100,7 @@ class Mixing:
     init: str = "equal"
     kernel_size: int = 3
     dropout: float = 0.0
+    checkpoint: str = "none"
 
     def make(
         self,
@@ -150,10 +163,19 @@ class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); each norm before its branch.
 
     A mixer that answers for the prefix alone (`prefix_queries`) cuts the tokens to the prefix.
+    `checkpoint`: as in `Mixing`.
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        checkpoint: str = "none",
+    ):
         super().__init__()
+        self.checkpoint = choose("checkpoint", checkpoint, CHECKPOINTS)
         hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
@@ -167,6 +189,38 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        if self.checkpoint == "none" or not (self.training and torch.is_grad_enabled()):
+            return self._forward(x, grid)
+        more: dict[str, Any] = {}
+        if self.checkpoint == "selective":
+            more["context_fn"] = _remembering
+        return checkpoint(self._forward, x, grid, use_reentrant=False, **more)
+
+    def _forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         y = self.mixer(self.norm1(x), grid=grid)
         x = x[:, : y.shape[1]] + y
         return x + self.mlp(self.norm2(x))
+
+
+# What costs enough to be kept: the rest (norms, activations, softmax, views) is cheap to repeat.
+_KEPT = {
+    torch.ops.translution.offset_scores.default,
+    torch.ops.translution.offset_mix.default,
+    torch.ops.translution.neighborhood_attention.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    keep = operator in _KEPT
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_remembering = functools.partial(create_selective_checkpoint_contexts, _policy)

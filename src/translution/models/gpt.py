@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import IMAGE_MIXERS, MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
+from .blocks import (
+    CHECKPOINTS,
+    IMAGE_MIXERS,
+    MIXERS,
+    SIZES,
+    Block,
+    Mixing,
+    choose,
+    mixers_of_layers,
+)
 from .vit import configure
 
 __all__ = ["GPT", "GPTConfig", "gpt"]
@@ -28,6 +37,7 @@ class GPTConfig(Mixing):
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
+        choose("checkpoint", self.checkpoint, CHECKPOINTS)
         choose("mixer", self.mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
         for name in ("context", "vocab_size", "dim", "depth", "heads", "head_dim"):
             if getattr(self, name) < 1:
@@ -50,6 +60,7 @@ class GPT(nn.Module):
                 c.make(mixer, c.dim, (c.context,), c.heads, c.head_dim, causal=True),
                 c.mlp_ratio,
                 c.dropout,
+                c.checkpoint,
             )
             for mixer in mixers_of_layers(c, c.depth, after="attention")
         )

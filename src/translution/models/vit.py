@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
+from .blocks import CHECKPOINTS, MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
 
 __all__ = ["ViT", "ViTConfig", "vit"]
 
@@ -36,6 +36,7 @@ class ViTConfig(Mixing):
     all_rows: bool = False
 
     def __post_init__(self) -> None:
+        choose("checkpoint", self.checkpoint, CHECKPOINTS)
         choose("mixer", self.mixer, list(MIXERS))
         if self.pool is None:
             self.pool = "mean" if self.mixer == "convolution" else "cls"
@@ -104,7 +105,7 @@ class ViT(nn.Module):
                 mixer, c.dim, c.grid, c.heads, c.head_dim,
                 prefix=self.prefix, prefix_queries=last,
             )  # fmt: skip
-            blocks.append(Block(c.dim, mixing, c.mlp_ratio, c.dropout))
+            blocks.append(Block(c.dim, mixing, c.mlp_ratio, c.dropout, c.checkpoint))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.dim)
         self.head = nn.Linear(c.dim, c.num_classes)
