@@ -116,8 +116,8 @@ def _dense(
         once[0] = time.perf_counter() - start
 
     dense_peak = _peak(timed, device)
-    # a call of seconds needs no warm-up on the CPU, and three of them would be long
-    long = device.type == "cpu" and once[0] > 1
+    # a call of many seconds needs no warm-up on the CPU, and three of them would be long
+    long = device.type == "cpu" and once[0] > 4
     return {
         "batch": case.batch,
         "seconds": once[0] if long else seconds(slow, device, repeats),

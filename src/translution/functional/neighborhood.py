@@ -16,7 +16,7 @@ from .offset import HALF, autocast
 __all__ = ["neighborhood_attention", "neighborhood_mix"]
 
 NUMBERS = {"cpu": 300_000, "cuda": 30_000_000}
-"""Scores held at once, by device: on the CPU what its caches hold."""
+"""Numbers of a kind held at once, by device: on the CPU what its caches hold."""
 
 
 def neighborhood_attention(
@@ -118,73 +118,76 @@ def _size(name: str, shape: torch.Size) -> tuple[int, int]:
 
 
 class _Walk:
-    """The (batch, head) slices in chunks, and the gathers and sums of one chunk."""
+    """The samples in chunks, and the gathers and sums of one head of a chunk.
+
+    Maps are [samples, places, heads, channels]: what is gathered holds all heads, and the matrix
+    products take one head of it where it lies.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, area: Neighborhood):
         self.wide = torch.float32 if query.dtype in HALF else query.dtype
         self.tiles = tiles = area.tiles(query.device, self.wide)
-        self.device = query.device
-        self.total = query.shape[0] * query.shape[1]
-        per_slice = max(1, tiles.log_times.numel())
+        self.places, self.heads = key.shape[2] * key.shape[3], query.shape[1]
         numbers = NUMBERS.get(query.device.type, NUMBERS["cuda"])
-        self.step = min(max(1, self.total), max(1, numbers // per_slice))
-        self.places = key.shape[2] * key.shape[3]
+        # the scores of a head, or what is gathered of all heads, whichever is more
+        gathered = tiles.count * tiles.keys * self.heads * key.shape[4]
+        step = min(query.shape[0], max(1, numbers // max(1, tiles.log_times.numel(), gathered)))
+        self.chunks = [
+            slice(i, min(i + step, query.shape[0])) for i in range(0, query.shape[0], step or 1)
+        ]
+        self.log_times = tiles.log_times.repeat(step, 1, 1) if step > 1 else tiles.log_times
+        size = tiles.count * tiles.keys
+        first = torch.arange(step, device=query.device)[:, None] * size
+        # a row of zeros comes before those of the tiles, for places that fewer tiles hold
+        slots = torch.where(tiles.key_slots == size, 0, 1 + first + tiles.key_slots)
+        self.slots = slots.view(step, self.places, tiles.copies).transpose(1, 2).contiguous()
 
-    def chunks(self) -> list[slice]:
-        return [slice(i, min(i + self.step, self.total)) for i in range(0, self.total, self.step)]
+    def queries(self, x: Tensor) -> Tensor:
+        """[samples, places, heads, channels] -> [samples * tiles, queries, heads, channels]."""
+        picked = x.index_select(1, self.tiles.query_index).to(self.wide)
+        if self.tiles.used is not None:  # an unused place must add nothing to any gradient
+            picked *= self.tiles.used[:, None]
+        return picked.view(-1, self.tiles.queries, *x.shape[2:])
 
-    def queries(self, x: Tensor, chunk: slice) -> Tensor:
-        """[slices, queries of the map, channels] -> [slices * tiles, queries, channels]."""
-        picked = x[chunk].index_select(1, self.tiles.query_index).to(self.wide)
-        return picked.view(-1, self.tiles.queries, x.shape[-1])
-
-    def used(self, x: Tensor) -> Tensor:
-        """Zero where a place in a tile is unused; in place."""
-        if self.tiles.used is not None:
-            x.view(-1, self.tiles.count * self.tiles.queries, x.shape[-1]).mul_(self.tiles.used)
-        return x
-
-    def keys(self, x: Tensor, chunk: slice) -> Tensor:
-        picked = x[chunk].index_select(1, self.tiles.key_index).to(self.wide)
-        return picked.view(-1, self.tiles.keys, x.shape[-1])
+    def keys(self, x: Tensor) -> Tensor:
+        picked = x.index_select(1, self.tiles.key_index).to(self.wide)
+        return picked.view(-1, self.tiles.keys, *x.shape[2:])
 
     def softmax(self, query: Tensor, key: Tensor) -> Tensor:
-        """[slices * tiles, queries, keys]: each key's share, all its reflections together."""
+        """[samples * tiles, queries, keys]: each key's share, all its reflections together."""
         s = torch.bmm(query, key.transpose(1, 2))
-        t = self.tiles
-        s.view(-1, t.count, t.queries, t.keys).add_(t.log_times)
-        return torch.softmax(s, -1)
+        return torch.softmax(s.add_(self.log_times[: len(s)]), -1)
 
     def to_queries(self, x: Tensor, out: Tensor) -> None:
-        """Tiles back to the queries of the map, out [slices, queries of the map, channels]."""
-        flat = x.view(len(out), self.tiles.count * self.tiles.queries, x.shape[-1])
-        if flat.dtype == out.dtype:
-            torch.index_select(flat, 1, self.tiles.query_slot, out=out)
-        else:
-            out.copy_(flat.index_select(1, self.tiles.query_slot))
+        """Tiles back to the queries of the map, out [samples, places, channels]."""
+        flat = x.view(len(out), -1, x.shape[-1])
+        out.copy_(flat.index_select(1, self.tiles.query_slot))
 
     def to_keys(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Sum leftᵀ right of every tile into the places of the map: gathered, so without races."""
         t, channels = self.tiles, right.shape[-1]
-        rows = len(out) * t.count * t.keys
-        held = right.new_empty(rows + 1, channels)
-        held[rows] = 0  # what places point to that fewer tiles hold
-        torch.bmm(left.transpose(1, 2), right, out=held[:rows].view(-1, t.keys, channels))
-        slots = self._slots(len(out), rows)
-        picked = held.index_select(0, slots).view(len(out), self.places, t.copies, channels)
-        out.copy_(picked.sum(2) if t.copies > 1 else picked[:, :, 0])
-
-    def _slots(self, slices: int, rows: int) -> Tensor:
-        t = self.tiles
-        size = t.count * t.keys
-        first = torch.arange(slices, device=self.device)[:, None] * size
-        return torch.where(t.key_slots == size, rows, first + t.key_slots).view(-1)
+        held = right.new_empty(1 + len(out) * t.count * t.keys, channels)
+        held[0] = 0
+        torch.bmm(left.transpose(1, 2), right, out=held[1:].view(-1, t.keys, channels))
+        picked = held.index_select(0, self.slots[: len(out)].reshape(-1))
+        picked = picked.view(len(out), t.copies, self.places, channels)
+        out.copy_(picked.sum(1) if t.copies > 1 else picked[:, 0])
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[batch, heads, height, width, channels] -> [batch * heads, places, channels]."""
-    batch, heads, height, width, channels = x.shape
-    return x.reshape(batch * heads, height * width, channels)
+def _places(x: Tensor) -> Tensor:
+    """[batch, heads, height, width, channels] -> [batch, places, heads, channels], contiguous."""
+    return x.permute(0, 2, 3, 1, 4).flatten(1, 2).contiguous()
+
+
+def _map(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The inverse of `_places`, as a view: channels last in memory, which suits convolutions."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2, 4)
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """Room for the places of a map."""
+    batch, heads, height, width, _ = like.shape
+    return like.new_empty(batch, height * width, heads, channels)
 
 
 @torch.library.custom_op("translution::neighborhood_attention", mutates_args=())
@@ -198,17 +201,20 @@ def _attention(
     scale: float,
 ) -> Tensor:
     walk = _Walk(query, key, _area(key.shape[2:4], kernel, stride, dilation))
-    y = query.new_empty(*query.shape[:4], value.shape[4])
-    q, k, v, out = _flat(query), _flat(key), _flat(value), _flat(y)
-    for chunk in walk.chunks():
-        weights = walk.softmax(walk.queries(q, chunk) * scale, walk.keys(k, chunk))
-        walk.to_queries(torch.bmm(weights, walk.keys(v, chunk)), out[chunk])
-    return y
+    y = _empty(query, value.shape[4])
+    q, k, v = _places(query), _places(key), _places(value)
+    for chunk in walk.chunks:
+        picked_q = walk.queries(q[chunk]).mul_(scale)
+        picked_k, picked_v = walk.keys(k[chunk]), walk.keys(v[chunk])
+        for head in range(walk.heads):
+            weights = walk.softmax(picked_q[:, :, head], picked_k[:, :, head])
+            walk.to_queries(torch.bmm(weights, picked_v[:, :, head]), y[chunk, :, head])
+    return _map(y, tuple(query.shape[2:4]))
 
 
 @_attention.register_fake
 def _(query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
-    return query.new_empty((*query.shape[:4], value.shape[4]))
+    return _map(_empty(query, value.shape[4]), tuple(query.shape[2:4]))
 
 
 @torch.library.custom_op("translution::neighborhood_attention_backward", mutates_args=())
@@ -224,27 +230,30 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     walk = _Walk(query, key, _area(key.shape[2:4], kernel, stride, dilation))
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in
-                  (query, key, value))  # fmt: skip
-    gq, gk, gv = (_flat(x) for x in grads)
-    up, q, k, v = _flat(grad), _flat(query), _flat(key), _flat(value)
+    gq, gk, gv = (_empty(x, x.shape[4]) for x in (query, key, value))
+    up, q, k, v = _places(grad), _places(query), _places(key), _places(value)
     # Σ_j of softmax's backward, a_ij dy_i · v_j, is dy_i · y_i
-    along = (up.to(walk.wide) * _flat(y)).sum(-1, keepdim=True)
-    for chunk in walk.chunks():
-        dy, dot = (walk.used(walk.queries(x, chunk)) for x in (up, along))
-        picked_q, picked_k = walk.queries(q, chunk) * scale, walk.keys(k, chunk)
-        picked_v = walk.keys(v, chunk)
-        weights = walk.softmax(picked_q, picked_k)
-        walk.to_keys(weights, dy, gv[chunk])
-        ds = torch.bmm(dy, picked_v.transpose(1, 2)).sub_(dot).mul_(weights)
-        walk.to_queries(torch.bmm(ds, picked_k).mul_(scale), gq[chunk])
-        walk.to_keys(ds, picked_q, gk[chunk])
-    return grads  # type: ignore[return-value]
+    along = (up.to(walk.wide) * _places(y)).sum(-1, keepdim=True)
+    for chunk in walk.chunks:
+        dy, dot = walk.queries(up[chunk]), walk.queries(along[chunk])
+        picked_q = walk.queries(q[chunk]).mul_(scale)
+        picked_k, picked_v = walk.keys(k[chunk]), walk.keys(v[chunk])
+        for head in range(walk.heads):
+            head_q, head_k, head_v = (x[:, :, head] for x in (picked_q, picked_k, picked_v))
+            weights = walk.softmax(head_q, head_k)
+            walk.to_keys(weights, dy[:, :, head], gv[chunk, :, head])
+            ds = torch.bmm(dy[:, :, head], head_v.transpose(1, 2))
+            ds = ds.sub_(dot[:, :, head]).mul_(weights)
+            walk.to_queries(torch.bmm(ds, head_k).mul_(scale), gq[chunk, :, head])
+            walk.to_keys(ds, head_q, gk[chunk, :, head])
+    sizes = [tuple(x.shape[2:4]) for x in (query, key, value)]
+    found = [_map(x, size) for x, size in zip((gq, gk, gv), sizes, strict=True)]
+    return found[0], found[1], found[2]
 
 
 @_attention_backward.register_fake
 def _(grad, y, query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return tuple(_map(_empty(x, x.shape[4]), tuple(x.shape[2:4])) for x in (query, key, value))
 
 
 def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

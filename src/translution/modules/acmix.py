@@ -118,9 +118,9 @@ class ConvolutionPath(nn.Module):
 
     def _slices(self, maps: tuple[Tensor, ...]) -> Tensor:
         """[batch, height, width, channels, slices]: a group's inputs beside each other."""
-        return torch.cat(
-            [m.unflatten(1, (-1, self.channels)).permute(0, 3, 4, 2, 1) for m in maps], -1
-        )
+        # channels last before they are divided, so that going back gradients lie so as well
+        last = [m.permute(0, 2, 3, 1).unflatten(3, (-1, self.channels)) for m in maps]
+        return torch.cat([m.transpose(3, 4) for m in last], -1)
 
     def _mapped(self, maps: tuple[Tensor, ...], coarse: tuple[Tensor, ...], factor: int) -> Tensor:
         """[batch, height, width, channels, taps]: through `fc`, a map per tap."""

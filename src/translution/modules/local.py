@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import neighborhood_attention
@@ -71,13 +72,17 @@ class LocalAttention2d(ImageAttention):
                 f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
                 f"(batch, {self.in_channels}, height, width)"
             )
+        # channels last: the layout that 1×1 convolutions, attention and grouped convolution share
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (m.unflatten(1, (self.heads, self.head_dim)) for m in (query, key, value))
-        k = k - self.position_proj(unit_position(*key.shape[2:], like=key))[:, None]
-        q = q[..., :: self.stride, :: self.stride]
-        q, k, v = (m.permute(0, 1, 3, 4, 2) for m in (q, k, v))
+        # channels stand last from the first step, so that going back gradients lie so as well
+        q, k, v = (m.permute(0, 2, 3, 1) for m in (query, key, value))
+        position = self.position_proj(unit_position(*key.shape[2:], like=key))
+        k = k - position.permute(0, 2, 3, 1).repeat(1, 1, 1, self.heads)
+        q = q[:, :: self.stride, :: self.stride]
+        q, k, v = (m.unflatten(3, (self.heads, -1)).permute(0, 3, 1, 2, 4) for m in (q, k, v))
         y = neighborhood_attention(q, k, v, self.attention_kernel, self.stride, self.dilation)
         return y.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
