@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from . import functional  # noqa: F401  (registers the operators)
 from .layouts import Layout
 
-__all__ = ["machine", "matmul_rate", "multiply_adds", "peak_bytes", "seconds", "synchronize"]
+__all__ = [
+    "machine",
+    "matmul_rate",
+    "multiply_adds",
+    "peak_bytes",
+    "seconds",
+    "seconds_in_turn",
+    "synchronize",
+]
 
 
 def synchronize(device: torch.device) -> None:
@@ -32,15 +40,24 @@ def synchronize(device: torch.device) -> None:
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     """The median time of a call, after one to warm up."""
-    function()
+    return seconds_in_turn([function], device, repeats)[0]
+
+
+def seconds_in_turn(
+    functions: Sequence[Callable[[], object]], device: torch.device, repeats: int = 5
+) -> list[float]:
+    """The median times of calls made in turn, so that a slow spell of the machine meets each."""
     times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    for _ in range(repeats + 1):  # the first warms up
+        row = []
+        for function in functions:
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            row.append(time.perf_counter() - start)
+        times.append(row)
+    return [statistics.median(column) for column in zip(*times[1:], strict=True)]
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measuring import matmul_rate, peak_bytes, seconds
+from ..measuring import matmul_rate, peak_bytes, seconds, seconds_in_turn
 from .cases import BESIDE, OPERATORS, Built, Case
 
 __all__ = ["Measured", "measure", "measure_dense", "step"]
@@ -108,23 +108,22 @@ def _dense(
     assert built.dense is not None
     call = step(built.forward, built.leaves, backward)
     slow = step(built.dense, built.leaves, backward)
-    once = [0.0]
-
-    def timed() -> None:
-        start = time.perf_counter()
-        slow()
-        once[0] = time.perf_counter() - start
-
-    dense_peak = _peak(timed, device)
-    # a call of many seconds needs no warm-up on the CPU, and three of them would be long
-    long = device.type == "cpu" and once[0] > 4
+    # minutes of the slow one would measure it no better
+    few = 1 if device.type == "cpu" and _once(slow) > 4 else repeats
+    times = seconds_in_turn([slow, call], device, few)
     return {
         "batch": case.batch,
-        "seconds": once[0] if long else seconds(slow, device, repeats),
-        "peak_bytes": dense_peak,
-        "own_seconds": seconds(call, device, repeats),
+        "seconds": times[0],
+        "peak_bytes": _peak(slow, device),
+        "own_seconds": times[1],
         "own_peak_bytes": _peak(call, device),
     }
+
+
+def _once(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def step(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
