@@ -90,28 +90,40 @@ class ConvolutionPath(nn.Module):
         at_once = slices * self.each * taps
         self.at_once = learned and at_once <= slices * taps + taps * self.each * taps
 
-    def forward(self, *maps: Tensor, coarse: tuple[Tensor, ...] = (), factor: int = 1) -> Tensor:
+    def forward(
+        self,
+        *maps: Tensor,
+        coarse: tuple[Tensor, ...] = (),
+        factor: int = 1,
+        times: Tensor | None = None,
+    ) -> Tensor:
         """Maps [batch, slices of its own · channels, height, width], all slices together `slices`
         -> [batch, out_channels, out height, out width].
 
         `coarse` are the maps of the last slices where these are `factor` times smaller (rounded
-        up): each of their places stands for factor × factor places (nearest upsampling).
+        up): each of their places stands for factor × factor places (nearest upsampling). `times`
+        is a number for the answer to be multiplied by; it goes into the kernels, which are small.
         """
-        if self.shifts is not None and self.at_once:
+        scale = 1.0 if times is None else times
+        shifts = None if self.shifts is None else self.shifts * scale
+        bias = None if self.bias is None else self.bias * scale
+        if shifts is not None and self.at_once:
             size = maps[0].shape[2:]
             maps += tuple(repeated(m, factor, 2)[..., : size[0], : size[1]] for m in coarse)
-            y = self._convolved_at_once(self._slices(maps), self.shifts)
-        elif self.shifts is not None:
+            y = self._convolved_at_once(self._slices(maps), shifts)
+        elif shifts is not None:
             mapped = self._mapped(maps, coarse, factor).flatten(3).permute(0, 3, 1, 2)
-            shifts = self.shifts.to(mapped.dtype)
-            y = F.conv2d(mapped, shifts, None, *self._along(), groups=self.channels)
+            y = F.conv2d(
+                mapped, shifts.to(mapped.dtype), None, *self._along(), groups=self.channels
+            )
         else:
             mapped = self._mapped(maps, coarse, factor).permute(0, 4, 3, 1, 2)
             y = shift_and_sum(mapped, self.kernel_size, self.stride, dilation=self.dilation)
-            y = y.repeat_interleave(self.each, 1)
+            y = y.repeat_interleave(self.each, 1) * scale
         if not self.grouped_order and self.each > 1:
-            y = y.unflatten(1, (self.channels, self.each)).transpose(1, 2).flatten(1, 2)
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+            y = y.permute(0, 2, 3, 1).unflatten(3, (self.channels, self.each))
+            y = y.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
     def _along(self) -> tuple[int, int, int]:
         return self.stride, self.dilation * (self.kernel_size - 1) // 2, self.dilation
@@ -172,11 +184,14 @@ class Mixed(ImageAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.project(x)
-        y, z = self.attend(*maps), self.convolve(*maps)
-        return self.alpha * y + self.beta * z
+        y, z = self.attend(*maps), self.convolve(*maps, times=self.beta)
+        return torch.addcmul(z, y, self.alpha.to(y.dtype))
 
-    def convolve(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.convolution(query, key, value)
+    def convolve(
+        self, query: Tensor, key: Tensor, value: Tensor, times: Tensor | None = None
+    ) -> Tensor:
+        """The convolution path alone, multiplied by `times`."""
+        return self.convolution(query, key, value, times=times)
 
 
 def filled(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -214,9 +214,11 @@ class WindowACmix2d(Mixed, WindowAttention2d):
             )
         )
 
-    def convolve(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def convolve(
+        self, query: Tensor, key: Tensor, value: Tensor, times: Tensor | None = None
+    ) -> Tensor:
         if not self.published:
-            return self.convolution(query, key, value)
+            return self.convolution(query, key, value, times=times)
         shifts = [self._axis(n)[1] for n in query.shape[2:]]
         maps = [m.roll([-s for s in shifts], (2, 3)) for m in (query, key, value)]
-        return self.convolution(*maps).roll(shifts, (2, 3))
+        return self.convolution(*maps, times=times).roll(shifts, (2, 3))
