@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +155,13 @@ def test_convolution_by_shifts_errors(x, weight, groups, message):
 def test_shift_kernels_errors():
     with pytest.raises(ValueError, match="kernel_size: got 0, want an int of at least 1"):
         shift_kernels(0)
+
+
+def test_the_picture_of_the_docs(tmp_path):
+    """Drawn from the code: both ways agree, and a PNG is written."""
+    path = Path(__file__).parents[1] / "docs" / "decomposition.py"
+    spec = importlib.util.spec_from_file_location("decomposition", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.draw(tmp_path / "picture.png") < 1e-6
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,17 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "curves", "distances", "norms"]
+__all__ = [
+    "COLOURS",
+    "STYLE",
+    "curves",
+    "distances",
+    "legend",
+    "mean_band",
+    "norms",
+    "panels",
+    "svg",
+]
 
 # Readable on white and on near-black, and told apart by most colour-blind readers.
 COLOURS = {
@@ -21,14 +31,14 @@ COLOURS = {
     "rotary": "#b07cc6",
     "bias": "#c2953a",
     "convolution": "#4f9d69",
-    "acmix": "#2f7f86",
+    "acmix": "#d0558f",
     "translution": "#e0663c",
     "alpha": "#3d8fd1",
 }
 MARKS = dict(zip(COLOURS, "osD^PvX", strict=True))
 _TEXT = "#010203"  # stands for currentColor
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -47,7 +57,7 @@ _STYLE: Any = {
 }
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg(figure: Figure, name: str, label: str) -> str:
     """Inline SVG: ids of its own, a label, no links, the page's fonts and colour."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
@@ -63,14 +73,14 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
-def _mean_band(rows: list[list[float]]) -> tuple[list[float], list[float]]:
+def mean_band(rows: list[list[float]]) -> tuple[list[float], list[float]]:
     columns = list(zip(*rows, strict=True))
     means = [statistics.fmean(c) for c in columns]
     return means, [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]
 
 
 def _line(axis: Any, mixer: str, x: list[float], rows: list[list[float]], **more: Any) -> None:
-    means, apart = _mean_band(rows)
+    means, apart = mean_band(rows)
     colour = COLOURS[mixer]
     axis.plot(x, means, color=colour, label=mixer, linewidth=1.8, **more)
     low = [m - s for m, s in zip(means, apart, strict=True)]
@@ -86,12 +96,12 @@ def _mixers(runs: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(run["mixer"] for run in runs))
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _legend(figure: Figure, *axes: Any) -> None:
+def legend(figure: Figure, *axes: Any) -> None:
     lines: dict[str, Any] = {}
     for axis in axes:
         for line, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -102,8 +112,8 @@ def _legend(figure: Figure, *axes: Any) -> None:
 
 def curves(runs: list[dict[str, Any]]) -> str:
     """Loss and accuracy on the training batches, by step."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(2, 2, (9, 5.4))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panels(2, 2, (9, 5.4))
         for column, regime in enumerate(("centred", "moved")):
             for row, (key, title) in enumerate((("loss", "loss"), ("accuracy", "accuracy, %"))):
                 axis = axes[row][column]
@@ -119,14 +129,14 @@ def curves(runs: list[dict[str, Any]]) -> str:
                     axis.set_title(f"trained on {regime} digits")
                 else:
                     axis.set_xlabel("step")
-        _legend(figure, axes[0][0])
-        return _svg(figure, "curves", "Training loss and accuracy by step, for each mixer")
+        legend(figure, axes[0][0])
+        return svg(figure, "curves", "Training loss and accuracy by step, for each mixer")
 
 
 def distances(runs: list[dict[str, Any]]) -> str:
     """Accuracy on held-out digits by how far they were moved."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _panels(1, 2, (9, 3.6))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panels(1, 2, (9, 3.6))
         for column, regime in enumerate(("centred", "moved")):
             axis = axes[0][column]
             for mixer in _mixers(runs):
@@ -140,8 +150,8 @@ def distances(runs: list[dict[str, Any]]) -> str:
             axis.set_xlabel("distance moved, pixels")
             axis.set_ylim(0, 100)
             axis.set_ylabel("accuracy, %" if column == 0 else "")
-        _legend(figure, axes[0][0], axes[0][1])
-        return _svg(figure, "distances", "Test accuracy by the distance moved, for each mixer")
+        legend(figure, axes[0][0], axes[0][1])
+        return svg(figure, "distances", "Test accuracy by the distance moved, for each mixer")
 
 
 def norms(tables: list[dict[str, Any]], name: str, label: str) -> str:
@@ -149,8 +159,8 @@ def norms(tables: list[dict[str, Any]], name: str, label: str) -> str:
     count = len(tables)
     columns = min(3, count)
     rows = math.ceil(count / columns)
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = _panels(2 * rows, columns, (2.9 * columns, 4.9 * rows))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = panels(2 * rows, columns, (2.9 * columns, 4.9 * rows))
         for axis in axes.flat:
             axis.set_visible(False)
         for i, table in enumerate(tables):
@@ -169,4 +179,4 @@ def norms(tables: list[dict[str, Any]], name: str, label: str) -> str:
                 bar = figure.colorbar(image, ax=axis, shrink=0.85)
                 bar.outline.set_visible(False)
                 bar.ax.tick_params(labelsize=8)
-        return _svg(figure, name, label)
+        return svg(figure, name, label)

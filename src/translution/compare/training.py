@@ -21,7 +21,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from .data import Digits, Ring, place, rings, train_batches
 from .options import Options, pick_device
 
-__all__ = ["Trained", "accuracies", "accuracy_by_distance", "train_one"]
+__all__ = [
+    "Batches",
+    "Trained",
+    "accuracies",
+    "accuracy_by_distance",
+    "interruptible",
+    "quiet",
+    "train_one",
+]
 
 POINTS = 40  # of a training curve
 WARM_UP = 0.05  # of the steps
@@ -82,7 +90,7 @@ class Classifier(LightningModule):
         return (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))) / 2
 
 
-class _Batches(IterableDataset):
+class Batches(IterableDataset):
     def __init__(self, make: Callable[[], Iterator[Any]]):
         self.make = make
 
@@ -91,7 +99,7 @@ class _Batches(IterableDataset):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lightning without its banners, tips and warnings about loaders."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -117,10 +125,10 @@ def train_one(
     canvas, moved = options.canvas or 0, regime == "moved"
     torch.manual_seed(seed)
     module = Classifier(options.model(mixer), steps, options.learning_rate or 0.0, tell)
-    dataset = _Batches(lambda: train_batches(data, canvas, moved, size, steps, seed))
+    dataset = Batches(lambda: train_batches(data, canvas, moved, size, steps, seed))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with _quiet():
+    with quiet():
         trainer = Trainer(
             accelerator={"cuda": "gpu"}.get(device, device),
             devices=1,
@@ -131,7 +139,7 @@ def train_one(
             enable_model_summary=False,
         )
         began = time.perf_counter()
-        with _interruptible():
+        with interruptible():
             trainer.fit(module, DataLoader(dataset, batch_size=None))
         if device == "cuda":
             torch.cuda.synchronize()
@@ -146,7 +154,7 @@ def train_one(
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Lightning turns Ctrl-C into an exit and ignores the next ones; make it Ctrl-C again."""
     import signal
     import threading

@@ -1,0 +1,237 @@
+"""A class for every pixel: a backbone of the library with `features_only`, and a light decoder."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import Trainer
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file
+from scenes import BACKGROUND, CLASSES
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from translution import __version__, create_model
+from translution.compare.training import Batches, Classifier, interruptible, quiet
+from translution.files import write_whole
+from translution.models.backbone import Backbone
+
+__all__ = ["Segmenter", "Trained", "iou_per_class", "load_segmenter", "save_segmenter", "train"]
+
+POINTS = 12  # of the curves, each with a validation
+
+
+class Segmenter(nn.Module):
+    """Logits per pixel from a backbone's maps, in the way of a feature pyramid.
+
+    A 1×1 convolution brings each map to `width` channels; from the coarsest on each is enlarged and
+    added to the next finer one. The sum, at a quarter of the image's size, is enlarged to that. It
+    knows what is where, but a stroke is about as wide as one of its places: so the image itself
+    joins it, through one 5×5 convolution, and two 1×1 convolutions decide from both.
+
+    Args:
+        backbone: a name of `list_models()` whose model takes `features_only`.
+        overrides: options for the backbone.
+        classes: of a pixel.
+        width: channels of the decoder.
+        detail: channels of the 5×5 convolution; 0 leaves it out.
+
+    Raises:
+        ValueError: an unknown name, options that don't fit, or a model without maps.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        overrides: dict[str, Any] | None = None,
+        classes: int = len(CLASSES),
+        width: int = 24,
+        detail: int = 8,
+    ):
+        super().__init__()
+        if width < 1 or detail < 0:
+            raise ValueError(
+                f"width, detail: got {width} and {detail}, want at least 1 and at least 0"
+            )
+        self.config = {
+            "backbone": backbone, "overrides": dict(overrides or {}), "classes": classes,
+            "width": width, "detail": detail,
+        }  # fmt: skip
+        self.backbone = make_backbone(backbone, self.config["overrides"])
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in self.backbone.channels)
+        self.smooth = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.detail: nn.Module | None = None
+        if detail:
+            self.detail = nn.Sequential(
+                nn.Conv2d(self.backbone.in_channels, detail, 5, padding=2, bias=False),
+                nn.BatchNorm2d(detail),
+                nn.ReLU(),
+            )
+        self.decide = nn.Sequential(
+            nn.Conv2d(width + detail, width, 1), nn.ReLU(), nn.Conv2d(width, classes, 1)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [batch, in_channels, height, width] -> logits [batch, classes, height, width]."""
+        laterals = [
+            lateral(y) for lateral, y in zip(self.laterals, self.backbone(image), strict=True)
+        ]
+        x = laterals.pop()
+        while laterals:
+            finer = laterals.pop()
+            x = finer + F.interpolate(x, finer.shape[2:], mode="nearest")
+        x = F.interpolate(self.smooth(x), image.shape[2:], mode="bilinear")
+        if self.detail is not None:
+            x = torch.cat([x, self.detail(image)], 1)
+        return self.decide(x)
+
+
+def make_backbone(name: str, overrides: dict[str, Any]) -> Backbone:
+    """The named model, giving maps."""
+    try:
+        model = create_model(name, features_only=True, **overrides)
+    except ValueError as error:
+        raise ValueError(f"backbone: {name!r} cannot be used here: {error}") from None
+    if not isinstance(model, Backbone):
+        raise ValueError(f"backbone: {name!r} has no maps, want one that takes features_only")
+    return model
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """A trained model, the seconds it took without its validations, and its curve."""
+
+    model: Segmenter
+    seconds: float
+    curve: list[dict[str, float]]
+
+
+Tell = Callable[[int, float, float], None]  # step, loss, mean IoU in the validation
+
+
+class Training(Classifier):
+    """Optimizer and schedule of the library's comparison, with a loss and measure per pixel."""
+
+    def __init__(
+        self, model: Segmenter, steps: int, learning_rate: float, background: float, tell: Tell
+    ):
+        super().__init__(model, steps, learning_rate, tell)
+        classes = model.config["classes"]
+        self.accuracy = MulticlassJaccardIndex(classes, average="macro")
+        weight = torch.ones(classes)
+        weight[BACKGROUND] = background
+        self.register_buffer("weight", weight, persistent=False)
+        self.validating = 0.0
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        images, classes = batch
+        loss = F.cross_entropy(self.model(images), classes, self.weight)
+        self.losses.append(loss.detach())
+        return loss
+
+    def on_validation_start(self) -> None:
+        self.began = time.perf_counter()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        images, classes = batch
+        self.accuracy.update(self.model(images), classes)
+
+    def on_validation_epoch_end(self) -> None:
+        mean, iou = float(torch.stack(self.losses).mean()), float(self.accuracy.compute())
+        self.curve.append({"step": self.global_step, "loss": mean, "iou": iou})
+        self.losses.clear()
+        self.accuracy.reset()
+        self.validating += time.perf_counter() - self.began
+        self.tell(self.global_step, mean, iou)
+
+
+def train(
+    model: Segmenter,
+    scenes: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    validation: list[tuple[Tensor, Tensor]],
+    steps: int,
+    learning_rate: float,
+    background: float,
+    device: str,
+    tell: Tell,
+) -> Trained:
+    """Train a model on the batches that `scenes()` gives, `steps` of them.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    module = Training(model, steps, learning_rate, background, tell)
+    with quiet():
+        trainer = Trainer(
+            accelerator={"cuda": "gpu"}.get(device, device),
+            devices=1,
+            max_steps=steps,
+            val_check_interval=math.ceil(steps / POINTS),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        began = time.perf_counter()
+        with interruptible():
+            trainer.fit(
+                module,
+                DataLoader(Batches(lambda: iter(scenes())), batch_size=None),
+                DataLoader(validation, batch_size=None),
+            )
+        seconds = time.perf_counter() - began - module.validating
+    return Trained(model.to(device).eval(), seconds, module.curve)
+
+
+@torch.inference_mode()
+def iou_per_class(model: Segmenter, scenes: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    """Intersection over union of each class, its pixels of all scenes together; 0 for a class that
+    is neither in them nor predicted."""
+    device = next(model.parameters()).device
+    metric = MulticlassJaccardIndex(model.config["classes"], average=None).to(device)
+    for images, classes in scenes:
+        metric.update(model(images.to(device)), classes.to(device))
+    return metric.compute().tolist()
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def save_segmenter(path: Path, model: Segmenter) -> None:
+    """Weights, and in the metadata what the model is made from."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    metadata = {
+        "format": "pt", "translution": __version__, "segmenter": json.dumps(model.config)
+    }  # fmt: skip
+    write_whole(path, lambda to: save_file(tensors, to, metadata=metadata))
+
+
+def load_segmenter(path: Path | str) -> Segmenter:
+    """The model of a file that `save_segmenter` wrote, ready to be used.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    with safe_open(path, "pt") as file:
+        config = (file.metadata() or {}).get("segmenter")
+    if config is None:
+        raise ValueError(f"{path}: has no 'segmenter' metadata, want weights written by segment.py")
+    model = Segmenter(**json.loads(config))
+    load_model(model, path)
+    return model.eval()
