@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from translution import Layout, cli, measuring
+from translution import Layout, cli, create_model, list_models, measuring, register_model, vit
 from translution.bench import command
 from translution.bench.cases import OPERATORS, Case
 from translution.bench.dense import dense_bytes, dense_translution
 from translution.bench.measure import measure_dense, step
+from translution.bench.steps import published_bytes
 from translution.bench.unfold import unfold_acmix
 from translution.functional import offset_mix, offset_scores
 from translution.measuring import peak_bytes
@@ -24,11 +25,12 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The command in this process: (exit code, what it printed, its errors)."""
+    monkeypatch.setattr("translution.bench.measure.copy_rate", lambda device: 1e9)
     small = functools.partial(measuring.matmul_rate, size=64)
     monkeypatch.setattr("translution.bench.measure.matmul_rate", small)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["translution", "bench", *arguments])
+    def call(*arguments, command="bench"):
+        monkeypatch.setattr(sys, "argv", ["translution", command, *arguments])
         monkeypatch.setenv("COLUMNS", "120")
         code = 0
         try:
@@ -175,10 +177,26 @@ def test_command(tmp_path, run):
 
 
 def test_shapes_of_an_operator():
-    assert command._shapes("acmix", "", "", "")[0] == ((56, 56), 64, 8)
-    assert command._shapes("acmix", "28x28,9", "", "2") == [((28, 28), 128, 2), ((9,), 64, 2)]
-    assert len(command._shapes("translution", "", "", "")) == 6
-    assert command._shapes("alpha", "", "32", "1") == [((7, 7), 32, 1), ((14, 14), 32, 1)]
+    def shapes(operator, grid="", width="", batch="", device="cpu"):
+        return command._shapes(operator, device, grid, width, batch)
+
+    assert shapes("acmix")[0] == ("56x56", 64, 8)
+    assert shapes("acmix", "28x28,9", batch="2") == [("28x28", 128, 2), ("9", 64, 2)]
+    assert len(shapes("translution")) == 6
+    assert shapes("alpha", width="32", batch="1") == [("7x7", 32, 1), ("14x14", 32, 1)]
+    assert ("1024c", 768, 8) in shapes("translution", device="cuda")
+    assert command.parse_grid("256c") == ((256,), True)
+
+
+def test_two_dtypes_and_another_backend(run):
+    code, out, err = run(
+        "--grid", "3c", "--width", "4", "--heads", "1", "--batch", "1", "--repeats", "1",
+        "--dtype", "float32,bfloat16", "--backend", "triton",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "÷ torch" in out
+    assert out.count("bfloat16") == 3
+    assert "3c" in out
 
 
 def test_acmix_in_the_command(run):
@@ -254,7 +272,8 @@ def test_dense_that_does_not_fit_is_told_in_bytes(run):
         (["--operator", "acmix", "--grid", "49"], "grid: got (49,), acmix wants two axes"),
         (["--operator", "acmix", "--stride", "0"], "stride: got 0"),
         (["--operator", "acmix", "--kernel", "4"], "attention_kernel: got 4"),
-        (["--causal"], "causal: needs a grid of one axis"),
+        (["--grid", "7x7c"], "causal: needs a grid of one axis"),
+        (["--backend", "cudnn"], "backend: got 'cudnn'"),
         (["--against", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -273,4 +292,76 @@ def test_against_something_else(content, tmp_path, run):
     code, _, err = run("--against", str(file))
     assert code == 2
     assert err.startswith("translution: against: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_published_bytes_are_those_of_the_paper():
+    """118 GB for the smallest ViT at 224/16, batch 1, and 7 TB at batch 64."""
+    with torch.device("meta"):
+        model = create_model("translution_vit_tiny_patch16_224", all_rows=True)
+    assert published_bytes(model, 1) / 1e9 == pytest.approx(118, rel=0.01)
+    assert published_bytes(model, 64) / 1e12 == pytest.approx(7, rel=0.01)
+
+
+TINY_STEP = ("--batch", "2", "--repeats", "1")
+
+
+@pytest.fixture
+def tiny():
+    name = "translution_vit_tiny_for_this_test"
+    if name not in list_models(name):
+        register_model(
+            name, vit, size="tiny", mixer="translution", image_size=8, patch_size=4, dim=8,
+            depth=2, heads=1, head_dim=8, num_classes=3,
+        )  # fmt: skip
+    return name
+
+
+def test_bench_step(tmp_path, run, tiny):
+    file = tmp_path / "rows.json"
+    code, out, err = run(
+        "--model", tiny, "--relative", "qkv,v", "--checkpoint", "none,full", *TINY_STEP,
+        "--json", str(file), command="bench-step",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "images/s" in out
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["relative"], row["checkpoint"]) for row in rows] == [
+        ("qkv", "none"), ("qkv", "full"), ("v", "none"), ("v", "full"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["seconds"] > 0
+        # weights, gradients and two states, and what the step holds beside them
+        assert row["peak_bytes"] > 4 * 4 * row["parameters"]
+        assert row["images_per_second"] == 2 / row["seconds"]
+    assert rows[0]["published_bytes"] > rows[2]["published_bytes"]
+
+
+def test_a_step_that_does_not_fit_is_a_row(run, tiny, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("translution.bench.steps._run", full)
+    code, out, err = run("--model", tiny, *TINY_STEP, command="bench-step")
+    assert code == 0, err
+    assert "out of memory" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nothing"], "there is no model 'nothing'"),
+        (["--model", "resnet26"], "model: got 'resnet26', want a ViT"),
+        (["--model", "alpha_gpt_tiny"], "model: got 'alpha_gpt_tiny', want a ViT"),
+        (["--batch", "0"], "batch: got '0'"),
+        (["--batch", "x"], "batch: got 'x'"),
+        (["--checkpoint", "some"], "checkpoint: got 'some'"),
+        (["--weights", "int8"], "weights: got 'int8'"),
+        (["--json", "/"], "json: got /"),
+    ],
+)
+def test_bench_step_refuses_in_one_line(arguments, message, run):
+    code, _, err = run(*arguments, command="bench-step")
+    assert code == 2
+    assert message in err
     assert len(err.strip().splitlines()) == 1

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "models": {"modules"},
     "measuring": {"layouts", "functional"},
     "files": set(),
-    "bench": {"layouts", "functional", "modules", "models", "measuring", "files"},
+    "bench": {"layouts", "backends", "functional", "modules", "models", "measuring", "files"},
     "compare": {"layouts", "modules", "models", "measuring", "files"},
     "cli": {"bench", "compare"},
     "__main__": {"cli"},

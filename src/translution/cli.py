@@ -25,6 +25,7 @@ def main() -> None:
         import typer
 
         from .bench.command import bench
+        from .bench.steps_command import bench_step
         from .compare.command import compare
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
@@ -46,6 +47,7 @@ def main() -> None:
 
     app.command()(compare)
     app.command()(bench)
+    app.command()(bench_step)
     try:
         app()
     except (ValueError, OSError) as error:

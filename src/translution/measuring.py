@@ -20,6 +20,8 @@ from . import functional  # noqa: F401  (registers the operators)
 from .layouts import Layout
 
 __all__ = [
+    "copy_rate",
+    "held_bytes",
     "machine",
     "matmul_rate",
     "multiply_adds",
@@ -65,6 +67,22 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = Non
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, device, 5)
+
+
+def copy_rate(device: torch.device, size: int | None = None) -> float:
+    """Bytes per second that a plain copy reads and writes."""
+    size = size or (1 << 30 if device.type == "cuda" else 1 << 27)
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device, 5)
+
+
+def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a model's parameters and buffers and of its optimizer's state."""
+    held = [*model.parameters(), *model.buffers()]
+    for state in optimizer.state.values():
+        held += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in held)
 
 
 def multiply_adds(function: Callable[[], object]) -> int:

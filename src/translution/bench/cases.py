@@ -35,6 +35,7 @@ class Case:
     rank: int = 8
     kernel: int = 7
     stride: int = 1
+    backend: str = "auto"
 
     def check(self) -> None:
         """Refuse what cannot be built, before anything runs."""
@@ -92,8 +93,8 @@ def translution(case: Case, device: torch.device) -> Built:
     scale = (width // heads) ** -0.5
 
     def forward() -> Tensor:
-        s = offset_scores(x, x, wq, wk, layout, heads=heads, scale=scale)
-        return offset_mix(s.softmax(-1), x, wv, layout)
+        s = offset_scores(x, x, wq, wk, layout, heads=heads, scale=scale, backend=case.backend)
+        return offset_mix(s.softmax(-1), x, wv, layout, backend=case.backend)
 
     unit = 2 * case.batch * case.pairs * width * width
     shared = 2 * case.batch * layout.tokens * width * width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import subprocess
 import sys
@@ -20,41 +21,52 @@ from ..measuring import machine
 from ..models.blocks import choose
 from ..modules.attention import check_relative
 from .cases import OPERATORS, Case
-from .measure import Measured, measure
+from .measure import Measured, chosen, measure
 
-__all__ = ["bench", "parse_grid"]
+__all__ = ["DTYPES", "bench", "commit_here", "device_named", "ints", "parse_grid", "told_machine"]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES["float64"] = torch.float64
-# operator: (grid, width, batches) where they are not given
-SHAPES: dict[str, list[tuple[str, int, str]]] = {
+# (grid, width, batches) where they are not given, by operator; of Translution also by device
+Shapes = list[tuple[str, int, str]]
+SHAPES: dict[str, Shapes] = {
     "acmix": [("56x56", 64, "8"), ("28x28", 128, "8"), ("14x14", 256, "8"), ("7x7", 512, "8")],
-}
-OTHER_SHAPES = [
-    ("7x7", 192, "16,64"), ("7x7", 384, "16,64"), ("14x14", 192, "8"), ("14x14", 384, "8"),
-]  # fmt: skip
+    "cpu": [
+        ("7x7", 192, "16,64"), ("7x7", 384, "16,64"), ("14x14", 192, "8"), ("14x14", 384, "8"),
+    ],
+    "cuda": [
+        (grid, width, batches)
+        for grid, batches in (
+            ("7x7", "64,256"), ("14x14", "8,64,256"), ("256c", "8,64"), ("1024c", "8"),
+        )
+        for width in (192, 384, 768)
+    ],
+}  # fmt: skip
 # what has to agree for two rows to be the same measurement
 SAME = (
     "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
-    "kernel", "stride", "device", "backward",
+    "kernel", "stride", "device", "backend", "backward",
 )  # fmt: skip
 
 
 def bench(
     grid: Annotated[
-        str, typer.Option(help="Such as 7x7,14x14; 256 is 1-D. Default by operator.")
+        str, typer.Option(help="Such as 7x7,256,256c: 1-D, causal. Default by operator.")
     ] = "",
     width: Annotated[str, typer.Option(help="Channels, such as 192,384.")] = "",
     batch: Annotated[str, typer.Option(help="Such as 16,64.")] = "",
     heads: Annotated[int, typer.Option(help="0: width / 64; 4 of acmix.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(help=f"Some of {','.join(DTYPES)}; default float32, on cuda both."),
+    ] = "",
+    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     operator: Annotated[str, typer.Option(help=f"{', '.join(OPERATORS)}.")] = "translution",
     relative: Annotated[str, typer.Option(help="Which of qkv have tables.")] = "qkv",
     rank: Annotated[int, typer.Option(help="Of alpha.")] = 8,
     kernel: Annotated[int, typer.Option(help="Of acmix's attention, odd.")] = 7,
     stride: Annotated[int, typer.Option(help="Of acmix.")] = 1,
-    causal: Annotated[bool, typer.Option(help="1-D: only keys at or before.")] = False,
     dense: Annotated[
         bool, typer.Option(help="Also the dense gather (acmix: unfold), at a batch that fits.")
     ] = True,
@@ -77,7 +89,6 @@ def bench(
     3x3 convolution beside it instead of attention, and for the dense gather an implementation that
     unfolds keys and values to a copy per neighbour.
     """
-    choose("dtype", dtype, list(DTYPES))
     choose("operator", operator, list(OPERATORS))
     relative = check_relative(relative)
     least = {
@@ -98,24 +109,28 @@ def bench(
         raise ValueError(f"json: got {json_file}, want a file in a folder that exists")
     if threads:
         torch.set_num_threads(threads)
-    where = torch.device(_device(device))
+    where = torch.device(device_named(device))
     earlier = _earlier(against)
+    dtypes = dtype or ("bfloat16,float32" if where.type == "cuda" else "float32")
+    kinds = [DTYPES[choose("dtype", name.strip(), list(DTYPES))] for name in dtypes.split(",")]
     cases = []
-    for shape, w, b in _shapes(operator, grid, width, batch):
+    for (text, w, b), kind in itertools.product(
+        _shapes(operator, where.type, grid, width, batch), kinds
+    ):
+        shape, causal = parse_grid(text)
         n = heads or (4 if operator == "acmix" else max(1, w // 64))
         if w % n:
             raise ValueError(f"heads: got {n}, want a divisor of width {w}")
         cases.append(
-            Case(
-                operator, shape, causal, w, n, b, DTYPES[dtype], relative, rank, kernel, stride
-            )
-        )  # fmt: skip
+            Case(operator, shape, causal, w, n, b, kind, relative, rank, kernel, stride, backend)
+        )
+        chosen(cases[-1], where)
         cases[-1].check()
     console = Console()
-    about = {**machine(where.type), "commit": _commit()}
-    console.print(f"{_told(about)}, {dtype}, {datetime.date.today()}", highlight=False)
-    if earlier and _told(earlier["machine"]) != _told(about):
-        console.print(f"earlier: {_told(earlier['machine'])}", highlight=False)
+    about = {**machine(where.type), "commit": commit_here()}
+    console.print(f"{told_machine(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
+    if earlier and told_machine(earlier["machine"]) != told_machine(about):
+        console.print(f"earlier: {told_machine(earlier['machine'])}", highlight=False)
     told: dict[str, Any] = {"machine": about, "command": " ".join(["translution", *sys.argv[1:]])}
     told["date"] = datetime.datetime.now().isoformat(timespec="seconds")
     rows: list[dict[str, Any]] = []
@@ -137,17 +152,17 @@ def bench(
 
 
 def _shapes(
-    operator: str, grid: str, width: str, batch: str
-) -> list[tuple[tuple[int, ...], int, int]]:
+    operator: str, device: str, grid: str, width: str, batch: str
+) -> list[tuple[str, int, int]]:
     """(grid, width, batch) of each case: what is given, and the operator's own for the rest."""
-    own = [(parse_grid(g), w, b) for g, w, b in SHAPES.get(operator, OTHER_SHAPES)]
-    grids = [parse_grid(g) for g in grid.split(",")] if grid else list(dict(g[::2] for g in own))
-    widths = _ints("width", width) if width else []
+    own = SHAPES.get(operator, SHAPES["cuda" if device == "cuda" else "cpu"])
+    grids = [g.strip() for g in grid.split(",")] if grid else list(dict(g[::2] for g in own))
+    widths = ints("width", width) if width else []
     found = []
     for shape in grids:
         known = [(w, b) for g, w, b in own if g == shape] or [(own[0][1], "8")]
         for w in widths or [w for w, _ in known]:
-            found += [(shape, w, n) for n in _ints("batch", batch or known[0][1])]
+            found += [(shape, w, n) for n in ints("batch", batch or known[0][1])]
     return found
 
 
@@ -157,22 +172,30 @@ def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
     dense = any("dense_bytes_by_shape" in row for row in rows)
     beside = {"attention": "self-attention", "convolution": "a 3×3 convolution"}[rows[0]["beside"]]
     short = rows[0]["beside"][:4] + "."
+    other = any("torch_seconds" in row for row in rows)
     twin = "unfold" if rows[0]["operator"] == "acmix" else "dense"
     shown = Table(
         box=None, header_style="bold", title=rows[0]["operator"], title_justify="left",
         pad_edge=False, collapse_padding=True, caption_justify="left",
-        caption=f"share: of the matmul rate. MB: peak. × {short}: time over {beside}'s.",
+        caption=f"share: of the matmul rate. copy: bytes moved, of the copy rate. MB: peak. "
+        f"× {short}: time over {beside}'s."
+        + " ÷ torch: time over the torch backend's." * other,
     )  # fmt: skip
-    columns = ["grid", "width", "batch", "pass", "ms", "share", "MB"]
+    kinds = len({row["dtype"] for row in rows}) > 1
+    columns = ["grid", "width", "batch", *["dtype"] * kinds, "pass", "ms", "share", "copy", "MB"]
+    columns += ["÷ torch"] * other
     columns += [f"× {short}"] + [twin] * dense + ["÷ earlier"] * bool(earlier)
     for name in columns:
-        left = name in ("grid", "pass", twin)
+        left = name in ("grid", "dtype", "pass", twin)
         shown.add_column(name, justify="left" if left else "right", no_wrap=name != twin)
     for row in rows:
         taken, peak = row["seconds"], row["peak_bytes"]
-        cells = ["×".join(map(str, row["grid"])), str(row["width"]), str(row["batch"])]
+        cells = ["×".join(map(str, row["grid"])) + "c" * row["causal"]]
+        cells += [str(row["width"]), str(row["batch"]), *[row["dtype"]] * kinds]
         cells += ["both" if row["backward"] else "forward", f"{taken * 1e3:.1f}"]
-        cells += [f"{row['matmul_share']:.2f}", "" if peak is None else f"{peak / 1e6:.0f}"]
+        cells += [f"{row['matmul_share']:.2f}", f"{row['bytes_share']:.2f}"]
+        cells += ["" if peak is None else f"{peak / 1e6:.0f}"]
+        cells += [f"{taken / row['torch_seconds']:.2f}" if "torch_seconds" in row else ""] * other
         cells += [f"{taken / row['beside_seconds']:.1f}"]
         if dense:
             cells.append(_dense_cell(row))
@@ -202,14 +225,14 @@ def _same(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in SAME)
 
 
-def _told(about: dict[str, Any]) -> str:
+def told_machine(about: dict[str, Any]) -> str:
     """The machine in a line."""
     told = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
     commit = about.get("commit")
     return f"{told}, translution {about['translution']}" + (f" ({commit})" if commit else "")
 
 
-def _commit() -> str | None:
+def commit_here() -> str | None:
     """The commit this code is at, where it runs from a checkout of its own."""
     here = Path(__file__).resolve()
     try:
@@ -224,22 +247,24 @@ def _commit() -> str | None:
     return told.stdout.strip() or None
 
 
-def parse_grid(text: str) -> tuple[int, ...]:
-    """ "7x7" -> (7, 7), "256" -> (256,)."""
-    parts = text.strip().lower().replace("×", "x").split("x")
+def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
+    """Sizes, and whether causal: "7x7" -> (7, 7), False; "256c" -> (256,), True."""
+    causal = text.strip().endswith("c")
+    parts = text.strip().removesuffix("c").lower().replace("×", "x").split("x")
     if not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"grid: got {text!r}, want sizes such as 7x7 or 256")
-    return tuple(int(part) for part in parts)
+        raise ValueError(f"grid: got {text!r}, want sizes such as 7x7, 256 or 256c (causal)")
+    return tuple(int(part) for part in parts), causal
 
 
-def _ints(name: str, text: str) -> list[int]:
+def ints(name: str, text: str) -> list[int]:
+    """Numbers of at least 1, divided by commas."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"{name}: got {text!r}, want numbers such as 16,64")
     return [int(part) for part in parts]
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
     choose("device", name, ["auto", "cpu", "cuda", "mps"])
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name == "auto":
@@ -255,7 +280,7 @@ def _earlier(file: str) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(Path(file).read_text("utf-8"))
-        _told(told["machine"])
+        told_machine(told["machine"])
         for row in told["rows"]:
             row.setdefault("device", told["machine"]["device"])
             float(row["seconds"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import time
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measuring import matmul_rate, peak_bytes, seconds, seconds_in_turn
+from .. import backends
+from ..measuring import copy_rate, matmul_rate, peak_bytes, seconds, seconds_in_turn
 from .cases import BESIDE, OPERATORS, Built, Case
 
-__all__ = ["Measured", "measure", "measure_dense", "step"]
+__all__ = ["Measured", "chosen", "measure", "measure_dense", "step"]
 
 Measured = dict[tuple[Case, bool], dict[str, Any]]
 """Comparisons with the dense gather made so far, by case and direction."""
@@ -59,11 +61,20 @@ def measure(
         "backward": backward,
         "seconds": taken,
         "flops": flops,
+        "backend": case.backend,
         "bytes": built.bytes,
         "matmul_rate": rate,
         "matmul_share": flops / taken / rate,
         "peak_bytes": _peak(call, device),
     }
+    # what goes in and out once, and going back once more with its gradients
+    row["bytes_share"] = built.bytes * (3 if backward else 1) / taken / _copy_rate(device)
+    if case.operator == "translution" and chosen(case, device) != "torch":
+        plain_torch = OPERATORS[case.operator](dataclasses.replace(case, backend="torch"), device)
+        other = step(plain_torch.forward, plain_torch.leaves, backward)
+        row["torch_seconds"] = seconds(other, device, repeats)
+        row["torch_peak_bytes"] = _peak(other, device)
+        del plain_torch, other
     row["beside"] = built.beside
     plain = BESIDE[built.beside](case, device)
     plain_call = step(plain.forward, plain.leaves, backward)
@@ -77,6 +88,17 @@ def measure(
             row["dense"] = found
     gc.collect()
     return row
+
+
+def chosen(case: Case, device: torch.device) -> str:
+    """The name of the backend that computes a case."""
+    found = backends.choose(case.backend, device, case.dtype)
+    return next(name for name, backend in backends.BACKENDS.items() if backend is found)
+
+
+@functools.lru_cache
+def _copy_rate(device: torch.device) -> float:
+    return copy_rate(device)
 
 
 def measure_dense(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..measuring import peak_bytes
+from ..measuring import held_bytes, peak_bytes
 from ..models import ViT
 from ..modules.projections import RelativeLinear
 from ..modules.reduced import ReducedAttention2d
@@ -42,11 +42,7 @@ def peak_of_a_step(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
     step()
     optimizer.zero_grad()
-    held = [*model.parameters(), *model.buffers()]
-    for state in optimizer.state.values():
-        held += [value for value in state.values() if isinstance(value, Tensor)]
-    before = sum(t.numel() * t.element_size() for t in held)
-    return before + peak_bytes(step, torch.device("cpu"))
+    return held_bytes(model, optimizer) + peak_bytes(step, torch.device("cpu"))
 
 
 @torch.inference_mode()
