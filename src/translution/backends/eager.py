@@ -1,12 +1,15 @@
 """The plain torch backend: walk the classes, one matrix product over the rows of each.
 
 Tokens are stored [tokens, batch, channels], so that the row of a pair is one contiguous block, and
-scores [pairs, batch, heads] in the order of their classes. Only the rows of one class (or a chunk
-of it) exist at a time; the backward pass computes them again.
+scores [pairs, batch, heads] in the order of their classes. Only the rows of a few small classes, or
+of a part of a large one, exist at a time; the backward pass computes them again. Two classes of
+equally many pairs are multiplied in one call: each core then has a matrix of its own, which is
+faster than dividing a small one.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layouts import Layout, Pairs
+from ..layouts import Layout
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
 
@@ -35,12 +38,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Segment(NamedTuple):
-    """The rows of one class (or a part of it) in a group."""
+    """The rows of one class, or of two with equally many pairs, one after the other (or a part of
+    one class): their matrices are multiplied in one call."""
 
-    cls: int
+    classes: tuple[int, ...]
     start: int
     stop: int
-    first: bool  # whether the class begins here
+    first: bool  # whether the classes begin here
 
 
 class Group(NamedTuple):
@@ -55,24 +59,76 @@ class Group(NamedTuple):
         return [segment.stop - segment.start for segment in self.segments]
 
 
-def _groups(pairs: Pairs, batch: int, channels: int) -> Iterator[Group]:
+class Order(NamedTuple):
+    """The pairs by class as in `Pairs`, but classes with equally many pairs stand together."""
+
+    query: Tensor
+    key: Tensor
+    flat: Tensor
+    slot: Tensor
+    runs: tuple[tuple[tuple[int, ...], int], ...]
+    """(one class, or two of the same size; the first of their pairs), then ((), number of pairs)"""
+    empty: tuple[int, ...]
+    """classes without a pair"""
+
+
+@functools.lru_cache(maxsize=64)
+def _order(layout: Layout, device: torch.device) -> Order:
+    pairs = layout.pairs_on(device)
+    sizes = [stop - start for start, stop in itertools.pairwise(pairs.starts)]
+    classes = sorted((c for c, size in enumerate(sizes) if size), key=sizes.__getitem__)
+    runs, at, i = list[tuple[tuple[int, ...], int]](), 0, 0
+    places = list[Tensor]()
+    while i < len(classes):
+        two = i + 1 < len(classes) and sizes[classes[i]] == sizes[classes[i + 1]]
+        run = tuple(classes[i : i + 1 + two])
+        runs.append((run, at))
+        for cls in run:
+            places.append(torch.arange(pairs.starts[cls], pairs.starts[cls + 1]))
+            at += sizes[cls]
+        i += len(run)
+    runs.append(((), at))
+    kept = torch.cat(places).to(device) if places else pairs.query.new_empty(0, dtype=torch.int64)
+    query, key, flat = (t.index_select(0, kept) for t in (pairs.query, pairs.key, pairs.flat))
+    slot = torch.full_like(pairs.slot, at)  # absent pairs point one past the end
+    slot[flat.long()] = torch.arange(at, device=device, dtype=slot.dtype)
+    empty = tuple(cls for cls, size in enumerate(sizes) if not size)
+    return Order(query, key, flat, slot, tuple(runs), empty)
+
+
+def _groups(order: Order, batch: int, channels: int) -> Iterator[Group]:
     if not batch:
         return
     most = max(1, max(ROWS, NUMBERS // max(channels, 1)) // batch)
     begin, segments = 0, list[Segment]()
-    for cls, (start, stop) in enumerate(itertools.pairwise(pairs.starts)):
+    for (classes, start), (_, stop) in itertools.pairwise(order.runs):
         if stop - begin > most and segments:
             yield Group(slice(begin, start), segments)
             begin, segments = start, []
-        for at in range(start, stop, most):
-            end = min(at + most, stop)
-            rows = (at - begin) * batch, (end - begin) * batch
-            segments.append(Segment(cls, *rows, at == start))
-            if end < stop:
-                yield Group(slice(begin, end), segments)
-                begin, segments = end, []
+        each = (stop - start) // len(classes)
+        if each <= most:
+            rows = (start - begin) * batch, (stop - begin) * batch
+            segments.append(Segment(classes, *rows, True))
+            continue
+        for i, cls in enumerate(classes):  # too many for one call: a class at a time, in parts
+            first = start + i * each
+            for at in range(first, first + each, most):
+                end = min(at + most, first + each)
+                rows = (at - begin) * batch, (end - begin) * batch
+                segments.append(Segment((cls,), *rows, at == first))
+                if end < stop:
+                    yield Group(slice(begin, end), segments)
+                    begin, segments = end, []
     if segments:
-        yield Group(slice(begin, pairs.starts[-1]), segments)
+        yield Group(slice(begin, order.runs[-1][1]), segments)
+
+
+def _of(table: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """The entries of one class, or of two as a view [2, ...]."""
+    if len(classes) == 1:
+        return table[classes[0]]
+    first, second = classes
+    return table[first :: second - first][:2]
 
 
 class Side:
@@ -82,15 +138,11 @@ class Side:
         self.x = x.transpose(0, 1).contiguous()
         self.weight, self.bias, self.places = weight, bias, places
         self.batch = self.x.shape[1]
-        self._matrices = None if weight is None else weight.unbind(0)
 
-    def matrices(self, group: Group) -> list[Tensor]:
-        """The classes' matrices in the dtype of the tokens (a table may be kept wider)."""
-        assert self._matrices is not None
-        found = [self._matrices[segment.cls] for segment in group.segments]
-        if found[0].dtype == self.x.dtype:
-            return found
-        return [matrix.to(self.x.dtype) for matrix in found]
+    def matrix(self, segment: Segment) -> Tensor:
+        """[channels, inner], or two of them, in the dtype of the tokens (a table may be wider)."""
+        assert self.weight is not None
+        return _of(self.weight, segment.classes).to(self.x.dtype)
 
     def rows(self, group: Group) -> Tensor:
         """The tokens of these pairs: [rows, channels]."""
@@ -102,13 +154,19 @@ class Side:
             return rows
         out = rows.new_empty((rows.shape[0], self.weight.shape[-1]))
         sizes = group.sizes
-        parts = zip(rows.split(sizes), self.matrices(group), out.split(sizes), strict=True)
-        for segment, (part, matrix, into) in zip(group.segments, parts, strict=True):
-            if self.bias is None:
-                torch.mm(part, matrix, out=into)
-            else:
-                torch.addmm(self.bias[segment.cls].to(rows.dtype), part, matrix, out=into)
+        for segment, part, into in zip(
+            group.segments, rows.split(sizes), out.split(sizes), strict=True
+        ):
+            part, into = _each(part, segment), _each(into, segment)
+            torch.matmul(part, self.matrix(segment), out=into)
+            if self.bias is not None:
+                into += _of(self.bias, segment.classes).to(rows.dtype).unsqueeze(-2)
         return out
+
+
+def _each(rows: Tensor, segment: Segment) -> Tensor:
+    """[rows, channels] -> the same, or [2, rows of each class, channels]."""
+    return rows.unflatten(0, (2, -1)) if len(segment.classes) == 2 else rows
 
 
 class SideGrad:
@@ -132,40 +190,43 @@ class SideGrad:
         sizes = group.sizes
         parts = zip(rows.split(sizes), grad.split(sizes), strict=True)
         for segment, (tokens, part) in zip(group.segments, parts, strict=True):
+            tokens, part = _each(tokens, segment), _each(part, segment)
             if self.weight is not None:
                 if self.weight.dtype == grad.dtype == self.sums:
                     # beta = 0 overwrites, so a table's gradient is written once, never cleared
-                    into = self.weight[segment.cls]
-                    into.addmm_(tokens.t(), part, beta=0 if segment.first else 1)
+                    into = _of(self.weight, segment.classes)
+                    add = into.baddbmm_ if part.ndim == 3 else into.addmm_
+                    add(tokens.mT, part, beta=0 if segment.first else 1)
                 else:
-                    self._sum("weight", self.weight, segment, tokens.t() @ part)
+                    self._sum("weight", self.weight, segment, tokens.mT @ part)
             if self.bias is not None:
-                self._sum("bias", self.bias, segment, part.sum(0, dtype=self.sums))
+                self._sum("bias", self.bias, segment, part.sum(-2, dtype=self.sums))
         if self.x is not None:
             if side.weight is not None:
                 back = grad.new_empty((grad.shape[0], side.x.shape[-1]))
-                intos = back.split(sizes)
-                for part, matrix, into in zip(
-                    grad.split(sizes), side.matrices(group), intos, strict=True
+                for segment, part, into in zip(
+                    group.segments, grad.split(sizes), back.split(sizes), strict=True
                 ):
-                    torch.mm(part, matrix.t(), out=into)
+                    matrix = side.matrix(segment).mT
+                    torch.matmul(_each(part, segment), matrix, out=_each(into, segment))
                 grad = back
             grad = grad.view(-1, *side.x.shape[1:]).to(self.sums)
             self.x.index_add_(0, side.places[group.pairs], grad)
 
     def _sum(self, name: str, whole: Tensor, segment: Segment, part: Tensor) -> None:
-        """Add to a class's sum, which stays wide while the class lasts."""
+        """Add to the sum of a class (or two), which stays wide while the class lasts."""
         part = part.to(self.sums)
         self.carry[name] = part if segment.first else self.carry[name] + part
-        whole[segment.cls] = self.carry[name]
+        _of(whole, segment.classes).copy_(self.carry[name])
 
-    def finish(self, pairs: Pairs) -> tuple[Tensor, ...]:
+    def finish(self, order: Order) -> tuple[Tensor, ...]:
         """The gradients of x, weight, bias; those of a class without pairs are zero."""
-        for cls, (start, stop) in enumerate(itertools.pairwise(pairs.starts)):
-            if start == stop or not self.side.batch:
-                for whole in (self.weight, self.bias):
-                    if whole is not None:
-                        whole[cls] = 0
+        for whole in (self.weight, self.bias):
+            if whole is not None:
+                if self.side.batch:
+                    whole[list(order.empty)] = 0
+                else:
+                    whole.zero_()
         x = None if self.x is None else self.x.transpose(0, 1).to(self.side.x.dtype).contiguous()
         # operators return tensors, so an unwanted one is empty (and each a tensor of its own)
         return tuple(
@@ -179,14 +240,14 @@ def _like(table: Tensor | None) -> Tensor | None:
     return None if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
 
 
-def _sort(dense: Tensor, pairs: Pairs) -> Tensor:
+def _sort(dense: Tensor, pairs: Order) -> Tensor:
     """[batch, heads, queries, keys] -> [pairs, batch, heads] in the order of the classes."""
     batch, heads = dense.shape[:2]
     cells = dense.reshape(batch * heads, dense.shape[2] * dense.shape[3]).t().contiguous()
     return cells.index_select(0, pairs.flat).view(len(pairs.flat), batch, heads)
 
 
-def _unsort(sorted_: Tensor, pairs: Pairs, layout: Layout) -> Tensor:
+def _unsort(sorted_: Tensor, pairs: Order, layout: Layout) -> Tensor:
     """[pairs + 1, batch, heads], the last for the absent -> [batch, heads, queries, keys]."""
     _, batch, heads = sorted_.shape
     cells = sorted_.flatten(1).index_select(0, pairs.slot)
@@ -204,9 +265,9 @@ def scores(
     scale: float,
     layout: Layout,
 ) -> Tensor:
-    pairs = layout.pairs_on(xq.device)
+    pairs = _order(layout, xq.device)
     query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
-    out = xq.new_empty((pairs.starts[-1] + 1, query.batch, heads), dtype=wide(xq.dtype))
+    out = xq.new_empty((len(pairs.flat) + 1, query.batch, heads), dtype=wide(xq.dtype))
     out[-1] = float("-inf")
     for group in _groups(pairs, query.batch, xq.shape[-1]):
         q = query.project(query.rows(group), group).to(out.dtype)
@@ -231,7 +292,7 @@ def scores_backward(
     layout: Layout,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    pairs = layout.pairs_on(xq.device)
+    pairs = _order(layout, xq.device)
     query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
     grad_query = SideGrad(query, wanted[0], wanted[2], wanted[4])
     grad_key = SideGrad(key, wanted[1], wanted[3], wanted[5])
@@ -253,7 +314,7 @@ def scores_backward(
 
 
 def mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> Tensor:
-    pairs = layout.pairs_on(x.device)
+    pairs = _order(layout, x.device)
     value = Side(x, w, b, pairs.key)
     heads, inner = a.shape[1], w.shape[-1]
     weights = _sort(a, pairs)
@@ -274,7 +335,7 @@ def mix_backward(
     layout: Layout,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    pairs = layout.pairs_on(x.device)
+    pairs = _order(layout, x.device)
     value = Side(x, w, b, pairs.key)
     heads = a.shape[1]
     sums = wide(x.dtype)
