@@ -271,7 +271,7 @@ def test_dense_that_does_not_fit_is_told_in_bytes(run):
         (["--json", "/"], "json: got /"),
         (["--operator", "acmix", "--grid", "49"], "grid: got (49,), acmix wants two axes"),
         (["--operator", "acmix", "--stride", "0"], "stride: got 0"),
-        (["--operator", "acmix", "--kernel", "4"], "attention_kernel: got 4"),
+        (["--operator", "acmix", "--kernel", "4"], "kernel: got 4, want an odd"),
         (["--grid", "7x7c"], "causal: needs a grid of one axis"),
         (["--backend", "cudnn"], "backend: got 'cudnn'"),
         (["--against", "nowhere.json"], "nowhere.json"),

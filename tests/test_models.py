@@ -233,6 +233,14 @@ def test_golden_loss_curve(kind):
     assert losses[0] < 2 * math.log(11)
 
 
+def test_head_dim_is_a_heads_share_unless_given():
+    model = vit(mixer="acmix", image_size=8, patch_size=4, dim=32, heads=2, depth=1)
+    assert model.config.head_dim == 16
+    assert model.blocks[0].mixer.q_proj.weight.shape == (32, 32)
+    with pytest.raises(ValueError, match="heads: got 3, want a divisor of dim 32"):
+        vit(dim=32, heads=3)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import oracle
+import translution
 from test_layouts import layouts
 from translution import (
     AlphaTranslution1d,
@@ -441,3 +442,19 @@ T = torch.zeros(2, 6, 8)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (translution.Translution2d(8, 2, heads=2), (1, 4, 8)),
+        (translution.SelfAttention(8, 4, heads=2), (1, 4, 8)),
+        (translution.ReducedACmix2d(8, 2, heads=2), (1, 4, 8)),
+        (translution.ACmix2d(8, 8, heads=2), (1, 8, 3, 3)),
+        (translution.WindowACmix2d(8, heads=2), (1, 8, 3, 3)),
+        (translution.PatchwiseACmix2d(8, 8, 2), (1, 8, 3, 3)),
+    ],
+)
+def test_another_dtype_than_the_weights_is_named(module, shape):
+    with pytest.raises(ValueError, match=r"x: got torch\.float64, want that of the weights"):
+        module(torch.zeros(shape, dtype=torch.float64))

@@ -102,6 +102,8 @@ def bench(
     for name, (value, want) in least.items():
         if value < want:
             raise ValueError(f"{name}: got {value}, want at least {want}")
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel: got {kernel}, want an odd number")
     if not dense_limit >= 0:
         raise ValueError(f"dense-limit: got {dense_limit}, want GB, at least 0")
     target = Path(json_file).absolute()

@@ -81,7 +81,7 @@ def mean_band(rows: list[list[float]]) -> tuple[list[float], list[float]]:
 
 def _line(axis: Any, mixer: str, x: list[float], rows: list[list[float]], **more: Any) -> None:
     means, apart = mean_band(rows)
-    colour = COLOURS[mixer]
+    colour = COLOURS.get(mixer, "#8a8a8a")
     axis.plot(x, means, color=colour, label=mixer, linewidth=1.8, **more)
     low = [m - s for m, s in zip(means, apart, strict=True)]
     high = [m + s for m, s in zip(means, apart, strict=True)]
@@ -144,7 +144,7 @@ def distances(runs: list[dict[str, Any]]) -> str:
                 if mine:
                     x = [(ring["from"] + ring["to"]) / 2 for ring in mine[0]]
                     rows = [[100 * ring["accuracy"] for ring in r] for r in mine]
-                    _line(axis, mixer, x, rows, marker=MARKS[mixer], markersize=4)
+                    _line(axis, mixer, x, rows, marker=MARKS.get(mixer, "o"), markersize=4)
             axis.axhline(10, color=_TEXT, linewidth=0.8, linestyle=":")
             axis.set_title(f"trained on {regime} digits")
             axis.set_xlabel("distance moved, pixels")

@@ -33,6 +33,7 @@ __all__ = [
     "Mixing",
     "Size",
     "choose",
+    "head_dim_of",
     "mixers_of_layers",
 ]
 
@@ -77,6 +78,17 @@ def choose(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def head_dim_of(dim: int, heads: int, head_dim: int | None) -> int:
+    """head_dim, or where it is not given dim / heads."""
+    if head_dim is None:
+        if dim % heads:
+            raise ValueError(f"heads: got {heads}, want a divisor of dim {dim} (or give head_dim)")
+        return dim // heads
+    if head_dim < 1:
+        raise ValueError(f"head_dim: got {head_dim}, want at least 1")
+    return head_dim
+
+
 @dataclass
 class Mixing:
     """How the tokens of a model are mixed: the part of a configuration that all models share.
@@ -108,7 +120,7 @@ class Mixing:
         dim: int,
         grid: tuple[int, ...],
         heads: int,
-        head_dim: int,
+        head_dim: int | None,
         causal: bool = False,
         prefix: int = 0,
         prefix_queries: bool = False,

@@ -16,6 +16,7 @@ from .blocks import (
     Block,
     Mixing,
     choose,
+    head_dim_of,
     mixers_of_layers,
 )
 from .vit import configure
@@ -33,15 +34,16 @@ class GPTConfig(Mixing):
     dim: int = 192
     depth: int = 6
     heads: int = 3
-    head_dim: int = 64
+    head_dim: int | None = None
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
         choose("checkpoint", self.checkpoint, CHECKPOINTS)
         choose("mixer", self.mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
-        for name in ("context", "vocab_size", "dim", "depth", "heads", "head_dim"):
+        for name in ("context", "vocab_size", "dim", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
 
 
 class GPT(nn.Module):

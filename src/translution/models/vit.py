@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import CHECKPOINTS, MIXERS, SIZES, Block, Mixing, choose, mixers_of_layers
+from .blocks import CHECKPOINTS, MIXERS, SIZES, Block, Mixing, choose, head_dim_of, mixers_of_layers
 
 __all__ = ["ViT", "ViTConfig", "vit"]
 
@@ -30,7 +30,7 @@ class ViTConfig(Mixing):
     dim: int = 192
     depth: int = 6
     heads: int = 3
-    head_dim: int = 64
+    head_dim: int | None = None
     mlp_ratio: float = 4.0
     pool: str | None = None
     all_rows: bool = False
@@ -48,9 +48,10 @@ class ViTConfig(Mixing):
                     f"image_size: got {self.image_size}, want a multiple of patch_size "
                     f"{self.patch_size}"
                 )
-        for name in ("channels", "num_classes", "dim", "depth", "heads", "head_dim"):
+        for name in ("channels", "num_classes", "dim", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ class ImageAttention(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        """The image, mixed: [batch, channels, height, width] in and out, as the class says."""
         return self.attend(*self.project(x))
 
 
@@ -183,6 +184,7 @@ class Mixed(ImageAttention):
         self.convolution = convolution
 
     def forward(self, x: Tensor) -> Tensor:
+        """α · attention + β · convolution of the image [batch, channels, height, width]."""
         maps = self.project(x)
         y, z = self.attend(*maps), self.convolve(*maps, times=self.beta)
         return torch.addcmul(z, y, self.alpha.to(y.dtype))

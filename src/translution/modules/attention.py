@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import masked_softmax, offset_mix, offset_scores
+from ..functional.offset import check_dtype
 from ..layouts import Layout
 from .positions import RelativeBias, check_rotary, rotate
 from .projections import Projected, projection
@@ -153,6 +154,7 @@ class Attention(nn.Module):
             raise ValueError(f"x: got {got}, want (batch, tokens, dim {self.dim})")
         if not x.dtype.is_floating_point:
             raise ValueError(f"x: got {x.dtype}, want a floating point dtype")
+        check_dtype("x", x, self.o_proj.weight)
         layout = self.layout
         if grid is None and len(layout.grid) == 1:
             grid = max(int(x.shape[1]) - layout.prefix, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import neighborhood_attention
+from ..functional.offset import check_dtype
 from .acmix import ConvolutionPath, ImageAttention, Mixed, unit_position
 
 __all__ = ["ACmix2d", "LocalAttention2d"]
@@ -37,6 +38,10 @@ class LocalAttention2d(ImageAttention):
     Raises:
         ValueError: naming the argument, what came and what is wanted.
     """
+
+    q_proj: nn.Conv2d
+    k_proj: nn.Conv2d
+    v_proj: nn.Conv2d
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class LocalAttention2d(ImageAttention):
                 f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
                 f"(batch, {self.in_channels}, height, width)"
             )
+        check_dtype("x", x, self.q_proj.weight)
         # channels last: the layout that 1×1 convolutions, attention and grouped convolution share
         x = x.contiguous(memory_format=torch.channels_last)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)

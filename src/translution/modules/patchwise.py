@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import neighborhood_mix
+from ..functional.offset import check_dtype
 from ..neighborhoods import Neighborhood, reflect
 from .acmix import ConvolutionPath, ImageAttention, Mixed
 
@@ -94,6 +95,7 @@ class PatchwiseAttention2d(ImageAttention):
                 f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
                 f"(batch, {self.in_channels}, height, width)"
             )
+        check_dtype("x", x, self.q_proj.weight)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional.offset import check_dtype
 from .acmix import ConvolutionPath, filled
 
 __all__ = ["ReducedACmix2d", "ReducedAttention2d"]
@@ -125,6 +126,7 @@ class ReducedAttention2d(nn.Module):
                 f"{tokens}, {self.dim}) for the grid {(height, width)}{also} (another grid is "
                 "given as grid=)"
             )
+        check_dtype("x", x, self.q_proj.weight)
         return height, width
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional.offset import check_dtype
 from .acmix import ConvolutionPath, ImageAttention, Mixed, filled
 
 __all__ = ["WindowACmix2d", "WindowAttention2d"]
@@ -75,6 +76,7 @@ class WindowAttention2d(ImageAttention):
                 f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
                 f"(batch, {self.channels}, height, width)"
             )
+        check_dtype("x", x, self.q_proj.weight)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
