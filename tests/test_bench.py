@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from translution import Layout, cli, create_model, list_models, measuring, register_model, vit
+from translution import Layout, cli, create_model, measuring, vit
 from translution.bench import command
 from translution.bench.cases import OPERATORS, Case
 from translution.bench.dense import dense_bytes, dense_translution
@@ -17,6 +17,7 @@ from translution.bench.steps import published_bytes
 from translution.bench.unfold import unfold_acmix
 from translution.functional import offset_mix, offset_scores
 from translution.measuring import peak_bytes
+from translution.models import registry
 from translution.modules import ACmix2d
 
 CPU = torch.device("cpu")
@@ -307,14 +308,14 @@ TINY_STEP = ("--batch", "2", "--repeats", "1")
 
 
 @pytest.fixture
-def tiny():
-    name = "translution_vit_tiny_for_this_test"
-    if name not in list_models(name):
-        register_model(
-            name, vit, size="tiny", mixer="translution", image_size=8, patch_size=4, dim=8,
-            depth=2, heads=1, head_dim=8, num_classes=3,
-        )  # fmt: skip
-    return name
+def tiny(monkeypatch):
+    """The name of a model that exists during a test alone."""
+    options = {
+        "size": "tiny", "mixer": "translution", "image_size": 8, "patch_size": 4, "dim": 8,
+        "depth": 2, "heads": 1, "head_dim": 8, "num_classes": 3,
+    }  # fmt: skip
+    monkeypatch.setitem(registry._MODELS, "translution_vit_test", (vit, options))
+    return "translution_vit_test"
 
 
 def test_bench_step(tmp_path, run, tiny):
