@@ -340,3 +340,25 @@ X, W = torch.zeros(2, 4, 3), torch.zeros(7, 3, 6)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_classes_in_parts(rows, monkeypatch):
+    """A class with more rows than are computed at once, and two classes of equal size in a call."""
+    layout = Layout((3, 3), prefix=1)
+    leaves = [torch.randn(2, 10, 4, dtype=torch.float64)]
+    leaves += [torch.randn(layout.classes, 4, 6, dtype=torch.float64) for _ in "qkv"]
+    leaves += [torch.randn(layout.classes, 6, dtype=torch.float64) for _ in "qkv"]
+
+    def run():
+        x, wq, wk, wv, bq, bk, bv = live = graded(leaves)
+        s = offset_scores(
+            x, x, wq, wk, layout, heads=2, bias_query=bq, bias_key=bk, backend="torch"
+        )
+        y = offset_mix(s.softmax(-1), x, wv, layout, bias_value=bv, backend="torch")
+        return [y, *torch.autograd.grad(y.square().sum(), live)]
+
+    whole = run()
+    monkeypatch.setattr(backends.eager, "ROWS", rows)
+    monkeypatch.setattr(backends.eager, "NUMBERS", 1)
+    close(run(), whole)
