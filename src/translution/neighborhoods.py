@@ -90,6 +90,12 @@ class Neighborhood:
             for t in range(-reach, reach + 1)
         ]
 
+    def line(self, axis: int) -> list[int]:
+        """The places of one axis, continued on both sides as far as neighbours reach."""
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) // 2
+        size = self.size[axis]
+        return [reflect(place, size) for place in range(-reach, size + reach)]
+
     @property
     def index(self) -> Tensor:
         """int64 [queries, taps]: which place of the map (row-major) each query sees at each tap."""

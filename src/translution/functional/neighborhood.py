@@ -283,13 +283,7 @@ class _Taps:
 
     def __init__(self, area: Neighborhood, device: torch.device):
         self.area = area
-        self.lines: list[Tensor] = []
-        for axis in (0, 1):
-            reach = area.dilation[axis] * (area.kernel[axis] - 1) // 2
-            wide = Neighborhood((area.size[axis],) * 2, (2 * reach + 1,) * 2)
-            first, last = wide.neighbors(0, 0)[:reach], wide.neighbors(0, area.size[axis] - 1)
-            line = [*first, *range(area.size[axis]), *(last[reach + 1 :])]
-            self.lines.append(torch.tensor(line, device=device))
+        self.lines = [torch.tensor(area.line(axis), device=device) for axis in (0, 1)]
 
     def continued(self, x: Tensor) -> Tensor:
         return x.index_select(2, self.lines[0]).index_select(3, self.lines[1])

@@ -161,16 +161,6 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Tokens or maps have the dtype of the weights, unless autocast takes care of that."""
-    kind = x.device.type
-    known = torch.amp.autocast_mode.is_autocast_available(kind)
-    if x.dtype != weight.dtype and not (known and torch.is_autocast_enabled(kind)):
-        raise ValueError(
-            f"{name}: got {x.dtype}, want that of the weights, {weight.dtype} (or use autocast)"
-        )
-
-
 def _check_tokens(name: str, x: Tensor, tokens: int) -> None:
     if x.ndim != 3 or x.shape[1] != tokens:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, want (batch, {tokens}, channels)")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import masked_softmax, offset_mix, offset_scores
-from ..functional.offset import check_dtype
 from ..layouts import Layout
+from .checks import check_dtype, check_int
 from .positions import RelativeBias, check_rotary, rotate
 from .projections import Projected, projection
 
@@ -53,15 +53,15 @@ class Attention(nn.Module):
         **layout: Any,
     ):
         super().__init__()
-        _check_int("dim", dim, 1)
-        _check_int("heads", heads, 1)
+        check_int("dim", dim, 1)
+        check_int("heads", heads, 1)
         if head_dim is None:
             if dim % heads:
                 raise ValueError(
                     f"heads: got {heads}, want a divisor of dim {dim} (or give head_dim)"
                 )
             head_dim = dim // heads
-        _check_int("head_dim", head_dim, 1)
+        check_int("head_dim", head_dim, 1)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: got {dropout}, want at least 0 and less than 1")
         if self.axes is not None and isinstance(grid, int):
@@ -325,7 +325,7 @@ class _AlphaTranslution(Attention):
         rotary: bool = False,
     ):
         self.relative = check_relative(relative)
-        _check_int("rank", rank, 1)
+        check_int("rank", rank, 1)
         super().__init__(
             dim, grid, heads, head_dim, dropout, rotary,
             causal=causal, window=window, dilation=dilation, buckets=buckets,
@@ -496,11 +496,6 @@ def check_relative(relative: str) -> str:
     ):
         raise ValueError(f"relative: got {relative!r}, want a subset of 'qkv' such as 'kv' or ''")
     return "".join(name for name in "qkv" if name in relative)
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: got {value!r}, want an int of at least {least}")
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

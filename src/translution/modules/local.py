@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import neighborhood_attention
-from ..functional.offset import check_dtype
 from .acmix import ConvolutionPath, ImageAttention, Mixed, unit_position
+from .checks import check_image, check_int
 
 __all__ = ["ACmix2d", "LocalAttention2d"]
 
@@ -58,8 +58,7 @@ class LocalAttention2d(ImageAttention):
             ("in_channels", in_channels), ("out_channels", out_channels), ("heads", heads),
             ("attention_kernel", attention_kernel), ("stride", stride), ("dilation", dilation),
         ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, want an int of at least 1")
+            check_int(name, value, 1)
         if attention_kernel % 2 == 0:
             raise ValueError(f"attention_kernel: got {attention_kernel}, want an odd int")
         if out_channels % heads:
@@ -72,12 +71,7 @@ class LocalAttention2d(ImageAttention):
         self.position_proj = nn.Conv2d(2, self.head_dim, 1, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.ndim != 4 or x.shape[1] != self.in_channels or not x.dtype.is_floating_point:
-            raise ValueError(
-                f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
-                f"(batch, {self.in_channels}, height, width)"
-            )
-        check_dtype("x", x, self.q_proj.weight)
+        check_image(x, self.in_channels, self.q_proj.weight)
         # channels last: the layout that 1×1 convolutions, attention and grouped convolution share
         x = x.contiguous(memory_format=torch.channels_last)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)

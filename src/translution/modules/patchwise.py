@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import neighborhood_mix
-from ..functional.offset import check_dtype
-from ..neighborhoods import Neighborhood, reflect
+from ..neighborhoods import Neighborhood
 from .acmix import ConvolutionPath, ImageAttention, Mixed
+from .checks import check_image, check_int
 
 __all__ = ["PatchwiseACmix2d", "PatchwiseAttention2d"]
 
@@ -66,8 +66,7 @@ class PatchwiseAttention2d(ImageAttention):
             ("relation_channels", relation_channels), ("share", share),
             ("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation),
         ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, want an int of at least 1")
+            check_int(name, value, 1)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: got {kernel_size}, want an odd int")
         if out_channels % share:
@@ -90,12 +89,7 @@ class PatchwiseAttention2d(ImageAttention):
         )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.ndim != 4 or x.shape[1] != self.in_channels or not x.dtype.is_floating_point:
-            raise ValueError(
-                f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
-                f"(batch, {self.in_channels}, height, width)"
-            )
-        check_dtype("x", x, self.q_proj.weight)
+        check_image(x, self.in_channels, self.q_proj.weight)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -109,9 +103,7 @@ class PatchwiseAttention2d(ImageAttention):
         size = (int(x.shape[2]), int(x.shape[3]))
         area = Neighborhood.of(size, self.kernel_size, self.stride, self.dilation)
         for axis in (0, 1):
-            reach = area.dilation[axis] * (area.kernel[axis] - 1) // 2
-            line = [reflect(place, size[axis]) for place in range(-reach, size[axis] + reach)]
-            x = x.index_select(2 + axis, torch.tensor(line, device=x.device))
+            x = x.index_select(2 + axis, torch.tensor(area.line(axis), device=x.device))
         taps = F.unfold(x, area.kernel, area.dilation, 0, area.stride)
         return taps.unflatten(2, area.out)
 

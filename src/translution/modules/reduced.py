@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.offset import check_dtype
 from .acmix import ConvolutionPath, filled
+from .checks import check_dtype, check_int
 
 __all__ = ["ReducedACmix2d", "ReducedAttention2d"]
 
@@ -63,8 +63,7 @@ class ReducedAttention2d(nn.Module):
             ("dim", dim, 1), ("heads", heads, 1), ("reduction", reduction, 1),
             ("prefix", prefix, 0), ("head_dim", 1 if head_dim is None else head_dim, 1),
         ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: got {value!r}, want an int of at least {least}")
+            check_int(name, value, least)
         if head_dim is None and dim % heads:
             raise ValueError(f"heads: got {heads}, want a divisor of dim {dim} (or give head_dim)")
         if prefix and reduction > 1:

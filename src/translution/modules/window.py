@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.offset import check_dtype
 from .acmix import ConvolutionPath, ImageAttention, Mixed, filled
+from .checks import check_image, check_int
 
 __all__ = ["WindowACmix2d", "WindowAttention2d"]
 
@@ -53,8 +53,7 @@ class WindowAttention2d(ImageAttention):
             ("channels", channels, 1), ("heads", heads, 1), ("window", window, 1),
             ("shift", shift, 0),
         ):  # fmt: skip
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: got {value!r}, want an int of at least {least}")
+            check_int(name, value, least)
         if channels % heads:
             raise ValueError(f"heads: got {heads}, want a divisor of channels {channels}")
         if shift >= window:
@@ -71,12 +70,7 @@ class WindowAttention2d(ImageAttention):
         nn.init.trunc_normal_(self.position_bias, std=0.02)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.ndim != 4 or x.shape[1] != self.channels or not x.dtype.is_floating_point:
-            raise ValueError(
-                f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
-                f"(batch, {self.channels}, height, width)"
-            )
-        check_dtype("x", x, self.q_proj.weight)
+        check_image(x, self.channels, self.q_proj.weight)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
