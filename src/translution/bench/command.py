@@ -23,7 +23,17 @@ from ..modules.attention import check_relative
 from .cases import OPERATORS, Case
 from .measure import Measured, chosen, measure
 
-__all__ = ["DTYPES", "bench", "commit_here", "device_named", "ints", "parse_grid", "told_machine"]
+__all__ = [
+    "DTYPES",
+    "bench",
+    "check_json",
+    "commit_here",
+    "device_named",
+    "ints",
+    "keep",
+    "parse_grid",
+    "told_machine",
+]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES["float64"] = torch.float64
@@ -106,9 +116,7 @@ def bench(
         raise ValueError(f"kernel: got {kernel}, want an odd number")
     if not dense_limit >= 0:
         raise ValueError(f"dense-limit: got {dense_limit}, want GB, at least 0")
-    target = Path(json_file).absolute()
-    if json_file and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"json: got {json_file}, want a file in a folder that exists")
+    check_json(json_file)
     if threads:
         torch.set_num_threads(threads)
     where = torch.device(device_named(device))
@@ -144,13 +152,26 @@ def bench(
                 allowed = dense_limit * 1e9 if dense else 0.0
                 rows.append(measure(case, where, backward, repeats, allowed, done))
                 live.update(table(rows, earlier["rows"] if earlier else []))
-                if json_file:  # after each row: an interrupted run keeps what is finished
-                    text = json.dumps(told, indent=1)
-                    write_whole(Path(json_file), lambda p, text=text: p.write_text(text, "utf-8"))
+                keep(told, json_file)
     if not console.is_terminal:
         console.print()  # a live table ends its last line on a terminal alone
     if json_file:
         console.print(f"written to {json_file}")
+
+
+def check_json(file: str) -> None:
+    """Refuse a --json file that can't be written, before anything runs."""
+    target = Path(file).absolute()
+    if file and (target.is_dir() or not target.parent.is_dir()):
+        raise ValueError(f"json: got {file}, want a file in a folder that exists")
+
+
+def keep(told: dict[str, Any], file: str) -> None:
+    """Write what is measured so far, if asked to: after each row, so that an interrupted run keeps
+    what is finished."""
+    if file:
+        text = json.dumps(told, indent=1)
+        write_whole(Path(file), lambda path: path.write_text(text, "utf-8"))
 
 
 def _shapes(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -15,11 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ..files import write_whole
 from ..measuring import machine
 from ..models.blocks import CHECKPOINTS, choose
 from ..modules.attention import check_relative
-from .command import DTYPES, commit_here, device_named, ints, told_machine
+from .command import DTYPES, check_json, commit_here, device_named, ints, keep, told_machine
 from .steps import Step, measure_step
 
 __all__ = ["bench_step"]
@@ -68,9 +65,7 @@ def bench_step(
     where = torch.device(device_named(device))
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, want at least 1")
-    target = Path(json_file).absolute()
-    if json_file and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"json: got {json_file}, want a file in a folder that exists")
+    check_json(json_file)
     autocast = autocast or ("bfloat16" if where.type == "cuda" else "float32")
     kinds = [DTYPES[choose(n, v, list(DTYPES))] for n, v in
              (("autocast", autocast), ("weights", weights))]  # fmt: skip
@@ -104,9 +99,7 @@ def bench_step(
         for case in cases:
             rows.append(measure_step(case, where, repeats))
             live.update(_table(rows))
-            if json_file:
-                text = json.dumps(told, indent=1)
-                write_whole(Path(json_file), lambda p, text=text: p.write_text(text, "utf-8"))
+            keep(told, json_file)
     if not console.is_terminal:
         console.print()
     if json_file:
