@@ -18,14 +18,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 
 from translution import cli
-from translution.compare import data as data_module
 from translution.compare import training
-from translution.compare.data import load_digits, mnist, place, read_idx, rings, train_batches
 from translution.compare.measure import attention_maps, peak_of_a_step, table_norms
 from translution.compare.options import Options
 from translution.compare.results import load_checkpoint
 from translution.compare.runs import run_all
 from translution.compare.training import accuracies, accuracy_by_distance
+from translution.data import digits as data_module
+from translution.data.digits import load_digits, mnist, place, read_idx, rings, train_batches
 
 TINY = {
     "steps": 12, "batch_size": 16, "learning_rate": 0.01, "dim": 16, "depth": 2, "heads": 2,
@@ -446,4 +446,4 @@ def test_importing_the_command_is_light():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
-    assert Path(data_module.__file__).with_name("report.html.jinja").is_file()
+    assert Path(training.__file__).with_name("report.html.jinja").is_file()

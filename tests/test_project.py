@@ -24,9 +24,13 @@ MAY_IMPORT = {
     "models": {"modules"},
     "measuring": {"layouts", "functional"},
     "files": set(),
+    "config": set(),
+    "data": {"config", "files"},
     "bench": {"layouts", "backends", "functional", "modules", "models", "measuring", "files"},
-    "compare": {"layouts", "modules", "models", "measuring", "files"},
-    "cli": {"bench", "compare"},
+    "compare": {"layouts", "modules", "models", "measuring", "files", "data"},
+    "parallel": {"layouts", "functional", "modules", "models"},
+    "training": {"config", "data", "files", "measuring", "models", "modules", "parallel"},
+    "cli": {"bench", "compare", "training"},
     "__main__": {"cli"},
 }
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from translution.compare.data import load_digits
+from translution.data.digits import load_digits
 
 __all__ = ["BACKGROUND", "CLASSES", "Parts", "Style", "batches", "draw", "load_parts"]
 

@@ -7,6 +7,13 @@ import sys
 __all__ = ["main"]
 
 EXTRAS = {
+    "datasets": "data",
+    "PIL": "data",
+    "pydantic": "data",
+    "tokenizers": "data",
+    "yaml": "data",
+    "kornia": "train",
+    "tensorboard": "train",
     "typer": "cli",
     "rich": "cli",
     "numpy": "data",

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 import torch
 
+from ..data.digits import Digits, centre, place
 from ..files import write_whole
-from .data import Digits, centre, place
 from .figures import COLOURS, curves, distances, norms
 from .measure import attention_maps, table_norms
 from .options import REGIMES

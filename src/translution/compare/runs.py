@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .data import Digits, load_digits, mnist, train_batches
+from ..data.digits import Digits, load_digits, mnist, train_batches
 from .measure import peak_of_a_step
 from .options import REGIMES, Options
 from .report import write_report

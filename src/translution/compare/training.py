@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from .data import Digits, Ring, place, rings, train_batches
+from ..data.digits import Digits, Ring, place, rings, train_batches
 from .options import Options, pick_device
 
 __all__ = [
