@@ -143,7 +143,7 @@ def test_published_parameter_counts_gpt(context, qkv, alpha, attention):
 def test_names():
     names = list_models()
     assert names == sorted(names)
-    assert len(names) == 5 * (7 * 3 + 5) + 2 * (3 + 3 + 2 + 2)
+    assert len(names) == 6 + 5 * (7 * 3 + 5) + 2 * (3 + 3 + 2 + 2)
     assert list_models("alpha_gpt_*") == [
         f"alpha_gpt_{size}" for size in ("base", "large", "mini", "small", "tiny")
     ]

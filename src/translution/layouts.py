@@ -60,6 +60,9 @@ class Layout:
         input_grid: the grid of this input. At most ``grid``, except on an axis with buckets or
             with a window that ``grid`` holds whole: there it may be any size.
         queries, keys: the tokens (places in prefix + grid) on each side; None is all of them.
+        share: (rank, ranks): only the classes rank, rank + ranks, ... exist, numbered 0, 1, ...;
+            the pairs of all others are absent. None is all of them. Dealt out in turn, every
+            rank gets near and far offsets, so about as many pairs as the others.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -75,6 +78,7 @@ class Layout:
     input_grid: tuple[int, ...] = ()
     queries: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
+    share: tuple[int, int] | None = None
 
     # What follows from the above; plain attributes, so that tracing reads them as constants.
     key: str = field(init=False, compare=False, repr=False, default="")
@@ -95,6 +99,9 @@ class Layout:
     """All tokens ask all tokens that are not after them, and nothing else is restricted."""
     may_be_empty: bool = field(init=False, compare=False, repr=False, default=False)
     """Some query may have no key at all."""
+    row: tuple[int, int] | None = field(init=False, compare=False, repr=False, default=None)
+    """(count, step) where the last token alone asks, and sees itself and every `step`-th token
+    before it, `count` in all, which have the classes 0, 1, 2 and so on. Else None."""
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -125,6 +132,10 @@ class Layout:
         outward = 0 if self.causal else self.prefix
         inward = 0 if self.prefix_queries else self.prefix
         put("classes", self.offset_classes + self.prefix**2 + outward + inward)
+        if self.share is not None:
+            rank, ranks = _check_share(self.share)
+            put("offset_classes", len(range(rank, self.offset_classes, ranks)))
+            put("classes", len(range(rank, self.classes, ranks)))
         put("tokens", self.prefix + math.prod(self.input_grid))
         for name in ("queries", "keys"):
             put(name, self._tokens(name, getattr(self, name)))
@@ -132,11 +143,13 @@ class Layout:
         put("n_keys", self._count(self.keys))
         limited = any(self._limited(axis, n) for axis, n in enumerate(self.input_grid))
         limited = limited and not self.prefix_queries
-        put("full", not limited and not (self.causal and self.prefix))
-        put("may_be_empty", self.keys is not None)
-        whole = self.queries is None and self.keys is None and not self.prefix
+        alone = self.share is None
+        put("full", alone and not limited and not (self.causal and self.prefix))
+        put("may_be_empty", self.keys is not None or not alone)
+        whole = self.queries is None and self.keys is None and not self.prefix and alone
         unlimited = self.window is None and self.dilation == (1,)
         put("plain_causal", whole and self.causal and unlimited)
+        put("row", self._row())
         put("key", _key(self))
 
     def _count(self, some: tuple[int, ...] | None, every: int | None = None) -> int:
@@ -148,9 +161,22 @@ class Layout:
         """Whether some pair is absent on this axis."""
         w = None if self.window is None else self.window[axis]
         near = w is not None and w < size - 1
-        return size > 1 and (self.causal or self.dilation[axis] > 1 or near)
+        later = self.causal and self.queries != (self.tokens - 1,)  # nothing is after the last
+        return size > 1 and (later or self.dilation[axis] > 1 or near)
 
     # -- the table ---------------------------------------------------------------------------
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether an input may be of any size on every axis."""
+        return all(self._unbounded(axis) for axis in range(len(self.grid)))
+
+    @property
+    def reach(self) -> tuple[int | None, ...]:
+        """The farthest that a query sees on each axis, in tokens; None where nothing limits it."""
+        windows = self.window or (None,) * len(self.grid)
+        pairs = zip(windows, self.dilation, strict=True)
+        return tuple(None if w is None else w * dilation for w, dilation in pairs)
 
     def _unbounded(self, axis: int) -> bool:
         window, buckets = self.window, self.buckets
@@ -176,6 +202,18 @@ class Layout:
             starts.append(max(starts[-1] + 1, spaced))
         return starts
 
+    def _row(self) -> tuple[int, int] | None:
+        whole = self.causal and not self.prefix and self.keys is None and self.share is None
+        if not whole or self.queries != (self.tokens - 1,):
+            return None
+        step, w = self.dilation[0], None if self.window is None else self.window[0]
+        most = (self.tokens - 1) // step
+        most = most if w is None else min(w, most)
+        starts = self._bucket_starts(0)
+        if most and (len(starts) < most or starts[most - 1] != most):
+            return None  # some of them share a class
+        return most + 1, step
+
     def at(self, grid: int | Sequence[int]) -> Layout:
         """The same tables on another input grid."""
         sizes = _sizes("grid", grid, len(self.grid), 1) or ()
@@ -190,6 +228,10 @@ class Layout:
             queries=None if queries is None else tuple(queries),
             keys=None if keys is None else tuple(keys),
         )
+
+    def part(self, rank: int, ranks: int) -> Layout:
+        """Only every `ranks`-th class, from `rank` on: `share`."""
+        return _part(self, rank, ranks)
 
     def _tokens(self, name: str, value: Any) -> tuple[int, ...] | None:
         if value is None:
@@ -225,32 +267,32 @@ class Layout:
         return _pairs(self, torch.device(device))
 
     def _build(self) -> Tensor:
-        p, n = self.prefix, self.tokens
-        index = torch.full((n, n), -1, dtype=torch.int64, device=_CPU)
-        grid = torch.zeros((), dtype=torch.int64, device=_CPU)
+        if self.share is not None:
+            rank, ranks = self.share
+            index = _index(dataclasses.replace(self, share=None), _CPU)
+            own = (index >= 0) & (index % ranks == rank)
+            return torch.where(own, index // ranks, -1)
+        # only the rows and columns that are asked for: one new query costs as much as it has keys
+        p, every = self.prefix, torch.arange(self.tokens, device=_CPU)
+        queries = every[:p] if self.prefix_queries else every
+        query = (queries if self.queries is None else _tensor(self.queries))[:, None]
+        key = (every if self.keys is None else _tensor(self.keys))[None, :]
+        index = torch.zeros((), dtype=torch.int64, device=_CPU)
         present = torch.ones((), dtype=torch.bool, device=_CPU)
-        axes = len(self.grid)
-        for axis, count in enumerate(self.axis_classes):
-            cls, here = self._axis_class(axis, _offsets(self.input_grid[axis]))
-            shape = [1] * (2 * axes)
-            shape[axis] = shape[axes + axis] = self.input_grid[axis]
-            grid = grid * count + cls.view(shape)
-            present = present & here.view(shape)
-        if not self.prefix_queries:
-            index[p:, p:] = grid.masked_fill(~present, -1).reshape(n - p, n - p)
-        first = self.offset_classes
-        each = torch.arange(p, device=_CPU)
-        index[:p, :p] = first + torch.arange(p * p, device=_CPU).view(p, p)
-        first += p * p
-        if not self.causal:
-            index[:p, p:] = first + each[:, None]
-            first += p
-        if not self.prefix_queries:
-            index[p:, :p] = first + each
-        rows = index[:p] if self.prefix_queries else index
-        if self.queries is not None:
-            rows = rows[list(self.queries)]
-        return rows if self.keys is None else rows[:, list(self.keys)]
+        for axis, (size, count) in enumerate(zip(self.input_grid, self.axis_classes, strict=True)):
+            cls, here = self._axis_class(axis, torch.arange(1 - size, size, device=_CPU))
+            stride = math.prod(self.input_grid[axis + 1 :])
+            place = ((query - p) // stride % size) - ((key - p) // stride % size) + size - 1
+            index, present = index * count + cls[place], present & here[place]
+        index = index.masked_fill(~present, -1)
+        if p:
+            inner, outward = self.offset_classes, self.offset_classes + p * p
+            inward = outward if self.causal else outward + p
+            away = torch.full_like(query, -1) if self.causal else outward + query
+            index = torch.where(query < p, away, index)
+            index = torch.where(key < p, inward + key, index)
+            index = torch.where((query < p) & (key < p), inner + query * p + key, index)
+        return index
 
     def _axis_class(self, axis: int, offset: Tensor) -> tuple[Tensor, Tensor]:
         """The class of each offset on one axis, and whether the pair is there."""
@@ -288,9 +330,15 @@ def _sizes(
     return None if optional and all(size is None for size in sizes) else sizes
 
 
-def _offsets(size: int) -> Tensor:
-    place = torch.arange(size, device=_CPU)
-    return place[:, None] - place[None, :]
+def _check_share(share: Any) -> tuple[int, int]:
+    ints = isinstance(share, tuple) and [type(n) for n in share] == [int, int]
+    if not ints or not 0 <= share[0] < share[1]:
+        raise ValueError(f"share: got {share!r}, want (rank, ranks) with 0 <= rank < ranks")
+    return share
+
+
+def _tensor(tokens: tuple[int, ...]) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int64, device=_CPU)
 
 
 def _key(layout: Layout) -> str:
@@ -317,6 +365,11 @@ def _parse(key: str) -> Layout:
             value = range(int(start), int(stop))
         fields[name] = tuple(value) if isinstance(value, list | range) else value
     return Layout(**fields)
+
+
+@functools.lru_cache(maxsize=256)
+def _part(layout: Layout, rank: int, ranks: int) -> Layout:
+    return dataclasses.replace(layout, share=(rank, ranks))
 
 
 @functools.lru_cache(maxsize=64)

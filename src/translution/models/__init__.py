@@ -3,7 +3,7 @@
 from .backbone import Backbone
 from .gpt import GPT, GPTConfig, gpt
 from .pvt import PVT, PVTConfig, pvt
-from .registry import create_model, list_models, register_model
+from .registry import create_model, list_models, model_options, register_model
 from .resnet import ResNet, ResNetConfig, resnet
 from .san import SAN, SANConfig, san
 from .swin import Swin, SwinConfig, swin
@@ -26,6 +26,7 @@ __all__ = [
     "create_model",
     "gpt",
     "list_models",
+    "model_options",
     "pvt",
     "register_model",
     "resnet",

@@ -22,6 +22,7 @@ from ..modules.attention import (
     Translution1d,
     Translution2d,
 )
+from ..modules.cache import Cache
 from ..modules.convolution import Convolution2d
 from ..modules.reduced import ReducedACmix2d
 
@@ -200,16 +201,18 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None = None) -> Tensor:
+        """`cache`: of a causal mixer; `x` are then the tokens after those that it has seen."""
         if self.checkpoint == "none" or not (self.training and torch.is_grad_enabled()):
-            return self._forward(x, grid)
+            return self._forward(x, grid, cache)
         more: dict[str, Any] = {}
         if self.checkpoint == "selective":
             more["context_fn"] = _remembering
-        return checkpoint(self._forward, x, grid, use_reentrant=False, **more)
+        return checkpoint(self._forward, x, grid, cache, use_reentrant=False, **more)
 
-    def _forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        y = self.mixer(self.norm1(x), grid=grid)
+    def _forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None) -> Tensor:
+        more = {} if cache is None else {"cache": cache}  # not every mixer knows one
+        y = self.mixer(self.norm1(x), grid=grid, **more)
         x = x[:, : y.shape[1]] + y
         return x + self.mlp(self.norm2(x))
 

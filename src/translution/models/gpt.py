@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..modules.cache import Cache
 from .blocks import (
     CHECKPOINTS,
     IMAGE_MIXERS,
@@ -69,23 +71,60 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(c.dim)
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [batch, length]; shorter inputs than the context are fine."""
+    def forward(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """Logits of the token after each.
+
+        Args:
+            ids: int64 [batch, length]; at most the context, shorter inputs are fine.
+            caches: of `make_caches`. `ids` then follow those of earlier calls with them, and see
+                them too; without gradients.
+
+        Returns:
+            [batch, length, vocab_size].
+
+        Raises:
+            ValueError: other ids, more tokens than the context, or caches of another use.
+        """
+        return self.head(self.hidden(ids, caches))
+
+    def hidden(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+        """What `head` makes the logits of: [batch, length, dim]; else as `forward`."""
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.shape[1]:
             raise ValueError(
                 f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 (batch, length)"
             )
+        each: Sequence[Cache | None] = [None] * len(self.blocks) if caches is None else caches
+        seen = {0 if cache is None else cache.length for cache in each}
+        if len(each) != len(self.blocks) or len(seen) != 1:
+            raise ValueError(
+                f"caches: got {len(each)} that have seen {sorted(seen)} tokens, want those of "
+                f"make_caches, one for each of the {len(self.blocks)} blocks"
+            )
         x = self.embed(ids)
-        length = int(ids.shape[1])
+        (start,), length = seen, int(ids.shape[1])
         if self.positions is not None:
-            if length > self.config.context:
+            if start + length > self.config.context:
                 raise ValueError(
-                    f"ids: got {length} tokens, want at most the context {self.config.context}"
+                    f"ids: got {start + length} tokens, want at most the context "
+                    f"{self.config.context}"
                 )
-            x = x + self.positions[:, :length]
-        for block in self.blocks:
-            x = block(x, (length,))
-        return self.head(self.norm(x))
+            x = x + self.positions[:, start : start + length]
+        for block, cache in zip(self.blocks, each, strict=True):
+            x = block(x, (length,), cache)
+        return self.norm(x)
+
+    def make_caches(self) -> list[Cache]:
+        """Empty memories, one for each block, for a text that is given in parts."""
+        return [mixer.make_cache() for mixer in self._mixers()]
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether a text may be longer than the context: there are no absolute positions, and each
+        block has buckets, or a window that its tables hold whole."""
+        return self.positions is None and all(m.layout.unbounded for m in self._mixers())
+
+    def _mixers(self) -> list[Any]:
+        return [block.mixer for block in self.blocks]
 
 
 def gpt(

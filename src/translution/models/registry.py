@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from .blocks import IMAGE_MIXERS, MIXERS, SIZES
-from .gpt import gpt
-from .pvt import PVTS, pvt
-from .resnet import RESNETS, resnet
-from .san import SANS, san
-from .swin import SWINS, swin
-from .vit import vit
+from .gpt import GPTConfig, gpt
+from .pvt import PVTS, PVTConfig, pvt
+from .resnet import RESNETS, ResNetConfig, resnet
+from .san import SANS, SANConfig, san
+from .swin import SWINS, SwinConfig, swin
+from .vit import ViTConfig, vit
 
-__all__ = ["create_model", "list_models", "register_model"]
+__all__ = ["FAMILIES", "create_model", "list_models", "model_options", "register_model"]
+
+# A family is a name of its own; its configuration says which options there are.
+FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {
+    "vit": (vit, ViTConfig),
+    "gpt": (gpt, GPTConfig),
+    "resnet": (resnet, ResNetConfig),
+    "san": (san, SANConfig),
+    "pvt": (pvt, PVTConfig),
+    "swin": (swin, SwinConfig),
+}
 
 _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
 
@@ -35,12 +47,34 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ValueError: an unknown name (it lists the close ones), or options that don't fit.
     """
+    make, keywords = _find(name)
+    return make(**(keywords | overrides))
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The options of the model of this name, and their types.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    make, _ = _find(name)
+    kinds = dict(FAMILIES.values())
+    configured = typing.get_type_hints(kinds[make]) if make in kinds else {}
+    hints = typing.get_type_hints(make)
+    own = {
+        parameter.name: hints.get(parameter.name, Any)
+        for parameter in inspect.signature(make).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    return own | {option: hint for option, hint in configured.items() if option not in own}
+
+
+def _find(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=5, cutoff=0.5)
         hint = f"did you mean {close}" if close else "list_models() has them all"
         raise ValueError(f"name: there is no model {name!r}; {hint}")
-    make, keywords = _MODELS[name]
-    return make(**(keywords | overrides))
+    return _MODELS[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -48,6 +82,8 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
+for _family, (_make, _) in FAMILIES.items():
+    register_model(_family, _make)
 for _mixer in MIXERS:
     for _size in SIZES:
         for _patch in (16, 32, 56):

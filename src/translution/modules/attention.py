@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import masked_softmax, offset_mix, offset_scores
+from ..functional import masked_softmax, offset_scores
+from ..functional.row import row_mix, row_scores
 from ..layouts import Layout
+from .cache import Cache, remember
 from .checks import check_dtype, check_int
 from .positions import RelativeBias, check_rotary, rotate
 from .projections import Projected, projection
@@ -34,10 +36,25 @@ __all__ = [
 Sizes = int | Sequence[int]
 
 
+class Primitives:
+    """What an attention with tables computes its pairs with. Where the classes are divided over
+    processes, `translution.parallel` puts its own in their place."""
+
+    scores = staticmethod(row_scores)
+    softmax = staticmethod(masked_softmax)
+    mix = staticmethod(row_mix)
+
+    @staticmethod
+    def weights(a: Tensor) -> Tensor:
+        """The weights of all pairs, from what `softmax` gave."""
+        return a
+
+
 class Attention(nn.Module):
     """The skeleton: subclasses say how scores and mix are made (or replace `attend`)."""
 
     axes: int | None = None  # None: any
+    primitives: Any = Primitives()
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -81,6 +98,7 @@ class Attention(nn.Module):
         grid: Sizes | None = None,
         mask: Tensor | None = None,
         return_weights: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Mix the tokens.
 
@@ -91,47 +109,78 @@ class Attention(nn.Module):
             mask: boolean, True = may look, broadcastable to [batch, heads, queries, keys]. A row
                 that may look nowhere yields zeros before the output projection.
             return_weights: also return the attention weights.
+            cache: of `make_cache`. `x` are then the tokens after those that it has seen: they see
+                themselves and what the cache holds, and join it. Without gradients, and no mask.
 
         Returns:
             [batch, queries, dim], queries being all tokens (with `prefix_queries` the prefix
-            alone); with `return_weights` also the weights [batch, heads, queries, keys].
+            alone); with `return_weights` also the weights [batch, heads, queries, keys], with a
+            cache the keys being what it held and `x`.
 
         Raises:
             ValueError: naming the argument, what came and what is wanted.
         """
         layout = self._layout(x, grid)
+        if cache is not None and cache.length:
+            layout = _after(layout.key, cache.held, int(x.shape[1]))
         if mask is not None:
+            if cache is not None:
+                raise ValueError("mask: got one with a cache, want either alone")
             _check_mask(mask, (x.shape[0], self.heads, layout.n_queries, layout.n_keys))
             mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
         query = x[:, : layout.prefix] if layout.prefix_queries else x
-        y, weights = self.attend(query, x, layout, mask, return_weights)
+        y, weights = self.attend(query, x, layout, mask, return_weights, cache)
+        if cache is not None:
+            cache.advance(x.shape[1])
         y = self.o_proj(y)
         return (y, cast(Tensor, weights)) if return_weights else y
 
+    def make_cache(self) -> Cache:
+        """An empty memory for this layer.
+
+        Raises:
+            ValueError: a layer that is not causal, or has prefix tokens.
+        """
+        if not self.layout.causal or self.layout.prefix:
+            raise ValueError(
+                f"cache: got a layer with causal={self.layout.causal} and {self.layout.prefix} "
+                "prefix tokens, want a causal one without"
+            )
+        return Cache(self.layout.reach[0])
+
     def attend(
-        self, query: Tensor, x: Tensor, layout: Layout, mask: Tensor | None, return_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, query: Tensor, x: Tensor, layout: Layout, mask: Tensor | None, return_weights: bool,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(mixed [batch, queries, heads * head_dim], weights): through the two primitives."""
-        s = self.score(query, x, layout)
-        a = masked_softmax(s, mask, layout.may_be_empty)
-        return self.mix(F.dropout(a, self.dropout, self.training), x, layout), a
+        s = self.score(query, x, layout, cache)
+        a = self.primitives.softmax(s, mask, layout.may_be_empty)
+        y = self.mix(F.dropout(a, self.dropout, self.training), x, layout, cache)
+        return y, self.primitives.weights(a) if return_weights else None
 
-    def score(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    def score(self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         raise NotImplementedError
 
-    def mix(self, a: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         raise NotImplementedError
 
-    def shared_qk(self, query: Tensor, x: Tensor, layout: Layout) -> tuple[Projected, Projected]:
-        """The query and key projections, turned by their positions where `rotary` says so."""
+    def shared_qk(
+        self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None
+    ) -> tuple[Projected, Projected]:
+        """The query and key projections, turned by their positions where `rotary` says so; with
+        a cache the keys that it holds come first."""
         q, k = self.q_proj(query), self.k_proj(x)
         if self.rotary:
-            tokens = tuple(range(layout.prefix)) if layout.prefix_queries else None
-            q, k = self._turn(q, layout, tokens), self._turn(k, layout, None)
-        return q, k
+            new = layout.queries if cache is not None else None  # all of x asks then
+            tokens = tuple(range(layout.prefix)) if layout.prefix_queries else new
+            first = 0 if cache is None else cache.dropped
+            q, k = self._turn(q, layout, tokens, first), self._turn(k, layout, new, first)
+        return q, remember(cache, "k" if k.weight is None else "x", k)
 
-    def _turn(self, p: Projected, layout: Layout, tokens: tuple[int, ...] | None) -> Projected:
-        return Projected(self.join(rotate(self.split(p.x), layout, tokens)))
+    def _turn(
+        self, p: Projected, layout: Layout, tokens: tuple[int, ...] | None, first: int
+    ) -> Projected:
+        return Projected(self.join(rotate(self.split(p.x), layout, tokens, first)))
 
     def split(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
@@ -248,16 +297,17 @@ class _Translution(Attention):
         )  # fmt: skip
         self.make_projections(self.relative, bias, init)
 
-    def score(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
-        q, k = self.shared_qk(query, x, layout)
-        return offset_scores(
+    def score(self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        q, k = self.shared_qk(query, x, layout, cache)
+        return self.primitives.scores(
             q.x, k.x, q.weight, k.weight, layout,
             heads=self.heads, bias_query=q.bias, bias_key=k.bias, scale=self.scale,
         )  # fmt: skip
 
-    def mix(self, a: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         v = self.v_proj(x)
-        return offset_mix(a, v.x, v.weight, layout, bias_value=v.bias)
+        v = remember(cache, "v" if v.weight is None else "x", v)
+        return self.primitives.mix(a, v.x, v.weight, layout, bias_value=v.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relative={self.relative!r}"
@@ -348,24 +398,27 @@ class _AlphaTranslution(Attention):
         low = getattr(self, f"{name}_down")(x)
         return getattr(self, f"{name}_table")(low) if name in self.relative else Projected(low)
 
-    def score(self, query: Tensor, x: Tensor, layout: Layout) -> Tensor:
-        q, k = self.shared_qk(query, x, layout)
+    def score(self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        q, k = self.shared_qk(query, x, layout, cache)
+        scores = self.primitives.scores
         if not self.relative_scores:
-            return offset_scores(q.x, k.x, None, None, layout, heads=self.heads, scale=self.scale)
+            return scores(q.x, k.x, None, None, layout, heads=self.heads, scale=self.scale)
         half = self.scale / 2
-        ordinary = offset_scores(q.x, k.x, None, None, layout, heads=self.heads, scale=half)
-        q, k = self._branch("q", query), self._branch("k", x)
-        return ordinary + offset_scores(
+        ordinary = scores(q.x, k.x, None, None, layout, heads=self.heads, scale=half)
+        q, k = self._branch("q", query), remember(cache, "low k", self._branch("k", x))
+        return ordinary + scores(
             q.x, k.x, q.weight, k.weight, layout,
             heads=self.heads, bias_query=q.bias, bias_key=k.bias, scale=half,
         )  # fmt: skip
 
-    def mix(self, a: Tensor, x: Tensor, layout: Layout) -> Tensor:
-        ordinary = offset_mix(a, self.v_proj(x).x, None, layout)
+    def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        v = remember(cache, "v", self.v_proj(x))
+        ordinary = self.primitives.mix(a, v.x, None, layout)
         if "v" not in self.relative:
             return ordinary
-        v = self._branch("v", x)
-        return (ordinary + self.v_up(offset_mix(a, v.x, v.weight, layout, bias_value=v.bias))) / 2
+        v = remember(cache, "low v", self._branch("v", x))
+        low = self.primitives.mix(a, v.x, v.weight, layout, bias_value=v.bias)
+        return (ordinary + self.v_up(low)) / 2
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relative={self.relative!r}, rank={self.rank}"
@@ -436,10 +489,11 @@ class SelfAttention(Attention):
             self.position_bias = RelativeBias(self.layout.classes, self.heads)
 
     def attend(
-        self, query: Tensor, x: Tensor, layout: Layout, mask: Tensor | None, return_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k = self.shared_qk(query, x, layout)
-        v = self.split(self.v_proj(x).x)
+        self, query: Tensor, x: Tensor, layout: Layout, mask: Tensor | None, return_weights: bool,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        q, k = self.shared_qk(query, x, layout, cache)
+        v = self.split(remember(cache, "v", self.v_proj(x)).x)
         bias = self._bias(q.x, layout)
         if return_weights:
             s = offset_scores(q.x, k.x, None, None, layout, heads=self.heads, scale=self.scale)
@@ -485,6 +539,12 @@ _at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @functools.lru_cache(maxsize=4096)
 def _cached_at(key: str, grid: tuple[int, ...]) -> Layout:
     return Layout.parse(key).at(grid)
+
+
+@functools.lru_cache(maxsize=64)
+def _after(key: str, held: int, new: int) -> Layout:
+    """That of `new` tokens against the `held` ones before them and themselves."""
+    return Layout.parse(key).at(held + new).select(queries=range(held, held + new))
 
 
 def check_relative(relative: str) -> str:

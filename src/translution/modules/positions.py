@@ -19,7 +19,9 @@ def check_rotary(head_dim: int, axes: int) -> None:
         )
 
 
-def rotate(x: Tensor, layout: Layout, tokens: tuple[int, ...] | None = None) -> Tensor:
+def rotate(
+    x: Tensor, layout: Layout, tokens: tuple[int, ...] | None = None, start: int = 0
+) -> Tensor:
     """Rotary positions: turn the channel pairs of each head by angles linear in the position.
 
     With A axes and head_dim d, channel p pairs with p + d/2; the first d/(2A) pairs turn with the
@@ -30,13 +32,14 @@ def rotate(x: Tensor, layout: Layout, tokens: tuple[int, ...] | None = None) -> 
         x: [batch, heads, tokens, head_dim].
         layout: where the tokens are.
         tokens: which tokens of the layout `x` holds; None is all.
+        start: the position of the grid's first token.
     """
     axes = len(layout.grid)
     each = x.shape[-1] // (2 * axes)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rate = 10000.0 ** (-torch.arange(each, device=x.device, dtype=wide) / each)
     places = torch.ops.translution.layout_positions(x, layout.key)
-    angle = (places.to(wide)[..., None] * rate).flatten(1)
+    angle = ((places + start).to(wide)[..., None] * rate).flatten(1)
     angle = torch.cat([angle.new_zeros(layout.prefix, angle.shape[1]), angle])
     if tokens is not None:
         angle = angle[list(tokens)]

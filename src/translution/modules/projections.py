@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INITS", "Projected", "RelativeLinear", "projection"]
+__all__ = ["INITS", "Projected", "RelativeLinear", "projection", "sharing"]
 
 INITS = ("equal", "independent", "published")
+_SHARE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "share", default=None
+)
+
+
+@contextlib.contextmanager
+def sharing(share: tuple[int, int] | None) -> Iterator[None]:
+    """Tables made within hold only the rows of this share (`Layout.share`), and start with the
+    values that these rows of a whole table have: nowhere is a whole one made."""
+    token = _SHARE.set(share)
+    try:
+        yield
+    finally:
+        _SHARE.reset(token)
 
 
 class Projected(NamedTuple):
@@ -25,7 +42,7 @@ class RelativeLinear(nn.Module):
     """A table of projections, one per class of pairs: q_ij = x_i W[c] + b[c] (c of the pair i, j).
 
     Args:
-        classes: rows of the table (`Layout.classes`).
+        classes: rows of the whole table (`Layout.classes`).
         in_features, out_features: channels in and out.
         bias: one bias per class.
         init: "equal", every entry starts as the same draw of nn.Linear's distribution, so that the
@@ -36,6 +53,8 @@ class RelativeLinear(nn.Module):
     Attributes:
         weight: [classes, in_features, out_features].
         bias: [classes, out_features] or None.
+        share: (rank, ranks) where the table is divided over processes, and holds but the rows
+            of this `Layout.share`; else None.
     """
 
     def __init__(
@@ -52,24 +71,37 @@ class RelativeLinear(nn.Module):
         if init not in INITS:
             raise ValueError(f"init: got {init!r}, want one of {INITS}")
         self.classes, self.in_features, self.out_features = classes, in_features, out_features
-        self.init = init
-        shape = (classes, in_features, out_features)
+        self.init, self.share = init, _SHARE.get()
+        rows = len(range(classes)[self.own])
+        shape = (rows, in_features, out_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(classes, out_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(rows, out_features, device=device, dtype=dtype))
         self.reset_parameters()
+
+    @property
+    def own(self) -> slice:
+        """The classes whose rows are here."""
+        rank, ranks = self.share or (0, 1)
+        return slice(rank, None, ranks)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Start anew. Every process of a divided table draws all of it, a row at a time, and keeps
+        its own: with equal seeds the table is the one of a single process."""
         bound = 1 / math.sqrt(self.in_features)
         if self.init == "published":
             bound = 1 / self.in_features
+        row = self.weight.new_empty(self.weight.shape[1:]).uniform_(-bound, bound)
         if self.init == "equal":
-            self.weight[:1].uniform_(-bound, bound)
-            self.weight[1:] = self.weight[:1]
-        else:
-            self.weight.uniform_(-bound, bound)
+            self.weight[:] = row
+        elif not self.weight.is_meta:
+            own = range(self.classes)[self.own]
+            for c in range(self.classes):
+                drawn = row if c == 0 else row.uniform_(-bound, bound)
+                if c in own:
+                    self.weight[own.index(c)] = drawn
         if self.bias is not None:
             self.bias.zero_()
 
@@ -78,8 +110,9 @@ class RelativeLinear(nn.Module):
         return Projected(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
+        part = "" if self.share is None else f" (share {self.share[0]} of {self.share[1]})"
         return (
-            f"classes={self.classes}, in_features={self.in_features}, "
+            f"classes={self.classes}{part}, in_features={self.in_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}, init={self.init!r}"
         )
 

@@ -1,0 +1,277 @@
+"""Divided models in files: each process writes its own rows, and any number of processes read them.
+
+A folder holds
+    division.json            how many shares there are, the tables, the optimizer's settings
+    shared.safetensors       what all processes hold
+    share-0-of-8.safetensors the rows 0, 8, 16, ... of every table, and so on
+in which the optimizer's states stand beside the parameters, as `optimizer/exp_avg/<parameter>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .division import Division, division_of, tables_of
+
+__all__ = ["load", "save"]
+
+SHARED = "shared.safetensors"
+ABOUT = "division.json"
+
+
+def save(
+    model: nn.Module, folder: Path | str, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Write a model, and its optimizer, to a new folder that all processes of its group see.
+
+    Each process of the group calls this, and of several groups (data parallelism) those of one.
+    The folder is there when all have written, and whole then. A model that is not divided is
+    written by this process alone.
+
+    Args:
+        model: divided or not; without wrappers, which change its parameters' names.
+        folder: where to; must not exist yet.
+        optimizer: over this model's parameters; its states are numbers, or have the parameters'
+            shapes.
+
+    Raises:
+        ValueError: the folder exists, or a state or setting of the optimizer that has no place.
+        OSError: it cannot be written, by any of the processes.
+    """
+    from safetensors.torch import save_file
+
+    folder, division = Path(folder), division_of(model)
+    partial = folder.with_name(f".{folder.name}.partial")
+    rank, ranks = _share(division)
+    try:
+        with _together(division):
+            if folder.exists():
+                raise ValueError(f"folder: got {folder}, which exists, want a new one")
+            shared, own, about = _contents(model, optimizer)
+        with _together(division):
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with _together(division):
+            save_file(own, partial / _file(rank, ranks))
+            if rank == 0:
+                save_file(shared, partial / SHARED)
+                (partial / ABOUT).write_text(json.dumps({"shares": ranks, **about}, indent=1))
+        with _together(division):
+            if rank == 0:
+                os.replace(partial, folder)
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(
+    model: nn.Module, folder: Path | str, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Read what `save` wrote, with any number of processes then and now.
+
+    Of the tables and their states a process reads its own rows alone.
+
+    Args:
+        model: as it was saved, divided over as many processes as there are now, or not; on a
+            device (after `to_empty`, if it was made on meta).
+        folder: of `save`.
+        optimizer: over this model's parameters, in the same groups as was saved.
+
+    Raises:
+        ValueError: another model or optimizer, or files that are not whole.
+        OSError: a file that cannot be read, by any of the processes.
+    """
+    from safetensors import SafetensorError
+
+    folder, division = Path(folder), division_of(model)
+    with _together(division):
+        try:
+            about = json.loads((folder / ABOUT).read_text())
+            with ExitStack() as stack:
+                reader = _Reader(folder, about, model, stack)
+                reader.read_model()
+                if optimizer is not None:
+                    reader.read_optimizer(optimizer)
+        except (json.JSONDecodeError, SafetensorError, KeyError) as error:
+            raise ValueError(f"{folder}: not a whole saved model: {error!r}") from None
+
+
+class _Reader:
+    """The open files of a folder."""
+
+    def __init__(self, folder: Path, about: dict[str, Any], model: nn.Module, stack: ExitStack):
+        from safetensors import safe_open
+
+        self.folder, self.about, self.model = folder, about, model
+        self.classes = _classes(model)
+        if about["tables"] != self.classes:
+            raise ValueError(
+                f"{folder}: has tables with rows {about['tables']}, the model {self.classes}"
+            )
+        names = [SHARED, *(_file(rank, about["shares"]) for rank in range(about["shares"]))]
+        self.shared, *self.shares = (
+            stack.enter_context(safe_open(folder / name, framework="pt")) for name in names
+        )
+        self.own = _share(division_of(model))
+
+    def fill(self, into: Tensor, key: str, table: str | None) -> None:
+        """Copy what stands under `key`; of a table, the rows of this process."""
+        shapes = [file.get_slice(key).get_shape() for file in self._files(table)]
+        if any(shape[table is not None :] != list(into.shape[table is not None :])
+               for shape in shapes):  # fmt: skip
+            raise ValueError(
+                f"{self.folder}: has {key!r} of shape {shapes[0]}, want {list(into.shape)}"
+            )
+        with torch.no_grad():
+            if table is None:
+                into.copy_(self.shared.get_tensor(key))
+                return
+            rank, ranks = self.own
+            parts = [file.get_slice(key) for file in self.shares]
+            for i, c in enumerate(range(rank, self.classes[table], ranks)):
+                row, share = divmod(c, len(parts))
+                into[i] = parts[share][row : row + 1][0]
+
+    def _files(self, table: str | None) -> list[Any]:
+        return [self.shared] if table is None else self.shares
+
+    def read_model(self) -> None:
+        held = _held(self.model)
+        for file, table in ((self.shared, False), (self.shares[0], True)):
+            there = {key for key in file.keys() if not key.startswith("optimizer/")}  # noqa: SIM118
+            here = {name for name in held if (name in self.classes) == table}
+            if there != here:
+                raise ValueError(
+                    f"{self.folder}: got {sorted(there - here)} that the model does not have, and "
+                    f"not its {sorted(here - there)}"
+                )
+        for name, tensor in held.items():
+            if tensor.is_meta:
+                raise ValueError(f"model: {name} is on meta, want model.to_empty(device=...) first")
+            self.fill(tensor, name, name if name in self.classes else None)
+
+    def read_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        saved = self.about["optimizer"]
+        if saved is None:
+            raise ValueError(f"optimizer: none was saved in {self.folder}")
+        told, names = optimizer.state_dict(), _names(self.model, optimizer)
+        groups = [[names[i] for i in group["params"]] for group in told["param_groups"]]
+        if groups != [group["params"] for group in saved["groups"]]:
+            raise ValueError(
+                f"optimizer: got groups of {[len(g) for g in groups]} parameters, which are not "
+                f"those saved in {self.folder}"
+            )
+        indices, held = {name: i for i, name in enumerate(names)}, _held(self.model)
+        told["state"] = {}
+        for name, kinds in saved["states"].items():
+            told["state"][indices[name]] = state = {}
+            for kind, number in kinds.items():
+                key = f"optimizer/{kind}/{name}"
+                if number is not None:
+                    state[kind] = number
+                elif key in self.shared.keys() and name in self.classes:  # noqa: SIM118
+                    state[kind] = self.shared.get_tensor(key)  # one number for a whole table
+                elif name in self.classes:
+                    state[kind] = torch.empty_like(held[name])
+                    self.fill(state[kind], key, name)
+                else:
+                    state[kind] = self.shared.get_tensor(key)
+        for group, settings in zip(told["param_groups"], saved["groups"], strict=True):
+            for key, value in settings.items():
+                if key != "params":
+                    group[key] = tuple(value) if isinstance(value, list) else value
+        optimizer.load_state_dict(told)
+
+
+def _contents(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """What all processes hold, the rows of this one, and what is told of both."""
+    classes, held = _classes(model), _held(model)
+    shared = {name: t for name, t in held.items() if name not in classes}
+    own = {name: t for name, t in held.items() if name in classes}
+    about: dict[str, Any] = {"tables": classes, "optimizer": None}
+    if optimizer is not None:
+        told, names = optimizer.state_dict(), _names(model, optimizer)
+        states: dict[str, dict[str, float | None]] = {}
+        for i, state in told["state"].items():
+            kinds = states[names[i]] = {}
+            for kind, value in state.items():
+                kinds[kind] = None if isinstance(value, Tensor) else value
+                if not isinstance(value, Tensor):
+                    continue
+                like = held[names[i]]
+                if value.ndim and value.shape != like.shape:
+                    raise ValueError(
+                        f"optimizer: has a state {kind!r} of shape {tuple(value.shape)} for "
+                        f"{names[i]}, want a number or the parameter's {tuple(like.shape)}"
+                    )
+                rows = names[i] in classes and value.ndim > 0
+                (own if rows else shared)[f"optimizer/{kind}/{names[i]}"] = value
+        groups = [
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
+            | {"params": [names[i] for i in group["params"]]}
+            for group in told["param_groups"]
+        ]
+        about["optimizer"] = {"groups": groups, "states": states}
+        try:
+            json.dumps(about)
+        except TypeError as error:
+            raise ValueError(f"optimizer: has a setting or state with no place: {error}") from None
+    shared, own = ({k: t.detach().contiguous() for k, t in d.items()} for d in (shared, own))
+    return shared, own, about
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, each once."""
+    kept = model.state_dict(keep_vars=True)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in named if name in kept}
+
+
+def _classes(model: nn.Module) -> dict[str, int]:
+    """The parameters that are tables, and the rows that they have whole."""
+    return {
+        f"{name}.{kind}": table.classes
+        for name, table in tables_of(model).items()
+        for kind, _ in table.named_parameters()
+    }
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, in its own order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = [names.get(p) for group in optimizer.param_groups for p in group["params"]]
+    if None in found:
+        raise ValueError(
+            "optimizer: has a parameter that is not the model's, want one made from "
+            "model.parameters(), after divide"
+        )
+    return [name for name in found if name is not None]
+
+
+def _share(division: Division | None) -> tuple[int, int]:
+    return (0, 1) if division is None else (division.rank, division.ranks)
+
+
+def _file(rank: int, ranks: int) -> str:
+    return f"share-{rank}-of-{ranks}.safetensors"
+
+
+@contextmanager
+def _together(division: Division | None) -> Iterator[None]:
+    if division is None:
+        yield
+    else:
+        with division.together():
+            yield
