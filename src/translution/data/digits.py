@@ -176,7 +176,7 @@ def place(digits: Tensor, canvas: int, places: Tensor) -> Tensor:
     span = torch.arange(size)
     rows = (places[:, :1] + span)[:, :, None]
     columns = (places[:, 1:] + span)[:, None, :]
-    images = torch.zeros(n, canvas, canvas)
+    images = digits.new_zeros(n, canvas, canvas)
     images[torch.arange(n)[:, None, None], rows, columns] = digits
     return images[:, None]
 

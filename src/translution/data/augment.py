@@ -1,0 +1,274 @@
+"""Augmentation of whole batches, on the device that they are on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributions import Beta
+from torch.nn.functional import one_hot, pad
+
+from ..config import Options
+
+__all__ = ["Augment", "AugmentOptions"]
+
+LEVELS = 30  # of RandAugment's magnitude
+GREY = 0.5  # what RandAugment's geometry leaves empty
+ERASED = (0.02, 1 / 3)  # share of the area
+STRETCH = (0.3, 3.3)  # and its height to its width
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class AugmentOptions(Options):
+    """What is changed in training images; as it stands, nothing.
+
+    resized_crop: least and largest share of an image that is cut out and resized, such as
+        [0.08, 1]; ratio: least and largest stretch of it. Done while images are loaded.
+    pad: pixels of black around an image, out of which its size is cut again at random.
+    flip: probability of a mirror image.
+    randaugment: [n, m], n operations per image at magnitude m of 30.
+    erasing: probability that a rectangle becomes the mean colour.
+    mixup, cutmix: alpha of the Beta distribution that the share of another image comes from
+        (as usual 0.8 and 1); 0 is without. Where both are given each batch draws one.
+    mix: probability that a batch is mixed at all.
+    """
+
+    resized_crop: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    pad: int = Field(default=0, ge=0)
+    flip: Share = 0.0
+    randaugment: tuple[int, int] | None = None
+    erasing: Share = 0.0
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mix: Share = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentOptions:
+        if self.resized_crop and not 0 < self.resized_crop[0] <= self.resized_crop[1] <= 1:
+            raise ValueError(
+                f"resized_crop: got {list(self.resized_crop)}, want least and largest share of the "
+                "area, above 0 and at most 1"
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(
+                f"ratio: got {list(self.ratio)}, want least and largest stretch, above 0"
+            )
+        n, m = self.randaugment or (1, 0)
+        if n < 1 or not 0 <= m <= LEVELS:
+            raise ValueError(
+                f"randaugment: got {[n, m]}, want [n, m] with n of at least 1 and "
+                f"m of 0 to {LEVELS} (null is without)"
+            )
+        for name in ("mixup", "cutmix"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: got {getattr(self, name)}, want a finite alpha")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets are shares of classes rather than one class."""
+        return bool(self.mix and (self.mixup or self.cutmix))
+
+
+class Augment(nn.Module):
+    """Batches as the model takes them: augmented in training mode, normalised in both.
+
+    All that is random is drawn from torch's global generator of the CPU, whatever the device of
+    the images: equal seeds give equal changes everywhere.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        options: AugmentOptions,
+        classes: int,
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        """mean, std: per channel, of values from 0 to 1."""
+        super().__init__()
+        self.options = options
+        self.classes = classes
+        self.image_size = tuple(image_size)
+        # not weights: a checkpoint has them in its configuration
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images: uint8 [b, c, h, w]. labels: int64 [b].
+
+        Returns:
+            float32 images [b, c, h, w], normalised, and the targets: int64 [b], or where images
+            are mixed (in training mode) float32 [b, classes] that sum to 1.
+
+        Raises:
+            ValueError: images of another dtype or shape, or labels of another number.
+        """
+        want = (len(self.mean), *self.image_size)
+        if not len(images):  # of an empty batch nobody knows the shape
+            images = images.new_zeros(0, *want)
+        if images.dtype != torch.uint8 or images.shape[1:] != want or len(labels) != len(images):
+            raise ValueError(
+                f"images: got {images.dtype} {list(images.shape)} and {len(labels)} labels, want "
+                f"torch.uint8 {['b', *want]} and b labels"
+            )
+        with torch.autocast(images.device.type, enabled=False):  # half precision bands colours
+            pixels = images.float() / 255
+            targets = labels
+            if self.training:
+                pixels = self._changed(pixels)
+                if self.options.mixes:
+                    pixels, targets = self._mixed(pixels, one_hot(labels, self.classes).float())
+            return (pixels - self.mean) / self.std, targets
+
+    def _changed(self, pixels: Tensor) -> Tensor:
+        options = self.options
+        if options.pad:
+            pixels = _shifted(pixels, options.pad)
+        if options.flip:
+            pixels = torch.where(_chosen(options.flip, pixels), pixels.flip(-1), pixels)
+        if options.randaugment:
+            pixels = _rand_augment(pixels, *options.randaugment)
+        if options.erasing:
+            chosen = _chosen(options.erasing, pixels) & _rectangles(pixels)
+            pixels = torch.where(chosen, self.mean, pixels)
+        return pixels
+
+    def _mixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """With a share of another image of the batch, or of what another image has in a box."""
+        options = self.options
+        mixed, cut = torch.rand(2).tolist()
+        if mixed >= options.mix:
+            return pixels, targets
+        cuts = bool(options.cutmix) and (not options.mixup or cut < 0.5)
+        alpha = options.cutmix if cuts else options.mixup
+        share = Beta(torch.tensor(alpha), torch.tensor(alpha)).sample().item()
+        other = torch.randperm(len(pixels)).to(pixels.device)
+        if cuts:
+            box, share = _cut(pixels.shape[-2], pixels.shape[-1], share)
+            pixels = pixels.clone()
+            pixels[..., box[0], box[1]] = pixels[other][..., box[0], box[1]]
+        else:
+            pixels = pixels.lerp(pixels[other], share)
+        return pixels, targets.lerp(targets[other], share)
+
+
+def _chosen(probability: float, pixels: Tensor) -> Tensor:
+    """Each image with this probability, [b, 1, 1, 1]."""
+    return (torch.rand(len(pixels), 1, 1, 1) < probability).to(pixels.device)
+
+
+def _shifted(pixels: Tensor, by: int) -> Tensor:
+    """Each image cut out of itself with a border of zeros: every place equally likely."""
+    b, _, h, w = pixels.shape
+    places = torch.randint(2 * by + 1, (2, b, 1)).to(pixels.device)
+    rows = places[0] + torch.arange(h, device=pixels.device)
+    columns = places[1] + torch.arange(w, device=pixels.device)
+    image = torch.arange(b, device=pixels.device)[:, None, None]
+    # the axis of channels lies between indices, and so comes last
+    padded = pad(pixels, (by, by, by, by))
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _rectangles(pixels: Tensor) -> Tensor:
+    """A random rectangle in each image, bool [b, 1, h, w]."""
+    b, _, h, w = pixels.shape
+    area, stretch, y, x = torch.rand(4, b)
+    area = h * w * (ERASED[0] + area * (ERASED[1] - ERASED[0]))
+    low, high = math.log(STRETCH[0]), math.log(STRETCH[1])
+    stretch = (low + stretch * (high - low)).exp()
+    rows = (area * stretch).sqrt().round().clamp(1, h)
+    columns = (area / stretch).sqrt().round().clamp(1, w)
+    top, left = (y * (h - rows + 1)).floor(), (x * (w - columns + 1)).floor()
+
+    def within(start: Tensor, length: Tensor, size: int) -> Tensor:
+        places = torch.arange(size) - start[:, None]
+        return (places >= 0) & (places < length[:, None])
+
+    inside = within(top, rows, h)[:, :, None] & within(left, columns, w)[:, None, :]
+    return inside[:, None].to(pixels.device)
+
+
+def _cut(h: int, w: int, share: float) -> tuple[tuple[slice, slice], float]:
+    """CutMix's box of about this share of the area around a random centre, and its true share."""
+    y, x = torch.rand(2).tolist()
+    rows, columns = (
+        slice(max(0, round(c * n - side * n / 2)), min(n, round(c * n + side * n / 2)))
+        for c, n, side in ((y, h, math.sqrt(share)), (x, w, math.sqrt(share)))
+    )
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return (rows, columns), area / (h * w)
+
+
+# -- RandAugment ---------------------------------------------------------------------------------
+
+
+def _rand_augment(pixels: Tensor, n: int, m: int) -> Tensor:
+    """n operations on each image, drawn for each on its own, at ±m of 30."""
+    pixels = pixels.clone()
+    operations = _operations()
+    for _ in range(n):
+        drawn = torch.randint(len(operations), (len(pixels),))
+        level = m / LEVELS * (torch.randint(2, (len(pixels),)) * 2 - 1)
+        for i, operation in enumerate(operations):
+            some = (drawn == i).nonzero()[:, 0]
+            if len(some):
+                here = some.to(pixels.device)
+                changed = operation(pixels[here], level[some].to(pixels.device))
+                pixels[here] = changed.clamp(0, 1)
+    return pixels
+
+
+def _operations() -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """RandAugment's fourteen: images [k, c, h, w] from 0 to 1 and levels [k] from -1 to 1."""
+    from kornia import enhance
+    from kornia.geometry.transform import warp_affine
+
+    def warp(x: Tensor, rows: Sequence[Sequence[Tensor | float]]) -> Tensor:
+        """By a matrix [[a, b, tx], [c, d, ty]] about the centre; tx and ty in image sizes."""
+        h, w = x.shape[-2:]
+        (a, b, tx), (c, d, ty) = rows
+        cx, cy = (w - 1) / 2, (h - 1) / 2
+        tx, ty = tx * w + cx - a * cx - b * cy, ty * h + cy - c * cx - d * cy
+        zero = x.new_zeros(len(x))
+        matrix = torch.stack([zero + v for v in (a, b, tx, c, d, ty)], 1).view(-1, 2, 3)
+        return warp_affine(x - GREY, matrix, (h, w)) + GREY
+
+    def rotate(x: Tensor, s: Tensor) -> Tensor:
+        cos, sin = (s * math.pi / 6).cos(), (s * math.pi / 6).sin()
+        return warp(x, [[cos, sin, 0.0], [-sin, cos, 0.0]])
+
+    def autocontrast(x: Tensor, s: Tensor) -> Tensor:
+        low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
+        return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-6), x)
+
+    def posterize(x: Tensor, s: Tensor) -> Tensor:
+        step = 2.0 ** (4 * s.abs()).round()[:, None, None, None]  # 8 bits down to 4
+        return ((x * 255).round() / step).floor() * step / 255
+
+    return [
+        lambda x, s: x,
+        autocontrast,
+        lambda x, s: enhance.equalize(x),
+        rotate,
+        posterize,
+        lambda x, s: enhance.solarize(x, (1 - s.abs()) * 256 / 255),
+        lambda x, s: enhance.adjust_saturation_with_gray_subtraction(x, 1 + 0.9 * s),
+        lambda x, s: enhance.adjust_contrast_with_mean_subtraction(x, 1 + 0.9 * s),
+        lambda x, s: enhance.adjust_brightness_accumulative(x, 1 + 0.9 * s),
+        lambda x, s: enhance.sharpness(x, 1 + 0.9 * s),
+        lambda x, s: warp(x, [[1.0, 0.3 * s, 0.0], [0.0, 1.0, 0.0]]),
+        lambda x, s: warp(x, [[1.0, 0.0, 0.0], [0.3 * s, 1.0, 0.0]]),
+        lambda x, s: warp(x, [[1.0, 0.0, 0.45 * s], [0.0, 1.0, 0.0]]),
+        lambda x, s: warp(x, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.45 * s]]),
+    ]

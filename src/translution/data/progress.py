@@ -1,0 +1,45 @@
+"""Progress through data, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Bar"]
+
+
+class Bar:
+    """A progress bar over bytes, that appears on a terminal when something happens."""
+
+    def __init__(self, label: str, total: int | None, show: bool) -> None:
+        self.label, self.total, self.show = label, total, show
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._advance
+
+    def _advance(self, done: int) -> None:
+        if not self.show:
+            return
+        if self.bar is None:
+            from rich import progress
+            from rich.console import Console
+
+            console = Console(stderr=True)
+            self.show = console.is_terminal
+            self.bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TimeElapsedColumn(),
+                console=console,
+                transient=True,
+                disable=not self.show,
+            )
+            self.task = self.bar.add_task(self.label, total=self.total)
+            self.bar.start()
+        self.bar.update(self.task, advance=done)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
