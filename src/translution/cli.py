@@ -8,6 +8,8 @@ __all__ = ["main"]
 
 EXTRAS = {
     "datasets": "data",
+    "filelock": "data",
+    "pyarrow": "data",
     "PIL": "data",
     "pydantic": "data",
     "tokenizers": "data",
@@ -34,24 +36,28 @@ def main() -> None:
         from .bench.command import bench
         from .bench.steps_command import bench_step
         from .compare.command import compare
+        from .training.command import EXTRA, evaluate, train
+        from .training.generate_command import generate
+        from .training.predict_command import predict
+        from .training.tokenize_command import tokenize
     except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        extra = EXTRAS.get(missing, "all")
-        sys.exit(
-            f"translution: {missing} is not installed; pip install 'translution[{extra}]' "
-            "brings it ('translution[all]' brings everything)"
-        )
+        sys.exit(_missing(error))
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        help="Attention with a sense of where: compare mixers, measure operators.",
+        help="Attention with a sense of where: train, use and compare models, measure operators.",
     )
 
     @app.callback()
     def _app() -> None:
         pass
 
+    app.command(context_settings=EXTRA)(train)
+    app.command(context_settings=EXTRA)(evaluate)
+    app.command(context_settings=EXTRA)(tokenize)
+    app.command()(predict)
+    app.command()(generate)
     app.command()(compare)
     app.command()(bench)
     app.command()(bench_step)
@@ -60,5 +66,18 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"translution: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        sys.exit(_missing(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install; a module that no extra brings is a mistake of ours, and stays an error."""
+    missing = (error.name or "").split(".")[0]
+    if missing not in EXTRAS:
+        raise error
+    return (
+        f"translution: {missing} is not installed; pip install 'translution[{EXTRAS[missing]}]' "
+        "brings it ('translution[all]' brings everything)"
+    )

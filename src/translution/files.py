@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["umask", "write_whole"]
 
 
 def write_whole(path: Path, save: Callable[[Path], object]) -> None:
@@ -16,9 +16,14 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
     os.close(handle)
     try:
         save(Path(temporary))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """What this process takes from the rights of new files."""
+    value = os.umask(0)
+    os.umask(value)
+    return value

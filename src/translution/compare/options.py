@@ -10,13 +10,13 @@ import torch
 
 from ..models import ViT, vit
 from ..models.blocks import MIXERS, choose
+from ..training.engine import DEVICES, pick_device
 
-__all__ = ["DATA", "DEFAULT_MIXERS", "REGIMES", "Options", "pick_device"]
+__all__ = ["DATA", "DEFAULT_MIXERS", "REGIMES", "Options"]
 
 DATA = ("digits", "mnist")
 DEFAULT_MIXERS = ("attention", "convolution", "acmix", "alpha", "translution")
 REGIMES = ("centred", "moved")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # What None stands for, by data set.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -119,19 +119,3 @@ class Options:
         if self.data_dir is None:
             return Path.home() / ".cache" / "translution" / "mnist"
         return Path(self.data_dir).expanduser()
-
-
-def pick_device(name: str) -> str:
-    """cuda, mps or cpu; "auto" takes the first of them that is there."""
-    mps = getattr(torch.backends, "mps", None)
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": mps is not None and mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return next(device for device, here in there.items() if here)
-    if not there[name]:
-        have = [device for device, here in there.items() if here]
-        raise ValueError(f"device: got {name!r}, want one that this machine has: {have}")
-    return name

@@ -15,8 +15,9 @@ from .. import __version__
 from ..files import write_whole
 from ..measuring import machine
 from ..models import ViT, vit
+from ..training.engine import pick_device
 from .measure import MEMORY
-from .options import Options, pick_device
+from .options import Options
 
 __all__ = ["Results", "load_checkpoint", "open_folder", "save_checkpoint"]
 

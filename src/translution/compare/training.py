@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +16,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.digits import Digits, Ring, place, rings, train_batches
-from .options import Options, pick_device
+from ..training.engine import interruptible, pick_device, quiet
+from .options import Options
 
 __all__ = [
     "Batches",
     "Trained",
     "accuracies",
     "accuracy_by_distance",
-    "interruptible",
-    "quiet",
     "train_one",
 ]
 
@@ -98,20 +94,6 @@ class Batches(IterableDataset):
         return self.make()
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning without its banners, tips and warnings about loaders."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def train_one(
     options: Options, data: Digits, mixer: str, regime: str, seed: int, tell: Tell
 ) -> Trained:
@@ -151,25 +133,6 @@ def train_one(
         peak = int(torch.mps.driver_allocated_memory())
     module.model.to(device).eval()
     return Trained(module.model, seconds, peak, module.curve)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Lightning turns Ctrl-C into an exit and ignores the next ones; make it Ctrl-C again."""
-    import signal
-    import threading
-
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main else None
-    try:
-        yield
-    except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if main and handler is not None:
-            signal.signal(signal.SIGINT, handler)
 
 
 @torch.inference_mode()

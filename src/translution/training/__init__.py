@@ -1,0 +1,1 @@
+"""Training, evaluation and use of the models from configurations, on Lightning."""

@@ -1,0 +1,107 @@
+"""The data of a run as Lightning's loaders, in an order that a resumed run continues."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+
+from ..data.images import Images, collate, open_images
+from ..data.order import InOrder, Shuffled
+from ..data.text import Windows, open_text
+from .config import Config
+
+__all__ = ["Data", "Part"]
+
+Part = Literal["train", "valid", "test"]
+
+
+class Data(LightningDataModule):
+    """The parts of a data set, opened when they are first asked for."""
+
+    order: InOrder  # of the samples that are evaluated
+
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
+        """tokenizer: in place of that of the configuration, such as a checkpoint's."""
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self._open: dict[str, Images | Windows] = {}
+
+    def part(self, name: Part) -> Images | Windows:
+        if name not in self._open:
+            data, seed = self.config.data, self.config.seed
+            if data.kind == "images":
+                self._open[name] = open_images(data, name, seed)
+            else:
+                self._open[name] = open_text(data, name, seed, tokenizer=self.tokenizer)
+        return self._open[name]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the model must agree with, by the names of the models' options."""
+        train = self.part("train")
+        if isinstance(train, Windows):
+            return {"vocab_size": train.vocab_size, "context": self.config.data.context}  # type: ignore[union-attr]
+        return {
+            "num_classes": len(train.classes),
+            "image_size": train.options.image_size,
+            "channels": train.channels,
+            "in_channels": train.channels,
+        }
+
+    @cached_property
+    def steps(self) -> int:
+        """Of the whole run."""
+        options = self.config.train
+        if options.steps is not None:
+            return options.steps
+        assert options.epochs is not None
+        return max(1, round(options.epochs * len(self.part("train")) / options.batch_size))
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which part of a batch belongs here: rank, ranks. Devices that divide the tables' offsets
+        among them load the same."""
+        if self.trainer is None:
+            return 0, 1
+        each = self.config.train.offset_ranks
+        return self.trainer.global_rank // each, self.trainer.world_size // each
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        options = self.config.train
+        rank, ranks = self.share
+        data, done = self.part("train"), self.trainer.global_step if self.trainer else 0
+        order = Shuffled(
+            len(data), options.batch_size // options.accumulate, self.steps * options.accumulate,
+            self.config.seed, done * options.accumulate, rank, ranks,
+        )  # fmt: skip
+        return self._loader(data, order)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._in_order("valid")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._in_order("test")
+
+    def _in_order(self, name: Part) -> DataLoader[Any]:
+        options = self.config.train
+        rank, ranks = self.share
+        each = max(1, options.batch_size // options.accumulate // ranks)
+        data = self.part(name)
+        self.order = InOrder(len(data), each, rank, ranks)
+        return self._loader(data, self.order)
+
+    def _loader(self, data: Images | Windows, order: Any) -> DataLoader[Any]:
+        workers = self.config.train.workers
+        return DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate if isinstance(data, Images) else None,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )

@@ -1,0 +1,121 @@
+"""Runs on two devices (gloo on the CPU, started by torchrun) against the run on one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("datasets")
+pytest.importorskip("tokenizers")
+pytest.importorskip("pydantic")
+pytest.importorskip("kornia")
+
+from translution.config import parse
+from translution.training import run
+from translution.training.checkpoints import open_checkpoint
+from translution.training.config import Config
+from translution.training.tasks import Task
+
+TINY = {
+    "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 8, "depth": 2,
+              "heads": 2},
+    "data": {"kind": "images", "format": "digits", "canvas": 12, "moved": True,
+             "train_limit": 64, "valid_limit": 9},
+    "train": {"steps": 4, "batch_size": 8, "accumulate": 2, "clip": 0.5, "decay": "matrices",
+              "validate_every": 2, "save_every": 2, "device": "cpu", "betas": [0.5, 0.5],
+              "schedule": "constant"},
+}  # fmt: skip
+
+
+def gradients_of(folder: Path, strategy: str, devices: int, steps: int) -> None:
+    """Train in float64, and keep each step's gradients."""
+    kept = []
+    torch.set_default_dtype(torch.float64)
+
+    def keep(task: Task, optimizer: torch.optim.Optimizer) -> None:
+        grads = {}
+        for name, parameter in task.model.named_parameters():
+            grad = parameter.grad
+            if hasattr(grad, "full_tensor"):
+                grad = grad.full_tensor()
+            grads[name] = grad.clone()
+        kept.append(grads)
+
+    hook, Task.on_before_optimizer_step = Task.on_before_optimizer_step, keep
+    changes = [f"train.devices={devices}", f"train.steps={steps}"]
+    if strategy == "offset":
+        changes += [f"train.offset_ranks={devices}"]
+    else:
+        changes += [f"train.strategy={strategy}"]
+    config = parse(Config, TINY, "here", changes)
+    try:
+        run.train(config, folder, resume=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        Task.on_before_optimizer_step = hook
+    if int(os.environ.get("RANK", 0)) == 0 and kept:
+        torch.save(kept, folder / "gradients.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for argument in sys.argv[2:]:
+        name, strategy, steps = argument.split(":")
+        gradients_of(Path(sys.argv[1]) / name, strategy, 2, int(steps))
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each strategy on two from the start, and some going on from where another ended."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+        str(20_000 + os.getpid() % 20_000), __file__, str(folder),
+        "ddp:ddp:4", "fsdp:fsdp:4", "both:ddp:2", "both:fsdp:4", "half:fsdp:2", "offset:offset:4",
+        "part:offset:2", "mixed:ddp:2", "mixed:offset:4",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    gradients_of(folder / "one", "auto", 1, 4)
+    shutil.copytree(folder / "half", folder / "back")
+    gradients_of(folder / "back", "auto", 1, 4)
+    shutil.copytree(folder / "part", folder / "alone")
+    gradients_of(folder / "alone", "auto", 1, 4)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_gradients_equal_those_of_one_process(runs, name):
+    one = torch.load(runs / "one" / "gradients.pt", weights_only=True)
+    two = torch.load(runs / name / "gradients.pt", weights_only=True)
+    assert len(one) == len(two) == 4
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            torch.testing.assert_close(theirs[key], mine[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "both", "back", "offset", "mixed", "alone"])
+def test_weights_and_metrics_equal_those_of_one_process(runs, name):
+    """Also where a run goes on with another strategy: optimizer states find their parameters."""
+    one, two = (open_checkpoint(runs / n / "checkpoints" / "last-000004") for n in ("one", name))
+    for (key, mine), theirs in zip(
+        one.model.state_dict().items(), two.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-7, msg=key)
+    assert two.metrics == pytest.approx(one.metrics, rel=1e-6)
+
+
+def test_fsdp_has_no_averaged_weights(tmp_path):
+    config = parse(Config, TINY, "here", ["train.strategy=fsdp", "train.ema=0.9"])
+    with pytest.raises(ValueError, match=r"train.ema: got 0.9, not with"):
+        run.train(config, tmp_path / "run")

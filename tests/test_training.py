@@ -1,0 +1,318 @@
+"""Runs: the same numbers after any interruption, checkpoints that are whole, errors in one line."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("datasets")
+pytest.importorskip("tokenizers")
+pytest.importorskip("pydantic")
+pytest.importorskip("kornia")
+pytest.importorskip("typer")
+from safetensors.torch import load_file, save_file
+
+from translution import cli
+from translution.config import load, parse
+from translution.training import callbacks, checkpoints
+from translution.training.checkpoints import latest, open_checkpoint
+from translution.training.config import Config, TrainOptions
+from translution.training.run import evaluate, train
+from translution.training.tasks import learning_rate
+
+TINY = {
+    "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 16, "depth": 1,
+              "heads": 2, "dropout": 0.1},
+    "data": {"kind": "images", "format": "digits", "canvas": 12, "moved": True,
+             "train_limit": 96, "valid_limit": 40, "augment": {"erasing": 0.5, "mixup": 0.8}},
+    "train": {"steps": 12, "batch_size": 16, "accumulate": 2, "learning_rate": 3e-3, "warmup": 2,
+              "ema": 0.8, "clip": 1.0, "validate_every": 4, "save_every": 3, "log_every": 2,
+              "device": "cpu"},
+}  # fmt: skip
+MEASURED = {"mfu", "memory_gb", "images_per_second"}  # differ from run to run
+
+
+def config(*changes, **parts):
+    return parse(Config, TINY | parts, "here", changes)
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
+
+
+def weights(folder, kind="last"):
+    return load_file(checkpoints.newest(folder / "checkpoints", kind) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    metrics = train(config(), folder)
+    return folder, metrics
+
+
+def in_a_fork(function, *arguments):
+    """Its exit code: of a process of its own, which may be killed."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+# -- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_should(finished):
+    folder, metrics = finished
+    assert load(Config, folder / "config.yaml") == config()
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names[-1] == "last-000012"
+    assert len(names) == 2
+    assert any(path.name.startswith("events") for path in (folder / "tensorboard").iterdir())
+    found = rows(folder)
+    assert [int(row["step"]) for row in found if row["train_loss"]] == [2, 4, 6, 8, 10, 12]
+    assert [int(row["step"]) for row in found if row["valid_loss"]] == [4, 8, 12]
+    assert metrics["valid_loss"] == pytest.approx(float(found[-1]["valid_loss"]))
+    whole = callbacks.read_curves(folder)
+    assert {"mfu", "memory_gb", "images_per_second", "learning_rate"} <= whole[0].keys()
+
+
+def test_the_checkpoint_is_the_averaged_model(finished):
+    folder, metrics = finished
+    checkpoint = open_checkpoint(folder / "checkpoints" / "last-000012")
+    assert checkpoint.step == 12
+    assert checkpoint.classes == [str(i) for i in range(10)]
+    assert not checkpoint.model.training
+    found = evaluate(folder / "checkpoints" / "last-000012", "valid", config())
+    assert found["valid_loss"] == pytest.approx(metrics["valid_loss"], rel=1e-5)
+    state = torch.load(folder / "checkpoints/last-000012/state.pt", weights_only=True)
+    current = {k.removeprefix("model."): v for k, v in state["current_model_state"].items()}
+    assert not same(current, weights(folder))
+    best = open_checkpoint(folder)  # a run stands for its best
+    losses = [float(row["valid_loss"]) for row in rows(folder) if row["valid_loss"]]
+    assert best.metrics["valid_loss"] == pytest.approx(min(losses))
+
+
+KILLS = ["between", "writing", "before renaming", "before removing", "validating", "SIGTERM"]
+
+
+def killed(folder, moment):
+    """Train there, and die at the second time of this moment."""
+    times = [0]
+
+    def die(how=signal.SIGKILL):
+        times[0] += 1
+        if times[0] == 2:
+            os.kill(os.getpid(), how)
+
+    def before(owner, name, how=signal.SIGKILL):
+        real = getattr(owner, name)
+
+        def dying(*args, **keywords):
+            die(how)
+            return real(*args, **keywords)
+
+        setattr(owner, name, dying)
+
+    if moment == "between":
+        before(callbacks.Meter, "on_train_batch_end")
+    elif moment == "writing":
+        before(checkpoints.torch, "save")  # the weights are written, the state is not
+    elif moment == "before renaming":
+        before(checkpoints.os, "replace")
+    elif moment == "before removing":
+        before(checkpoints.Folders, "remove_checkpoint")
+    elif moment == "validating":
+        before(callbacks.Task, "validation_step")
+    else:
+        before(callbacks.Meter, "on_train_batch_end", signal.SIGTERM)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    train(config(), folder, resume=True)
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_and_resumed_is_the_same_run(finished, tmp_path, moment):
+    folder = tmp_path / "run"
+    code = in_a_fork(killed, folder, moment)
+    assert code == -signal.SIGKILL or moment == "SIGTERM"
+    for left in (folder / "checkpoints").glob("*-*"):
+        if not left.name.startswith("."):
+            open_checkpoint(left)  # each is whole
+    train(config(), folder, resume=True)
+    whole, _ = finished
+    assert same(weights(folder), weights(whole))
+    assert same(weights(folder, "best"), weights(whole, "best"))
+    assert rows(folder) == rows(whole)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
+        p.name for p in (whole / "checkpoints").iterdir()
+    )
+
+
+def test_sigterm_saves_first(tmp_path):
+    in_a_fork(killed, tmp_path / "run", "SIGTERM")
+    assert latest(tmp_path / "run" / "checkpoints").name == "last-000001"
+
+
+def test_workers_and_another_seed(finished, tmp_path):
+    """Loader processes change nothing; a seed changes everything."""
+    train(config("--train.workers=2"), tmp_path / "workers")
+    assert same(weights(tmp_path / "workers"), weights(finished[0]))
+    train(config("--seed=1"), tmp_path / "seed")
+    assert not same(weights(tmp_path / "seed"), weights(finished[0]))
+
+
+def test_accumulation_is_one_batch(tmp_path):
+    """Without what is random, two halves are the whole."""
+    plain = ["--model.dropout=0", "--data.augment={}", "--train.steps=3", "--train.ema=null"]
+    train(config(*plain), tmp_path / "two")
+    train(config(*plain, "--train.accumulate=1"), tmp_path / "one")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-4)
+
+
+def test_it_learns(tmp_path):
+    easy = ["--data.moved=false", "--data.augment={}", "--model.dropout=0", "--model.dim=32",
+            "--data.train_limit=1000", "--train.steps=80", "--train.batch_size=64",
+            "--train.accumulate=1", "--train.validate_every=80",
+            "--train.save_every=80"]  # fmt: skip
+    metrics = train(config(*easy), tmp_path / "run")
+    assert metrics["valid_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("precision", ["bfloat16"])
+def test_precision_and_compile(tmp_path, precision):
+    metrics = train(config(f"--train.precision={precision}", "--train.steps=2"), tmp_path / "run")
+    assert metrics["valid_loss"] > 0
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, tmp_path):
+    folder, metrics = finished
+    with pytest.raises(ValueError, match=r"out: .* holds a run; --resume continues it"):
+        train(config(), folder)
+    with pytest.raises(ValueError, match=r"train.batch_size was 16, is 32"):
+        train(config("--train.batch_size=32"), folder, resume=True)
+    assert train(config(), folder, resume=True) == pytest.approx(metrics)  # it has ended
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ValueError, match="want a new or empty folder"):
+        train(config(), tmp_path)
+
+
+def test_checkpoints_that_do_not_fit(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no checkpoint"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"is no folder"):
+        open_checkpoint(tmp_path / "nothing")
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    path = latest(copy / "checkpoints")
+    whole = load_file(path / "model.safetensors")
+    wrong = {name: value for name, value in whole.items() if name != "norm.weight"}
+    wrong |= {"head.weight": torch.zeros(3, 16), "other": torch.zeros(1)}
+    save_file(wrong, path / "model.safetensors")
+    told = r"norm.weight is missing.*other is not.*head.weight has shape \(3, 16\), want \(10, 16\)"
+    with pytest.raises(ValueError, match=told):
+        open_checkpoint(path)
+    (path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        open_checkpoint(path)
+    (path / "state.pt").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"state.pt: cannot be read"):
+        train(config("--train.steps=14"), copy, resume=True)
+    about = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(about | {"format": "other"}))
+    with pytest.raises(ValueError, match="format 'other', want"):
+        open_checkpoint(path)
+
+
+def test_nothing_is_unpickled(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    path = latest(copy / "checkpoints")
+    torch.save({"state": resource.getrusage}, path / "state.pt")
+    with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
+        train(config("--train.steps=14"), copy, resume=True)
+
+
+def full_disk(folder):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # smaller than the weights
+    sys.argv = ["translution", "train", str(folder.parent / "tiny.yaml"), f"--out={folder}",
+                "--resume", "--train.steps=20"]  # fmt: skip
+    sys.stderr = (folder.parent / "stderr").open("w")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    cli.main()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.copy(folder / "config.yaml", tmp_path / "tiny.yaml")
+    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert in_a_fork(full_disk, folder) == 2
+    told = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert told.startswith("translution: ")
+    assert "cannot be written, the earlier checkpoints are whole" in told
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+    for path in (folder / "checkpoints").iterdir():
+        open_checkpoint(path)
+
+
+def test_a_loss_that_is_not_a_number(tmp_path):
+    with pytest.raises(ValueError, match=r"loss: is .* at step .*learning_rate"):
+        train(config("--train.learning_rate=1e30", "--train.clip=null"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("--model.mixer=nothing", "mixer: got 'nothing'"),
+        ("--model.name=vitt", "there is no model 'vitt'"),
+        ("--model.depht=3", r"model: depht: 'vit' has no such option"),
+        ("--model.dim=wide", r"dim: got 'wide', .*integer"),
+        ("--model.num_classes=7", r"model.num_classes: got 7, but the data have 10"),
+        ("--train.epochs=3", r"train: want steps or epochs, got 12 and 3"),
+        ("--train.batch_size=15", r"batch_size: got 15, want a multiple of 2"),
+        ("--train.min_learning_rate=1", r"min_learning_rate: got 1.0, want at most"),
+        ("--train.betas=[0.9, 1]", r"betas: got"),
+        ("--data.format=parquet", r"data\.image_size: is missing"),
+        ("--train.strategy=fsdp", "ema"),
+    ],
+)
+def test_bad_configurations(tmp_path, change, told):
+    with pytest.raises(ValueError, match=told):
+        train(config(change), tmp_path / "run")
+
+
+# -- the schedule --------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    options = TrainOptions(steps=100, warmup=9, learning_rate=1.0, min_learning_rate=0.1)
+    rates = [learning_rate(step, 100, options) for step in range(101)]
+    assert rates[:9] == pytest.approx([0.1 * (i + 1) for i in range(9)])
+    assert max(rates) == rates[9] == 1.0
+    assert rates[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    flat = TrainOptions(steps=10, schedule="constant")
+    assert learning_rate(9, 10, flat) == 1.0
