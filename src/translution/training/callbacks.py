@@ -15,6 +15,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ..files import write_whole
 from ..measuring import matmul_rate
@@ -202,7 +203,8 @@ class Curves(CSVLogger):
 
     def __init__(self, folder: Path, step: int):
         super().__init__(folder, name="", version="")
-        _keep_rows(folder / "metrics.csv", step)
+        if not rank_zero_only.rank:  # type: ignore[attr-defined]
+            _keep_rows(folder / "metrics.csv", step)
 
     @property
     def log_dir(self) -> str:

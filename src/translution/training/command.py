@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -40,14 +41,19 @@ def train(
     from .run import train as run
 
     folder = config if config.is_dir() else found.folder(config)
-    metrics = run(found, folder, resume)
-    typer.echo(f"{folder}: {_line(metrics)}")
+    try:
+        metrics = run(found, folder, resume)
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. The same command with --resume goes on: {folder}", err=True)
+        raise
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(f"{folder}: {_line(metrics)}")
 
 
 def evaluate(
     context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint's.")],
-    part: Annotated[str, typer.Option(help="train, valid or test.")] = "valid",
+    part: Annotated[str, typer.Option(help="valid or test.")] = "valid",
     json: Annotated[Path | None, typer.Option(help="Also write the metrics there.")] = None,
 ) -> None:
     """Measure a checkpoint: translution evaluate CHECKPOINT [--key=value ...].
@@ -59,12 +65,12 @@ def evaluate(
 
     from ..config import parse
     from ..files import write_whole
+    from ..models.blocks import choose
     from .checkpoints import find_checkpoint, read_about
     from .config import Config
     from .run import evaluate as run
 
-    if part not in ("train", "valid", "test"):
-        raise ValueError(f"part: got {part!r}, want one of ['train', 'valid', 'test']")
+    choose("part", part, ("valid", "test"))
     path = find_checkpoint(checkpoint)
     about = read_about(path)
     found = parse(Config, about["config"], str(path), changes=context.args)

@@ -158,7 +158,8 @@ def _strategy(options: TrainOptions, make: Callable[[], nn.Module], at: Path | N
 
 
 def begin(config: Config, folder: Path, resume: bool) -> None:
-    """Make the run's folder, or enter that of an earlier one.
+    """Make the run's folder, or enter that of an earlier one. What never came to a checkpoint is
+    begun anew.
 
     Raises:
         ValueError: there is a run (and `resume` is not wanted), another one, or something else.
@@ -166,7 +167,7 @@ def begin(config: Config, folder: Path, resume: bool) -> None:
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     saved = folder / "config.yaml"
-    if saved.exists():
+    if latest(folder / "checkpoints") is not None:
         if not resume:
             raise ValueError(f"out: {folder} holds a run; --resume continues it, or want another")
         before, now = _flat(load(Config, saved)), _flat(config)
@@ -174,7 +175,9 @@ def begin(config: Config, folder: Path, resume: bool) -> None:
         if other:
             told = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in other)
             raise ValueError(f"--resume: {saved} has another configuration: {told}")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not (
+        folder.is_dir() and (saved.exists() or not any(folder.iterdir()))
+    ):
         raise ValueError(f"out: {folder} is there and no run's; want a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     clear_remains(folder / "checkpoints")

@@ -1,0 +1,203 @@
+"""The recipes, and the commands as a user types them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("datasets")
+pytest.importorskip("typer")
+from PIL import Image
+
+from translution import cli, create_model
+from translution.config import load
+from translution.data.digits import load_digits
+from translution.models.blocks import IMAGE_MIXERS, MIXERS, SIZES
+from translution.training.config import Config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+FACTS = {"images": {"num_classes": 10}, "text": {"vocab_size": 4096}}
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments):
+    """A command in the checkout, but in this process: a new one takes seconds to import."""
+    here, argv = Path.cwd(), sys.argv
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    try:
+        os.chdir(ROOT)
+        sys.argv = ["translution", *map(str, arguments)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        os.chdir(here)
+        sys.argv = argv
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_model(path):
+    config = load(Config, path)
+    assert path.read_text().startswith("# ")
+    options = config.model.given | FACTS[config.data.kind]
+    if config.data.kind == "images":
+        options |= {"image_size": config.data.image_size, "channels": config.data.channels}
+    else:
+        options |= {"context": config.data.context}
+    with torch.device("meta"):
+        create_model(config.model.name, **options)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_imagenet_for_each_mixer_and_size(mixer):
+    for size in SIZES:
+        changes = [f"model.mixer={mixer}", f"model.size={size}", "model.patch_size=56"]
+        config = load(Config, ROOT / "recipes" / "imagenet.yaml", changes)
+        with torch.device("meta"):
+            create_model(config.model.name, **config.model.given)
+    if mixer not in IMAGE_MIXERS:
+        load(Config, ROOT / "recipes" / "openwebtext-1024.yaml", [f"model.mixer={mixer}"])
+
+
+def test_print_is_a_recipe_too(tmp_path):
+    done = run("train", "recipes/tiny-digits.yaml", "--print", "--train.steps=7")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "whole.yaml").write_text(done.stdout)
+    assert load(Config, tmp_path / "whole.yaml").train.steps == 7
+
+
+def train_kill_resume(recipe, folder, *changes):
+    """Start the command, kill it when it has a checkpoint, and let it go on to the end."""
+    command = ["train", f"recipes/{recipe}.yaml", f"--out={folder}", *changes]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "translution", *command],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 200
+    while not list((folder / "checkpoints").glob("last-*")) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run(*command).returncode == 2  # it does not start over what is there
+    done = run(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    few = ["--train.steps=60", "--train.validate_every=30", "--train.save_every=20"]
+    told = train_kill_resume("tiny-digits", folder, *few, "--data.moved=false")
+    return folder, told
+
+
+def test_tiny_digits(digits):
+    folder, told = digits
+    assert "step 60 of 60" in told
+    done = run("evaluate", folder, "--part", "test", "--json", folder / "test.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "test.json").read_text())
+    assert found["part"] == "test"
+    assert found["test_accuracy"] > 0.5
+
+
+def test_predict(digits, tmp_path):
+    data = load_digits()
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        pixels = torch.zeros(20, 20, dtype=torch.uint8)
+        pixels[6:14, 6:14] = (data.test[i] * 255).byte()
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    done = run("predict", digits[0], tmp_path / "images", "--output", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    names = [Path(one["image"]).name for one in found]
+    assert names == [f"{i}.png" for i in range(12)]
+    right = [one["classes"] == [str(int(data.test_labels[i]))] for i, one in enumerate(found)]
+    assert sum(right) >= 6
+    assert all(0 < one["probabilities"][0] <= 1 for one in found)
+    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG")
+    done = run("predict", digits[0], tmp_path / "images/*.png", "--top", "2", "--output",
+               tmp_path / "found.csv")  # fmt: skip
+    assert done.returncode == 1
+    assert "broken.png" in done.stderr
+    with (tmp_path / "found.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    assert [row["rank"] for row in rows[:2]] == ["1", "2"]
+    done = run("predict", digits[0], tmp_path / "images" / "3.png")
+    assert done.returncode == 0
+    assert "probability" in done.stdout
+
+
+def test_tiny_text(tmp_path):
+    folder = tmp_path / "run"
+    source = tmp_path / "text"
+    source.mkdir()
+    for i in range(20):
+        (source / f"{i}.txt").write_text("abcdefgh " * 200)
+    few = ["--train.steps=60", "--train.validate_every=30", "--train.save_every=20",
+           f"--data.train={source}", f"--data.shards={tmp_path / 'shards'}",
+           "--data.context=32"]  # fmt: skip
+    told = train_kill_resume("tiny-text", folder, *few)
+    assert "step 60 of 60" in told
+    done = run("evaluate", folder)
+    assert done.returncode == 0, done.stderr
+    assert "valid_bits_per_byte" in done.stdout
+    done = run("generate", folder, "--prompt", "abcdefgh abc", "--max-tokens", "9",
+               "--temperature", "0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "defgh abc" in done.stdout
+    done = run("predict", folder, source)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "nothing.yaml"], "nothing.yaml"),
+        (["train", "recipes/tiny-digits.yaml", "--model.mixr=alpha"], "mixr"),
+        (["train", "recipes/tiny-digits.yaml", "--train.step=3"], "did you mean steps?"),
+        (["train", "recipes/cifar10.yaml", "--data.train=nothing.parquet"], "nothing.parquet"),
+        (["train", "recipes/text.yaml", "--data.train=nothing"], "nothing"),
+        (["train", "recipes/tiny-digits.yaml", "--out=README.md"], "README.md"),
+        (["train", "recipes/tiny-digits.yaml", "--out=README.md/run"], "README.md/run"),
+        (["evaluate", "docs"], "holds no checkpoint"),
+        (["evaluate", "docs", "--part", "most"], "part: got 'most'"),
+        (["predict", "docs", "nothing.png"], "nothing.png"),
+        (["predict", "docs", "docs/images/*.png"], "holds no checkpoint"),
+        (["generate", "docs", "--prompt", "a"], "holds no checkpoint"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(arguments, told, tmp_path):
+    if arguments[0] == "train" and "--out" not in arguments[-1]:
+        arguments = [*arguments, f"--out={tmp_path}"]
+    done = run(*arguments)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("translution: ")
+    assert told in last
