@@ -362,3 +362,31 @@ def test_classes_in_parts(rows, monkeypatch):
     monkeypatch.setattr(backends.eager, "ROWS", rows)
     monkeypatch.setattr(backends.eager, "NUMBERS", 1)
     close(run(), whole)
+
+
+@pytest.mark.parametrize("table", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("numbers", [1, 200, 1000])
+def test_half_precision_in_calls_of_any_size(numbers, table, monkeypatch):
+    """From one class in parts up to eight classes in a call: of the float64 result, as exact as
+    the rounding of q, k, v and of what is returned."""
+    layout = Layout((3, 4), prefix=1)
+    exact = [torch.randn(3, 13, 8).bfloat16().double()]
+    exact += [torch.randn(layout.classes, 8, 8).bfloat16().double() for _ in "qkv"]
+    exact += [torch.randn(layout.classes, 8).bfloat16().double() for _ in "qkv"]
+
+    def run(dtype, table):
+        leaves = [t.to(table if i else dtype) for i, t in enumerate(exact)]
+        x, wq, wk, wv, bq, bk, bv = live = graded(leaves)
+        s = offset_scores(
+            x, x, wq, wk, layout, heads=2, bias_query=bq, bias_key=bk, scale=0.1, backend="torch"
+        )
+        a = s.softmax(-1)
+        y = offset_mix(a, x, wv, layout, bias_value=bv, backend="torch")
+        return [s, y, *torch.autograd.grad(y, live, torch.ones_like(y))]
+
+    want = run(torch.float64, torch.float64)
+    monkeypatch.setattr(backends.eager, "ROWS", 6)
+    monkeypatch.setattr(backends.eager, "NUMBERS", numbers)
+    for got, w in zip(run(torch.bfloat16, table), want, strict=True):
+        error = (got.double() - w).norm() / w.norm()
+        assert error < 8 * torch.finfo(torch.bfloat16).eps, error

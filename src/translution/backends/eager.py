@@ -2,9 +2,9 @@
 
 Tokens are stored [tokens, batch, channels], so that the row of a pair is one contiguous block, and
 scores [pairs, batch, heads] in the order of their classes. Only the rows of a few small classes, or
-of a part of a large one, exist at a time; the backward pass computes them again. Two classes of
-equally many pairs are multiplied in one call: each core then has a matrix of its own, which is
-faster than dividing a small one.
+of a part of a large one, exist at a time; the backward pass computes them again. Classes of equally
+many pairs are multiplied in one call: each core then has a matrix of its own, which is faster than
+dividing a small one, and in half precision the call itself costs as much as a small product.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from ..layouts import Layout
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
 
-# Numbers per operand (rows x channels) computed at once: enough that the steps around the matrix
-# products cost little, few enough that the operands stay in the cache. Never fewer rows than the
-# second, at which a matrix product runs at full rate.
+# Numbers (rows x channels) computed at once: enough that the steps around the matrix products cost
+# little, few enough that they stay in the cache. Never fewer rows than the second, at which a
+# matrix product runs at full rate.
 NUMBERS = 98304
 ROWS = 512
+# Half precision multiplies more at once, its products being so fast that the calls count, and more
+# classes in a call. Those are first copied side by side, which in full precision would not pay:
+# there two are read in place.
+HALF_TIMES = 4
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -38,13 +42,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Segment(NamedTuple):
-    """The rows of one class, or of two with equally many pairs, one after the other (or a part of
-    one class): their matrices are multiplied in one call."""
+    """The rows of one class, or of several with equally many pairs, one after the other (or a part
+    of one class): their matrices are multiplied in one call."""
 
     classes: tuple[int, ...]
     start: int
     stop: int
     first: bool  # whether the classes begin here
+    last: bool  # whether they end here
+
+    def each(self, rows: Tensor) -> Tensor:
+        """[rows, channels] -> the same, or [classes, rows of each, channels]."""
+        return rows if len(self.classes) == 1 else rows.unflatten(0, (len(self.classes), -1))
 
 
 class Group(NamedTuple):
@@ -67,7 +76,7 @@ class Order(NamedTuple):
     flat: Tensor
     slot: Tensor
     runs: tuple[tuple[tuple[int, ...], int], ...]
-    """(one class, or two of the same size; the first of their pairs), then ((), number of pairs)"""
+    """(classes of the same size; the first of their pairs), then ((), number of pairs)"""
     empty: tuple[int, ...]
     """classes without a pair"""
 
@@ -77,16 +86,11 @@ def _order(layout: Layout, device: torch.device) -> Order:
     pairs = layout.pairs_on(device)
     sizes = [stop - start for start, stop in itertools.pairwise(pairs.starts)]
     classes = sorted((c for c, size in enumerate(sizes) if size), key=sizes.__getitem__)
-    runs, at, i = list[tuple[tuple[int, ...], int]](), 0, 0
-    places = list[Tensor]()
-    while i < len(classes):
-        two = i + 1 < len(classes) and sizes[classes[i]] == sizes[classes[i + 1]]
-        run = tuple(classes[i : i + 1 + two])
-        runs.append((run, at))
-        for cls in run:
-            places.append(torch.arange(pairs.starts[cls], pairs.starts[cls + 1]))
-            at += sizes[cls]
-        i += len(run)
+    runs, places, at = list[tuple[tuple[int, ...], int]](), list[Tensor](), 0
+    for size, alike in itertools.groupby(classes, sizes.__getitem__):
+        runs.append((tuple(alike), at))
+        places += [torch.arange(pairs.starts[c], pairs.starts[c] + size) for c in runs[-1][0]]
+        at += size * len(runs[-1][0])
     runs.append(((), at))
     kept = torch.cat(places).to(device) if places else pairs.query.new_empty(0, dtype=torch.int64)
     query, key, flat = (t.index_select(0, kept) for t in (pairs.query, pairs.key, pairs.flat))
@@ -96,39 +100,49 @@ def _order(layout: Layout, device: torch.device) -> Order:
     return Order(query, key, flat, slot, tuple(runs), empty)
 
 
-def _groups(order: Order, batch: int, channels: int) -> Iterator[Group]:
+def _groups(order: Order, x: Tensor) -> Iterator[Group]:
+    """`x` [batch, tokens, channels] is one side."""
+    batch, _, channels = x.shape
     if not batch:
         return
-    most = max(1, max(ROWS, NUMBERS // max(channels, 1)) // batch)
+    half = x.dtype != wide(x.dtype)
+    numbers = NUMBERS * (HALF_TIMES if half else 1)
+    most = max(1, max(ROWS, numbers // max(channels, 1)) // batch)
+    together = max(2, numbers // max(channels, 1) ** 2) if half else 2
     begin, segments = 0, list[Segment]()
-    for (classes, start), (_, stop) in itertools.pairwise(order.runs):
+    for classes, start, stop in _calls(order, most, together):
         if stop - begin > most and segments:
             yield Group(slice(begin, start), segments)
             begin, segments = start, []
-        each = (stop - start) // len(classes)
-        if each <= most:
-            rows = (start - begin) * batch, (stop - begin) * batch
-            segments.append(Segment(classes, *rows, True))
-            continue
-        for i, cls in enumerate(classes):  # too many for one call: a class at a time, in parts
-            first = start + i * each
-            for at in range(first, first + each, most):
-                end = min(at + most, first + each)
-                rows = (at - begin) * batch, (end - begin) * batch
-                segments.append(Segment((cls,), *rows, at == first))
-                if end < stop:
-                    yield Group(slice(begin, end), segments)
-                    begin, segments = end, []
+        first = start
+        while start < stop:  # more than one turn if a class is too large for one call
+            end = stop if len(classes) > 1 else min(start + most, stop)
+            rows = (start - begin) * batch, (end - begin) * batch
+            segments.append(Segment(classes, *rows, start == first, end == stop))
+            if end < stop:
+                yield Group(slice(begin, end), segments)
+                begin, segments = end, []
+            start = end
     if segments:
         yield Group(slice(begin, order.runs[-1][1]), segments)
+
+
+def _calls(order: Order, most: int, together: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Classes that are multiplied in one call, the first of their pairs, and one past the last."""
+    for (classes, start), (_, stop) in itertools.pairwise(order.runs):
+        size = (stop - start) // len(classes)
+        # two may be up to twice too many: each core has one
+        count = 1 if size > most else min(together, max(2, most // size))
+        for i in range(0, len(classes), count):
+            part = classes[i : i + count]
+            yield part, start + i * size, start + (i + len(part)) * size
 
 
 def _of(table: Tensor, classes: tuple[int, ...]) -> Tensor:
     """The entries of one class, or of two as a view [2, ...]."""
     if len(classes) == 1:
         return table[classes[0]]
-    first, second = classes
-    return table[first :: second - first][:2]
+    return table[classes[0] :: classes[1] - classes[0]][:2]
 
 
 class Side:
@@ -139,10 +153,12 @@ class Side:
         self.weight, self.bias, self.places = weight, bias, places
         self.batch = self.x.shape[1]
 
-    def matrix(self, segment: Segment) -> Tensor:
-        """[channels, inner], or two of them, in the dtype of the tokens (a table may be wider)."""
-        assert self.weight is not None
-        return _of(self.weight, segment.classes).to(self.x.dtype)
+    def read(self, table: Tensor, segment: Segment) -> Tensor:
+        """The entries of a table, one or [classes, ...], in the dtype of the tokens."""
+        dtype, classes = self.x.dtype, segment.classes
+        if len(classes) == 1 or (len(classes) == 2 and table.dtype == dtype == wide(dtype)):
+            return _of(table, classes).to(dtype)
+        return torch.stack([table[c].to(dtype) for c in classes])
 
     def rows(self, group: Group) -> Tensor:
         """The tokens of these pairs: [rows, channels]."""
@@ -153,20 +169,13 @@ class Side:
         if self.weight is None:
             return rows
         out = rows.new_empty((rows.shape[0], self.weight.shape[-1]))
-        sizes = group.sizes
-        for segment, part, into in zip(
-            group.segments, rows.split(sizes), out.split(sizes), strict=True
-        ):
-            part, into = _each(part, segment), _each(into, segment)
-            torch.matmul(part, self.matrix(segment), out=into)
+        parts = rows.split(group.sizes), out.split(group.sizes)
+        for segment, part, into in zip(group.segments, *parts, strict=True):
+            into = segment.each(into)
+            torch.matmul(segment.each(part), self.read(self.weight, segment), out=into)
             if self.bias is not None:
-                into += _of(self.bias, segment.classes).to(rows.dtype).unsqueeze(-2)
+                into += self.read(self.bias, segment).unsqueeze(-2)
         return out
-
-
-def _each(rows: Tensor, segment: Segment) -> Tensor:
-    """[rows, channels] -> the same, or [2, rows of each class, channels]."""
-    return rows.unflatten(0, (2, -1)) if len(segment.classes) == 2 else rows
 
 
 class SideGrad:
@@ -186,11 +195,10 @@ class SideGrad:
 
     def add(self, group: Group, rows: Tensor, grad: Tensor) -> None:
         """`grad` [rows, heads * head_dim] is that of what `Side.project(rows)` gave."""
-        side = self.side
-        sizes = group.sizes
+        side, sizes = self.side, group.sizes
         parts = zip(rows.split(sizes), grad.split(sizes), strict=True)
         for segment, (tokens, part) in zip(group.segments, parts, strict=True):
-            tokens, part = _each(tokens, segment), _each(part, segment)
+            tokens, part = segment.each(tokens), segment.each(part)
             if self.weight is not None:
                 if self.weight.dtype == grad.dtype == self.sums:
                     # beta = 0 overwrites, so a table's gradient is written once, never cleared
@@ -204,20 +212,23 @@ class SideGrad:
         if self.x is not None:
             if side.weight is not None:
                 back = grad.new_empty((grad.shape[0], side.x.shape[-1]))
-                for segment, part, into in zip(
-                    group.segments, grad.split(sizes), back.split(sizes), strict=True
-                ):
-                    matrix = side.matrix(segment).mT
-                    torch.matmul(_each(part, segment), matrix, out=_each(into, segment))
+                pieces = grad.split(sizes), back.split(sizes)
+                for segment, part, into in zip(group.segments, *pieces, strict=True):
+                    matrix = side.read(side.weight, segment).mT
+                    torch.matmul(segment.each(part), matrix, out=segment.each(into))
                 grad = back
-            grad = grad.view(-1, *side.x.shape[1:]).to(self.sums)
-            self.x.index_add_(0, side.places[group.pairs], grad)
+            _add(self.x, side.places[group.pairs], grad)
 
     def _sum(self, name: str, whole: Tensor, segment: Segment, part: Tensor) -> None:
-        """Add to the sum of a class (or two), which stays wide while the class lasts."""
-        part = part.to(self.sums)
-        self.carry[name] = part if segment.first else self.carry[name] + part
-        _of(whole, segment.classes).copy_(self.carry[name])
+        """Write the sum of each class; that of a class in parts stays wide until its last."""
+        if not segment.first:
+            part = self.carry.pop(name).add_(part)
+        if not segment.last:
+            self.carry[name] = part.to(self.sums)
+            return
+        each = part.unbind() if len(segment.classes) > 1 else (part,)
+        for cls, one in zip(segment.classes, each, strict=True):
+            whole[cls].copy_(one)
 
     def finish(self, order: Order) -> tuple[Tensor, ...]:
         """The gradients of x, weight, bias; those of a class without pairs are zero."""
@@ -238,6 +249,37 @@ class SideGrad:
 def _like(table: Tensor | None) -> Tensor | None:
     """Room for a table's gradient: contiguous, and not yet written."""
     return None if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
+
+
+def _cut(*whole: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """[pairs, ...] tensors, in parts of which the first is small enough to be kept wide. (Twice the
+    numbers: so many has a group at the most, in full precision.)"""
+    pairs = max(1, 2 * NUMBERS // max(whole[0][:1].numel(), 1))
+    return zip(*(t.split(pairs) for t in whole), strict=True)
+
+
+def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write the products of rows per head to `out` [pairs, batch, heads]; `left` is used up."""
+    shape = *out.shape, left.shape[-1] // out.shape[-1]
+    for part, other, into in _cut(left.view(shape), right.view(shape), out):
+        torch.sum(part.to(out.dtype).mul_(other), -1, out=into)
+
+
+def _scale(rows: Tensor, by: Tensor) -> Tensor:
+    """Rows times a number per head [pairs, batch, heads], in place: nothing reads them again, as
+    they are projections, or tokens of a side without a table, whose gradients need no tokens."""
+    shape = *by.shape, rows.shape[-1] // by.shape[-1]
+    for part, number in _cut(rows.view(shape), by.unsqueeze(-1)):
+        part *= number
+    return rows
+
+
+def _add(total: Tensor, places: Tensor, rows: Tensor, by: Tensor | None = None) -> None:
+    """Add rows, times a number per head (in place), to their places in `total` [tokens, ...]."""
+    rows, numbers = rows.view(-1, *total.shape[1:]), () if by is None else (by,)
+    for part, to, *number in _cut(rows, places, *numbers):
+        part = part.to(total.dtype)
+        total.index_add_(0, to, _scale(part, *number) if number else part)
 
 
 def _sort(dense: Tensor, pairs: Order) -> Tensor:
@@ -269,11 +311,13 @@ def scores(
     query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
     out = xq.new_empty((len(pairs.flat) + 1, query.batch, heads), dtype=wide(xq.dtype))
     out[-1] = float("-inf")
-    for group in _groups(pairs, query.batch, xq.shape[-1]):
-        q = query.project(query.rows(group), group).to(out.dtype)
-        k = key.project(key.rows(group), group).to(out.dtype)
-        part = out[group.pairs].view(-1, heads)
-        torch.sum((q * k).unflatten(-1, (heads, -1)), -1, out=part)
+    for group in _groups(pairs, xq):
+        # without names, so that the projections do not outlive their group
+        _dot(
+            query.project(query.rows(group), group),
+            key.project(key.rows(group), group),
+            out[group.pairs],
+        )
     if scale != 1.0:
         out *= scale
     return _unsort(out, pairs, layout)
@@ -299,15 +343,13 @@ def scores_backward(
     grad = _sort(grad, pairs)
     if scale != 1.0:
         grad = grad * scale
-    for group in _groups(pairs, query.batch, xq.shape[-1]):
+    for group in _groups(pairs, xq):
         xq_rows, xk_rows = query.rows(group), key.rows(group)
-        ds = grad[group.pairs].view(-1, heads, 1)
+        ds = grad[group.pairs]
         if grad_query.wanted:
-            k = key.project(xk_rows, group).unflatten(-1, (heads, -1))
-            grad_query.add(group, xq_rows, (k * ds).flatten(1).to(xq.dtype))
+            grad_query.add(group, xq_rows, _scale(key.project(xk_rows, group), ds))
         if grad_key.wanted:
-            q = query.project(xq_rows, group).unflatten(-1, (heads, -1))
-            grad_key.add(group, xk_rows, (q * ds).flatten(1).to(xk.dtype))
+            grad_key.add(group, xk_rows, _scale(query.project(xq_rows, group), ds))
     dxq, dwq, dbq = grad_query.finish(pairs)
     dxk, dwk, dbk = grad_key.finish(pairs)
     return dxq, dxk, dwq, dwk, dbq, dbk
@@ -316,13 +358,15 @@ def scores_backward(
 def mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> Tensor:
     pairs = _order(layout, x.device)
     value = Side(x, w, b, pairs.key)
-    heads, inner = a.shape[1], w.shape[-1]
     weights = _sort(a, pairs)
-    out = x.new_zeros((layout.n_queries, value.batch, inner), dtype=wide(x.dtype))
-    for group in _groups(pairs, value.batch, x.shape[-1]):
-        v = value.project(value.rows(group), group).to(out.dtype).unflatten(-1, (heads, -1))
-        v *= weights[group.pairs].view(-1, heads, 1)
-        out.index_add_(0, pairs.query[group.pairs], v.view(-1, value.batch, inner))
+    out = x.new_zeros((layout.n_queries, value.batch, w.shape[-1]), dtype=wide(x.dtype))
+    for group in _groups(pairs, x):
+        _add(
+            out,
+            pairs.query[group.pairs],
+            value.project(value.rows(group), group),
+            weights[group.pairs],
+        )
     return out.transpose(0, 1).to(x.dtype).contiguous()
 
 
@@ -337,24 +381,17 @@ def mix_backward(
 ) -> tuple[Tensor, ...]:
     pairs = _order(layout, x.device)
     value = Side(x, w, b, pairs.key)
-    heads = a.shape[1]
-    sums = wide(x.dtype)
     weights = _sort(a, pairs)
     outer = Side(grad, None, None, pairs.query)
-    da = (
-        weights.new_zeros((len(weights) + 1, *weights.shape[1:]), dtype=sums) if wanted[0] else None
-    )
+    shape = len(weights) + 1, *weights.shape[1:]
+    da = weights.new_zeros(shape, dtype=wide(x.dtype)) if wanted[0] else None
     grad_value = SideGrad(value, *wanted[1:])
-    for group in _groups(pairs, value.batch, x.shape[-1]):
+    for group in _groups(pairs, x):
         rows = value.rows(group)
-        dy = outer.rows(group).unflatten(-1, (heads, -1))
+        dy = outer.rows(group)
         if da is not None:
-            v = value.project(rows, group).view_as(dy).to(sums)
-            torch.sum(v * dy, -1, out=da[group.pairs].view(-1, heads))
+            _dot(value.project(rows, group), dy, da[group.pairs])
         if grad_value.wanted:
-            dv = dy * weights[group.pairs].view(-1, heads, 1)
-            grad_value.add(group, rows, dv.flatten(1).to(x.dtype))
-    dx, dw, db = grad_value.finish(pairs)
-    if da is None:
-        return x.new_empty(0), dx, dw, db
-    return _unsort(da, pairs, layout).to(a.dtype), dx, dw, db
+            grad_value.add(group, rows, _scale(dy, weights[group.pairs]))
+    da = x.new_empty(0) if da is None else _unsort(da, pairs, layout).to(a.dtype)
+    return da, *grad_value.finish(pairs)
