@@ -21,7 +21,7 @@ from ..functional.row import row_mix, row_scores
 from ..layouts import Layout
 from .cache import Cache, remember
 from .checks import check_dtype, check_int
-from .positions import RelativeBias, check_rotary, rotate
+from .positions import RelativeBias, check_rotary, rotate, turns
 from .projections import Projected, projection
 
 __all__ = [
@@ -170,17 +170,12 @@ class Attention(nn.Module):
         """The query and key projections, turned by their positions where `rotary` says so; with
         a cache the keys that it holds come first."""
         q, k = self.q_proj(query), self.k_proj(x)
-        if self.rotary:
-            new = layout.queries if cache is not None else None  # all of x asks then
-            tokens = tuple(range(layout.prefix)) if layout.prefix_queries else new
-            first = 0 if cache is None else cache.dropped
-            q, k = self._turn(q, layout, tokens, first), self._turn(k, layout, new, first)
+        if self.rotary:  # before they are held: a key is turned once
+            k_heads = self.split(k.x)
+            turn = turns(k_heads, layout, 0 if cache is None else cache.dropped)
+            q = Projected(self.join(rotate(self.split(q.x), *turn)))
+            k = Projected(self.join(rotate(k_heads, *turn)))
         return q, remember(cache, "k" if k.weight is None else "x", k)
-
-    def _turn(
-        self, p: Projected, layout: Layout, tokens: tuple[int, ...] | None, first: int
-    ) -> Projected:
-        return Projected(self.join(rotate(self.split(p.x), layout, tokens, first)))
 
     def split(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""

@@ -39,6 +39,11 @@ class Cache:
     def held(self) -> int:
         return self.length - self.dropped
 
+    @property
+    def batch(self) -> int:
+        """Texts, 0 before the first token."""
+        return next((len(rows) for _, rows in self._kept.values()), 0)
+
     def extend(self, name: str, x: Tensor) -> Tensor:
         """What is kept under this name, then `x`; doing it again before `advance` changes nothing.
 
@@ -75,6 +80,11 @@ class Cache:
     def advance(self, tokens: int) -> None:
         """The tokens that every name was extended by have been seen."""
         self.length += tokens
+
+    def select(self, texts: Tensor) -> None:
+        """Go on with these texts of the batch, int64, in this order; one may come several times."""
+        for name, (first, rows) in self._kept.items():
+            self._kept[name] = first, rows.index_select(0, texts.to(rows.device))
 
 
 def remember(cache: Cache | None, name: str, side: Projected) -> Projected:

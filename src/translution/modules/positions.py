@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import functional  # noqa: F401  (registers the operators)
 from ..layouts import Layout
 
-__all__ = ["RelativeBias", "check_rotary", "rotate"]
+__all__ = ["RelativeBias", "check_rotary", "rotate", "turns"]
 
 
 def check_rotary(head_dim: int, axes: int) -> None:
@@ -19,32 +19,36 @@ def check_rotary(head_dim: int, axes: int) -> None:
         )
 
 
-def rotate(
-    x: Tensor, layout: Layout, tokens: tuple[int, ...] | None = None, start: int = 0
-) -> Tensor:
-    """Rotary positions: turn the channel pairs of each head by angles linear in the position.
+def turns(x: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Rotary positions: cosine and sine of the angles, linear in the position, that `rotate` turns
+    the channel pairs of a head by.
 
     With A axes and head_dim d, channel p pairs with p + d/2; the first d/(2A) pairs turn with the
     first axis, the next with the second; angle = position * 10000^(-p / (d / (2A))). Prefix tokens
     have no place and are not turned.
 
     Args:
-        x: [batch, heads, tokens, head_dim].
+        x: [batch, heads, tokens, head_dim], the last tokens of the layout (all, or without a prefix
+            the new ones after those that a cache holds).
         layout: where the tokens are.
-        tokens: which tokens of the layout `x` holds; None is all.
         start: the position of the grid's first token.
+
+    Returns:
+        two of [tokens, head_dim / 2], float64 for float64, else float32.
     """
-    axes = len(layout.grid)
-    each = x.shape[-1] // (2 * axes)
+    each = x.shape[-1] // (2 * len(layout.grid))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rate = 10000.0 ** (-torch.arange(each, device=x.device, dtype=wide) / each)
-    places = torch.ops.translution.layout_positions(x, layout.key)
+    places = torch.ops.translution.layout_positions(x, layout.key)[layout.tokens - x.shape[-2] :]
     angle = ((places + start).to(wide)[..., None] * rate).flatten(1)
     angle = torch.cat([angle.new_zeros(layout.prefix, angle.shape[1]), angle])
-    if tokens is not None:
-        angle = angle[list(tokens)]
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(wide).chunk(2, -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn `x`, [batch, heads, tokens, head_dim]: the first of the tokens `turns` was asked for."""
+    cos, sin = cos[: x.shape[-2]], sin[: x.shape[-2]]
+    first, second = x.to(cos.dtype).chunk(2, -1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.to(x.dtype)
 
