@@ -2,6 +2,7 @@
 
 from .backbone import Backbone
 from .gpt import GPT, GPTConfig, gpt
+from .pretrained import Pretrained
 from .pvt import PVT, PVTConfig, pvt
 from .registry import create_model, list_models, model_options, register_model
 from .resnet import ResNet, ResNetConfig, resnet
@@ -16,6 +17,7 @@ __all__ = [
     "Backbone",
     "GPTConfig",
     "PVTConfig",
+    "Pretrained",
     "ResNet",
     "ResNetConfig",
     "SANConfig",

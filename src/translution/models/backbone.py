@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .pretrained import Pretrained
+
 __all__ = ["Backbone", "ChannelNorm", "DropPath", "drop_rates", "truncated"]
 
 
-class Backbone(nn.Module):
+class Backbone(Pretrained):
     """An image classifier in stages, whose maps can be had instead of its logits.
 
     Subclasses set `channels` and `strides`, and implement `feature_maps` and `classify`. With
@@ -29,12 +31,17 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """image [batch, in_channels, height, width] -> logits [batch, num_classes], or with
         `features_only` the maps [batch, channels, height / stride, width / stride] (rounded up)."""
+        image = self.checked(image)
+        return self.feature_maps(image) if self.features_only else self.logits(image)
+
+    def checked(self, image: Tensor) -> Tensor:
+        """The image, if it is one of this model's."""
         if image.ndim != 4 or image.shape[1] != self.in_channels:
             raise ValueError(
                 f"image: got shape {tuple(image.shape)}, want (batch, {self.in_channels}, height, "
                 "width)"
             )
-        return self.feature_maps(image) if self.features_only else self.logits(image)
+        return image
 
     def logits(self, image: Tensor) -> Tensor:
         """Without `features_only`: from the last map, unless a model has more than its maps."""

@@ -21,6 +21,7 @@ from .blocks import (
     head_dim_of,
     mixers_of_layers,
 )
+from .pretrained import Pretrained
 from .vit import configure
 
 __all__ = ["GPT", "GPTConfig", "gpt"]
@@ -29,7 +30,8 @@ __all__ = ["GPT", "GPTConfig", "gpt"]
 @dataclass
 class GPTConfig(Mixing):
     """Everything that a `GPT` is made from. context: the most tokens it sees at once (with
-    `buckets` and a mixer without absolute positions an input may be longer)."""
+    `buckets` and a mixer without absolute positions an input may be longer). published: end
+    in two layer norms, as the published code does, to use its weights."""
 
     context: int = 1024
     vocab_size: int = 50257
@@ -38,6 +40,7 @@ class GPTConfig(Mixing):
     heads: int = 3
     head_dim: int | None = None
     mlp_ratio: float = 4.0
+    published: bool = False
 
     def __post_init__(self) -> None:
         choose("checkpoint", self.checkpoint, CHECKPOINTS)
@@ -48,8 +51,10 @@ class GPTConfig(Mixing):
         self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
 
 
-class GPT(nn.Module):
+class GPT(Pretrained):
     """Token ids [batch, length] -> logits [batch, length, vocab_size]; causal in every block."""
+
+    task = "text-generation"
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -68,7 +73,9 @@ class GPT(nn.Module):
             )
             for mixer in mixers_of_layers(c, c.depth, after="attention")
         )
-        self.norm = nn.LayerNorm(c.dim)
+        self.norm: nn.Module = nn.LayerNorm(c.dim)
+        if c.published:
+            self.norm = nn.Sequential(nn.LayerNorm(c.dim), nn.LayerNorm(c.dim))
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:

@@ -134,7 +134,7 @@ class Stage(nn.Module):
             positions = F.interpolate(positions, grid, mode="bilinear")
         x = self.norm(x.flatten(2).transpose(1, 2)) + positions.flatten(2).transpose(1, 2)
         if prefix is not None:
-            x = torch.cat([prefix.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)
         for block in self.blocks:
             x = block(x, grid)
         return x, grid

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import CHECKPOINTS, MIXERS, SIZES, Block, Mixing, choose, head_dim_of, mixers_of_layers
+from .pretrained import Pretrained
 
 __all__ = ["ViT", "ViTConfig", "vit"]
 
@@ -20,7 +21,8 @@ class ViTConfig(Mixing):
     image_size, patch_size: pixels, an int or (height, width). pool: "cls" (a class token, read at
     the end) or "mean"; None is "cls", or "mean" for the mixer "convolution". all_rows: with a class
     token the last block answers for it alone and its tables hold the token's own rows; True keeps
-    every row, as the published code does, where they get no gradient.
+    every row, as the published code does, where they get no gradient. published: with rotary
+    attention also learned positions, as the published code has, to use its weights.
     """
 
     image_size: Any = 224
@@ -34,6 +36,7 @@ class ViTConfig(Mixing):
     mlp_ratio: float = 4.0
     pool: str | None = None
     all_rows: bool = False
+    published: bool = False
 
     def __post_init__(self) -> None:
         choose("checkpoint", self.checkpoint, CHECKPOINTS)
@@ -85,7 +88,7 @@ class PatchEmbedding(nn.Module):
         return self.norm2(self.proj(self.norm1(x)))
 
 
-class ViT(nn.Module):
+class ViT(Pretrained):
     """Patches -> blocks -> class token (or mean) -> logits [batch, num_classes]."""
 
     def __init__(self, config: ViTConfig):
@@ -97,7 +100,7 @@ class ViT(nn.Module):
         if self.prefix:
             self.cls_token = nn.Parameter(torch.randn(1, 1, c.dim) * 0.02)
         self.positions: nn.Parameter | None = None
-        if MIXERS[c.mixer]:
+        if MIXERS[c.mixer] or (c.published and c.mixer == "rotary"):
             self.positions = nn.Parameter(torch.randn(1, *c.grid, c.dim) * 0.02)
         blocks = []
         for i, mixer in enumerate(mixers_of_layers(c, c.depth, after="rotary")):
@@ -117,18 +120,29 @@ class ViT(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """[batch, dim]: what the head sees."""
-        grid = self._grid(image)
+        return self.pool(self.tokens(image))
+
+    def tokens(self, image: Tensor, each: list[Tensor] | None = None) -> Tensor:
+        """[batch, tokens, dim]: what the last block answers, normed; with a class token this comes
+        first, and alone unless `all_rows`. `each` gets what every block answers."""
+        grid = self.grid_of(image)
         x = self.embed(image)
         if self.positions is not None:
             x = x + self.positions[:, : grid[0], : grid[1]].flatten(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         for block in self.blocks:
             x = block(x, grid)
-        x = self.norm(x)
-        return x[:, 0] if self.prefix else x.mean(1)
+            if each is not None:
+                each.append(x)
+        return self.norm(x)
 
-    def _grid(self, image: Tensor) -> tuple[int, int]:
+    def pool(self, tokens: Tensor) -> Tensor:
+        """[batch, dim] from `tokens`."""
+        return tokens[:, 0] if self.prefix else tokens.mean(1)
+
+    def grid_of(self, image: Tensor) -> tuple[int, int]:
+        """Patches per axis of an image, which is checked."""
         c = self.config
         (ph, pw), most = c.patch_size, c.image_size
         fits = image.ndim == 4 and image.shape[1] == c.channels

@@ -19,23 +19,36 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__, parallel
 from ..data.tokenizers import load_tokenizer, save_tokenizer
 from ..files import umask
 from ..models import create_model
+from ..models.pretrained import (
+    ABOUT,
+    FORMAT,
+    PARTS,
+    WEIGHTS,
+    Pretrained,
+    find_checkpoint,
+    load_weights,
+    newest,
+    read_about,
+    read_weights,
+)
 
 __all__ = [
     "PARTS",
@@ -50,10 +63,7 @@ __all__ = [
     "read_about",
 ]
 
-FORMAT = "translution-checkpoint-1"
-WEIGHTS, ABOUT, STATE, TOKENIZER, PARTS = (
-    "model.safetensors", "checkpoint.json", "state.pt", "tokenizer.json", "parts"
-)  # fmt: skip
+STATE, TOKENIZER = "state.pt", "tokenizer.json"
 PREFIX = "model."  # of the model within the training module
 
 
@@ -73,15 +83,22 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     metrics: dict[str, float]
 
+    def export(self, folder: Path | str) -> None:
+        """Write a folder to share, as `save_pretrained` does, with a card that tells the data, the
+        training and the metrics; with the names of classes, or the tokenizer.
 
-def newest(folder: Path, kind: str = "last") -> Path | None:
-    """The checkpoint of this kind ("last" or "best") with the most steps."""
-    found = [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(rf"{kind}-(\d+)", path.name))
-    ]
-    return max(found)[1] if found else None
+        Raises:
+            ValueError: a model that is not of this library.
+            OSError: a folder that cannot be written.
+        """
+        if not isinstance(self.model, Pretrained):
+            raise ValueError(f"model: got {type(self.model).__name__}, want one of this library")
+        told = {part: self.config[part] for part in ("data", "train")}
+        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+        data = f"{self.step:,} steps of\n\n```yaml\n{text}```"
+        self.model.save_pretrained(folder, data, self.metrics, self.classes)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, Path(folder).expanduser() / TOKENIZER)
 
 
 def latest(folder: Path) -> Path | None:
@@ -91,23 +108,6 @@ def latest(folder: Path) -> Path | None:
         key=lambda path: int(path.name.rpartition("-")[2]),
         default=None,
     )
-
-
-def find_checkpoint(path: Path | str) -> Path:
-    """A checkpoint's folder itself, or the best of a run's (without a best one, the last).
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(path).expanduser()
-    if (path / ABOUT).is_file():
-        return path
-    folder = path / "checkpoints"
-    found = newest(folder, "best") or newest(folder)
-    if found is None:
-        have = "is no folder" if not path.is_dir() else "holds no checkpoint"
-        raise ValueError(f"checkpoint: {path} {have}; want a run's folder or a checkpoint's")
-    return found
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -133,44 +133,6 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         tokenizer=load_tokenizer(tokenizer) if tokenizer.exists() else None,
         metrics=about["metrics"],
     )
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads((path / ABOUT).read_text("utf-8"))
-        found = about["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / ABOUT}: not a checkpoint's description ({error})") from None
-    if found != FORMAT:
-        raise ValueError(f"{path / ABOUT}: format {found!r}, want {FORMAT!r}")
-    return about
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS}: not a whole safetensors file ({error})") from None
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
-    """Put the weights into the model, all of them.
-
-    Raises:
-        ValueError: naming those that are missing, unexpected, or of another shape.
-    """
-    have = model.state_dict()
-    wrong = [f"{name} is missing" for name in have if name not in weights]
-    wrong += [f"{name} is not the model's" for name in weights if name not in have]
-    wrong += [
-        f"{name} has shape {tuple(weights[name].shape)}, want {tuple(have[name].shape)}"
-        for name in have
-        if name in weights and weights[name].shape != have[name].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{source}: does not fit the model: {'; '.join(wrong[:5])}{more}")
-    model.load_state_dict(dict(weights))
 
 
 class Folders(CheckpointIO):
