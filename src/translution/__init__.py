@@ -1,6 +1,7 @@
 """Attention with a sense of where: Translution, α-Translution and their relatives."""
 
 from . import functional
+from .convert import convert, make_relative, make_shared, resize_offsets
 from .layouts import Layout
 from .models import (
     GPT,
@@ -30,6 +31,7 @@ from .modules import (
     WindowACmix2d,
     WindowAttention2d,
 )
+from .published import export_published, load_published
 
 __version__ = "0.1.0"
 
@@ -54,10 +56,16 @@ __all__ = [
     "ViTConfig",
     "WindowACmix2d",
     "WindowAttention2d",
+    "convert",
     "create_model",
+    "export_published",
     "functional",
     "gpt",
     "list_models",
+    "load_published",
+    "make_relative",
+    "make_shared",
     "register_model",
+    "resize_offsets",
     "vit",
 ]
