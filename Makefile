@@ -12,6 +12,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# timm's torchvision does not load beside a CPU torch, and breaks others there: kept apart
+	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/timm timm==1.0.31 torchvision==0.29.2
 	touch $@
 
 compare: $(VENV)/.ready ## train and compare the mixers on moving digits; writes compare/report.html

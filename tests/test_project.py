@@ -21,7 +21,16 @@ MAY_IMPORT = {
     "neighborhoods": set(),
     "functional": {"layouts", "neighborhoods", "backends"},
     "modules": {"layouts", "neighborhoods", "functional"},
-    "models": {"modules"},
+    "models": {"modules", "files", "measuring"},
+    "convert": {"layouts", "modules", "models"},
+    "published": {"models", "modules"},
+    "catalogue": {"models", "measuring"},
+    "export": {
+        "layouts", "neighborhoods", "functional", "modules", "models", "files", "measuring",
+        "training",
+    },
+    "timm": {"models"},
+    "transformers": {"models", "modules"},
     "measuring": {"layouts", "functional"},
     "files": set(),
     "config": set(),
@@ -39,7 +48,7 @@ MAY_IMPORT = {
     "compare": {"layouts", "modules", "models", "measuring", "files", "data", "training"},
     "parallel": {"layouts", "functional", "modules", "models"},
     "training": {"config", "data", "files", "measuring", "models", "modules", "parallel"},
-    "cli": {"bench", "compare", "training"},
+    "cli": {"bench", "catalogue", "compare", "export", "training"},
     "__main__": {"cli"},
 }
 

@@ -216,7 +216,7 @@ def test_places_that_are_none(corpus, tmp_path):
         ("x.txt", b"good\n" * 9 + b"b\xe9d", r"x\.txt: not UTF-8: byte 0xe9 at position 46"),
         ("x.txt", b"cut \xe6\x97", r"x\.txt: not UTF-8: byte 0xe6 at position 4"),
         ("x.txt", b"", r"x\.txt: it is empty"),
-        ("x.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"x\.txt\.gz: not a whole gzip file"),
+        ("x.txt.gz", gzip.compress(b"text", mtime=0)[:-9], r"x\.txt\.gz: not a whole gzip file"),
         ("x.txt.gz", b"text", r"x\.txt\.gz: not a whole gzip file"),
     ],
 )

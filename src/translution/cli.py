@@ -35,7 +35,9 @@ def main() -> None:
 
         from .bench.command import bench
         from .bench.steps_command import bench_step
+        from .catalogue.command import models
         from .compare.command import compare
+        from .export.command import export
         from .training.command import EXTRA, evaluate, train
         from .training.generate_command import generate
         from .training.predict_command import predict
@@ -58,6 +60,8 @@ def main() -> None:
     app.command(context_settings=EXTRA)(tokenize)
     app.command()(predict)
     app.command()(generate)
+    app.command()(models)
+    app.command()(export)
     app.command()(compare)
     app.command()(bench)
     app.command()(bench_step)

@@ -310,7 +310,6 @@ def scores(
     pairs = _order(layout, xq.device)
     query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
     out = xq.new_empty((len(pairs.flat) + 1, query.batch, heads), dtype=wide(xq.dtype))
-    out[-1] = float("-inf")
     for group in _groups(pairs, xq):
         # without names, so that the projections do not outlive their group
         _dot(
@@ -320,6 +319,7 @@ def scores(
         )
     if scale != 1.0:
         out *= scale
+    out[-1] = float("-inf")
     return _unsort(out, pairs, layout)
 
 

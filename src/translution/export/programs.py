@@ -1,0 +1,108 @@
+"""Models as programs: traced, and free of this library's operators."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from ..models import GPT
+from .plain import PLAIN
+
+__all__ = ["Difference", "difference", "example", "portable"]
+
+
+def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
+    """Random input of a model: ids [batch, size] of a GPT, else an image [batch, channels, size,
+    size]. Default is the size it was made for (224 pixels for those made for any)."""
+    config: Any = getattr(model, "config", None)
+    device = next(model.parameters()).device
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if isinstance(model, GPT):
+        shape = batch, size or config.context
+        return torch.randint(config.vocab_size, shape, device=device)
+    image = (size, size) if size else getattr(config, "image_size", (224, 224))
+    channels = getattr(model, "in_channels", None) or config.channels
+    return torch.randn(batch, channels, *image, device=device, dtype=dtype)
+
+
+def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgram:
+    """The model in evaluation as a program of torch's own operations, for any batch or for that of
+    `x`. Nothing of this library is needed to run it.
+
+    Its sizes are those of `x`. Per sample it holds `plain.NUMBERS` numbers per projection (or one
+    class) and, for attention with tables, the dense scores, like the model.
+    """
+    if dynamic and x.shape[0] < 2:
+        raise ValueError(f"x: got a batch of {x.shape[0]}, want at least 2 to trace any batch")
+    was = model.training
+    shapes = ({0: Dim.DYNAMIC if dynamic else None},)
+    try:
+        with torch.no_grad():
+            # strict: reading Python, it keeps len(x) symbolic
+            traced = torch.export.export(model.eval(), (x,), dynamic_shapes=shapes, strict=True)
+            graph = _translated(traced)
+            return torch.export.export(graph, (x,), dynamic_shapes=shapes, strict=False)
+    finally:
+        model.train(was)
+
+
+def _translated(program: ExportedProgram) -> torch.fx.GraphModule:
+    """With a module of `plain` in place of each operator; equal ones share it."""
+    module: Any = program.module(check_guards=False)
+    known: dict[Any, str] = {}
+    for node in list(module.graph.nodes):
+        # each of torch's attention kernels answers in strides of its own, and views of them would
+        # tie the program to one
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            with module.graph.inserting_after(node):
+                dense = module.graph.call_function(torch.ops.aten.clone.default)
+            node.replace_all_uses_with(dense)
+            dense.args, dense.kwargs = (node,), {"memory_format": torch.contiguous_format}
+        make = PLAIN.get(node.target)
+        if make is None:
+            continue
+        given = map_arg(node.args, lambda n: n.meta["val"])
+        plain, count = make(*given)
+        key = (node.target, repr([_told(value) for value in given]))
+        if key not in known:
+            known[key] = f"plain{len(known)}"
+            module.add_submodule(known[key], plain)
+        with module.graph.inserting_before(node):
+            new = module.graph.call_module(known[key], tuple(node.args[:count]))
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _told(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+class Difference(NamedTuple):
+    """How far apart outputs are: the largest difference, and as a share of the largest output."""
+
+    largest: float
+    share: float
+
+
+def difference(found: Any, want: Any) -> Difference:
+    """Of all outputs together.
+
+    Raises:
+        ValueError: outputs that do not belong together.
+    """
+    pairs = list(zip(tree_leaves(found), tree_leaves(want), strict=True))
+    for left, right in pairs:
+        if left.shape != right.shape:
+            raise ValueError(f"found: got shape {tuple(left.shape)}, want {tuple(right.shape)}")
+    largest = max(float((left - right).abs().max()) for left, right in pairs)
+    return Difference(largest, largest / max(float(right.abs().max()) for _, right in pairs))
