@@ -1,0 +1,165 @@
+"""Upgrades a pretrained ViT of transformers: its first layers become relative, and are fine-tuned.
+
+    python examples/upgrade/upgrade.py FOLDER [--out upgrade] [--seeds 3]
+
+FOLDER has CIFAR-10 as train.parquet and test.parquet. A small ViT is trained first (once, it is
+kept in the output folder). Then, with equal budgets and several seeds, it is fine-tuned as it is
+and with Translution in its first layers, which at first answers the same. Writes results.json, and
+goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+
+from translution import convert
+from translution.data.images import ImageOptions, open_images
+from translution.data.order import seed_of
+from translution.files import write_whole
+
+# What the first two layers become; None is the model as it is.
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "unconverted": None,
+    "alpha, v": {"to": "alpha", "relative": "v"},
+    "translution, v": {"to": "translution", "relative": "v"},
+    "translution, qkv": {"to": "translution", "relative": "qkv"},
+}
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Of the library's data sets, what transformers' Trainer wants. Training images are flipped."""
+
+    def __init__(self, options: ImageOptions, part: Any, flip: bool):
+        self.images, self.flip = open_images(options, part, seed=0), flip
+        self.mean = torch.tensor(options.mean).view(-1, 1, 1)
+        self.std = torch.tensor(options.std).view(-1, 1, 1)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        found = self.images[0, index]
+        assert found is not None
+        pixels, label = found
+        self.seen += 1
+        if self.flip and seed_of(index, self.seen) % 2:
+            pixels = pixels.flip(-1)
+        return {"pixel_values": (pixels / 255 - self.mean) / self.std, "labels": label}
+
+
+def fit(
+    model: Any, train: Images, test: Images, out: Path, steps: int, rate: float, seed: int
+) -> dict[str, float]:
+    """Train, and measure before and after: accuracy on the test part."""
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=128,
+        per_device_eval_batch_size=500,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=0.05,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+    def accuracy(found: Any) -> dict[str, float]:
+        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=test,
+        compute_metrics=accuracy,
+    )
+    before = trainer.evaluate()["eval_accuracy"]
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    return {
+        "before": before,
+        "after": trainer.evaluate()["eval_accuracy"],
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Has train.parquet and test.parquet.")],
+    out: Annotated[Path, typer.Option(help="Where the model and results.json go.")] = Path(
+        "upgrade"
+    ),
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    first_steps: Annotated[int, typer.Option(min=1, help="Of the training before.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 200,
+    variants: Annotated[str, typer.Option(help="Some of them, separated by ;")] = ";".join(
+        VARIANTS
+    ),
+) -> None:
+    options = ImageOptions(
+        format="parquet", train=str(folder / "train.parquet"), test=str(folder / "test.parquet"),
+        image_size=32, classes=tuple("0123456789"), holdout=0.0,
+    )  # fmt: skip
+    train, test = Images(options, "train", True), Images(options, "test", False)
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "first" / "config.json").exists():
+        torch.manual_seed(0)
+        model = ViTForImageClassification(
+            ViTConfig(
+                image_size=32, patch_size=8, hidden_size=96, num_hidden_layers=4,
+                num_attention_heads=3, intermediate_size=384, num_labels=10,
+            )
+        )  # fmt: skip
+        found = fit(model, train, test, out / "trainer", first_steps, 1e-3, 0)
+        model.save_pretrained(out / "first")
+        console.print(f"trained: {100 * found['after']:.1f} % in {found['seconds']:.0f} s")
+    results = out / "results.json"
+    rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
+    for seed in range(seeds):
+        for name in variants.split(";"):
+            if any(row["variant"] == name and row["seed"] == seed for row in rows):
+                continue
+            model = ViTForImageClassification.from_pretrained(out / "first")
+            if (how := copy.deepcopy(VARIANTS[name])) is not None:
+                convert(model, layers=[0, 1], **how)
+            rows.append(
+                {"variant": name, "seed": seed, "steps": steps}
+                | fit(model, train, test, out / "trainer", steps, 5e-4, seed)
+            )
+            text = json.dumps(rows, indent=1)
+            write_whole(results, lambda to, text=text: to.write_text(text))  # type: ignore[misc]
+    table = Table("", "at conversion, %", "fine-tuned, %", "parameters", "seconds")
+    for name in VARIANTS:
+        mine = [row for row in rows if row["variant"] == name]
+        if mine:
+            after = [100 * row["after"] for row in mine]
+            spread = f" ± {statistics.stdev(after):.1f}" if len(after) > 1 else ""
+            table.add_row(
+                name, f"{100 * mine[0]['before']:.2f}", f"{statistics.fmean(after):.1f}{spread}",
+                f"{mine[0]['parameters']:,}", f"{statistics.fmean(r['seconds'] for r in mine):.0f}",
+            )  # fmt: skip
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
