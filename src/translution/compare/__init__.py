@@ -1,0 +1,1 @@
+"""The main job: mixers trained and tested on digits that move."""

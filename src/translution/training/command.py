@@ -46,7 +46,7 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command with --resume goes on: {folder}", err=True)
         raise
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
         typer.echo(f"{folder}: {_line(metrics)}")
 
 

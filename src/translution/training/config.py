@@ -101,7 +101,10 @@ class TrainOptions(Options):
     @model_validator(mode="after")
     def _check(self) -> TrainOptions:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"want steps or epochs, got {self.steps} and {self.epochs}")
+            raise ValueError(
+                f"want steps or epochs, got {self.steps} and {self.epochs} (the other one is taken "
+                "away with =null)"
+            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: got {self.min_learning_rate}, want at most learning_rate "

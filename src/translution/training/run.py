@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
 from ..config import as_yaml, load
@@ -88,7 +89,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> dict[str, float
             max_epochs=1, strategy=strategy,
         )  # fmt: skip
         task = make_task(model, config, part, data.steps)
-        trainer.fit(task, datamodule=data, ckpt_path=at, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=at, weights_only=True)
+        except SIGTERMException:  # it has saved, but not finished: no exit with 0
+            raise KeyboardInterrupt from None
     return io.metrics
 
 
@@ -119,6 +123,12 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
     """Lightning's trainer, as the configuration asks for it."""
     options = config.train
     device = pick_device(options.device)
+    started, wanted = int(os.environ.get("WORLD_SIZE", 1)), options.devices * options.nodes
+    if started > 1 and started != wanted:
+        raise ValueError(
+            f"train.devices: got {options.devices} on {options.nodes} nodes, but torchrun started "
+            f"{started} processes; want as many"
+        )
     keywords: dict[str, Any] = dict(
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=options.devices,
