@@ -53,9 +53,10 @@ def train(config: Config, folder: Path, resume: bool = False) -> dict[str, float
     data = Data(config)
     name, options = model_of(config, data)
     at = latest(folder / "checkpoints")
-    step = 0 if at is None else int(read_about(at)["step"])
+    about: dict[str, Any] = {"step": 0} if at is None else read_about(at)
+    step = int(about["step"])
     if at is not None and step >= data.steps:
-        return dict(read_about(at)["metrics"])
+        return dict(about["metrics"])
     flops = _flops(name, options, data)
 
     def make() -> nn.Module:

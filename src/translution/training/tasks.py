@@ -119,9 +119,11 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.options
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        decayed = [p for _, p in named if options.decay == "all" or p.ndim > 1]
-        others = [p for _, p in named if not (options.decay == "all" or p.ndim > 1)]
+        decayed, others = list[nn.Parameter](), list[nn.Parameter]()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                decays = options.decay == "all" or parameter.ndim > 1
+                (decayed if decays else others).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": options.weight_decay},
             {"params": others, "weight_decay": 0.0},
