@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "compare": {"layouts", "modules", "models", "measuring", "files", "data", "training"},
     "parallel": {"layouts", "functional", "modules", "models"},
     "training": {"config", "data", "files", "measuring", "models", "modules", "parallel"},
-    "cli": {"bench", "catalogue", "compare", "export", "training"},
+    "experiments": {"config", "data", "files", "measuring", "models", "training"},
+    "cli": {"bench", "catalogue", "compare", "experiments", "export", "training"},
     "__main__": {"cli"},
 }
 

@@ -37,6 +37,7 @@ def main() -> None:
         from .bench.steps_command import bench_step
         from .catalogue.command import models
         from .compare.command import compare
+        from .experiments.command import experiment
         from .export.command import export
         from .training.command import EXTRA, evaluate, train
         from .training.generate_command import generate
@@ -63,6 +64,7 @@ def main() -> None:
     app.command()(models)
     app.command()(export)
     app.command()(compare)
+    app.command(context_settings=EXTRA)(experiment)
     app.command()(bench)
     app.command()(bench_step)
     try:

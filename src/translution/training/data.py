@@ -25,11 +25,17 @@ class Data(LightningDataModule):
 
     order: InOrder  # of the samples that are evaluated
 
-    def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
-        """tokenizer: in place of that of the configuration, such as a checkpoint's."""
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer | None = None,
+        parts: dict[Part, Images | Windows] | None = None,
+    ):
+        """tokenizer: in place of that of the configuration, such as a checkpoint's. parts: those
+        that are open already."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self._open: dict[str, Images | Windows] = {}
+        self._open: dict[Part, Images | Windows] = parts or {}
 
     def part(self, name: Part) -> Images | Windows:
         if name not in self._open:

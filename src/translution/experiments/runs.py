@@ -1,0 +1,336 @@
+"""Planning an experiment's runs and making them, in several processes if wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..data.images import Images
+from ..files import write_whole
+from ..measuring import machine, seconds_in_turn
+from ..models import create_model
+from ..training.checkpoints import latest
+from ..training.config import Config
+from ..training.data import Data
+from ..training.engine import pick_device
+from ..training.run import evaluate, model_of, train
+from .config import MEASURES, Arm, Budget, Experiment, Run
+
+__all__ = ["Runs"]
+
+REPEATS = 5  # of the timing of a step
+RESULT = "result.json"
+
+
+@dataclass
+class Runs:
+    """The runs of an experiment in a folder: those that are there, and those to make.
+
+    rows, budgets: those that are wanted. keep: the checkpoints of finished runs.
+    """
+
+    experiment: Experiment
+    folder: Path
+    rows: Sequence[str]
+    budgets: Sequence[str]
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        self.source = source_of(Path.cwd())
+        self._facts: dict[str, Any] | None = None
+        self._more: dict[Arm, dict[str, Any]] = {}
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [arm for arm in self.experiment.arms(self.budgets) if arm.row in self.rows]
+
+    def planned(self) -> list[Run]:
+        """All that can be named by now: the other seeds of an arm only when its rate is chosen."""
+        return [run for arm in self.arms for run in self.runs_of(arm)]
+
+    def runs_of(self, arm: Arm) -> list[Run]:
+        experiment = self.experiment
+        budget: Budget | None = None
+        more: dict[str, Any] = {}
+        rates = experiment.rates
+        if arm.budget != "steps":
+            budget = getattr(experiment, arm.budget)
+            assert budget is not None
+            if budget.rates is not None:
+                rates = budget.rates
+            elif (chosen := self.chosen(Arm(arm.row, arm.regime, "steps"))) is not None:
+                rates = (chosen,)
+            else:
+                return []
+            if arm not in self._more:
+                self._more[arm] = self.more_of(arm, budget.like)
+            more = self._more[arm]
+        first = [Run(arm, rate, 0, experiment.config(arm, rate, 0, more)) for rate in rates]
+        chosen = best_rate(experiment, first, self.result)
+        if chosen is None:
+            return first
+        others = range(1, experiment.seeds)
+        return first + [
+            Run(arm, chosen, seed, experiment.config(arm, chosen, seed, more)) for seed in others
+        ]
+
+    def chosen(self, arm: Arm) -> float | None:
+        """The learning rate that was best on validation data, once all have run."""
+        return best_rate(self.experiment, [r for r in self.runs_of(arm) if not r.seed], self.result)
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What a finished run left.
+
+        Raises:
+            ValueError: it was another run.
+        """
+        path = self.folder / run.folder / RESULT
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if found["identity"] != run.identity:
+            raise ValueError(
+                f"out: {path.parent} holds a run of another configuration; want another folder, or "
+                "that one removed"
+            )
+        return found
+
+    def make(self, jobs: int, tell: Callable[[Run, dict[str, Any], int], None]) -> None:
+        """Make what is missing; tells each result, and how many runs are still to come."""
+        context = get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin) as pool:
+            going: dict[Any, Run] = {}
+            try:
+                while True:
+                    known = {run.folder for run in going.values()}
+                    missing = [
+                        run
+                        for run in self.planned()
+                        if run.folder not in known and self.result(run) is None
+                    ]
+                    for run in missing[: jobs - len(going)]:
+                        job = pool.submit(
+                            make_run, self.experiment, run, self.folder, self.source, self.keep
+                        )
+                        going[job] = run
+                    if not going:
+                        return
+                    for job in wait(going, return_when=FIRST_COMPLETED).done:
+                        run = going.pop(job)
+                        tell(run, job.result(), len(going) + len(missing))
+            except BaseException:
+                for process in (pool._processes or {}).values():
+                    process.terminate()  # its checkpoint stays
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of each row and regime: parameters, and the milliseconds of a training step here, in turn
+        with those of all others. Measured once, and kept."""
+        if self._facts is None:
+            path = self.folder / "facts.json"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._facts = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            rows = self.experiment.rows
+            if set(self._facts.get("rows", {})) != set(rows):
+                arm = [Arm(row, next(iter(self.experiment.regimes)), "steps") for row in rows]
+                configs = [self.experiment.config(one, self.experiment.rates[0], 0) for one in arm]
+                self._facts = {"machine": machine("cpu"), "rows": {}}
+                for row, parameters, seconds in zip(
+                    rows, map(parameters_of, configs), seconds_of_steps(configs), strict=True
+                ):
+                    self._facts["rows"][row] = {
+                        "parameters": parameters, "step_ms": round(1e3 * seconds, 2)
+                    }  # fmt: skip
+                text = json.dumps(self._facts, indent=1)
+                write_whole(path, lambda to: to.write_text(text, "utf-8"))
+        return self._facts
+
+    def more_of(self, arm: Arm, like: str) -> dict[str, Any]:
+        """What the budget changes."""
+        config = self.experiment.config(arm, self.experiment.rates[0], 0)
+        rows = self.facts["rows"]
+        if arm.budget == "time":
+            steps = data_of(config).steps * rows[like]["step_ms"] / rows[arm.row]["step_ms"]
+            return {"train.steps": max(1, round(steps)), "train.epochs": None}
+        return {"model.dim": widened(config, rows[like]["parameters"])}
+
+
+def best_rate(
+    experiment: Experiment, runs: list[Run], result: Callable[[Run], dict[str, Any] | None]
+) -> float | None:
+    """By the first measure on validation data; None while a run is missing."""
+    measure = MEASURES[experiment.measures[0]]
+    found = {}
+    for run in runs:
+        had = result(run)
+        if had is None:
+            return None
+        found[run.rate] = measure.of(had["valid"], "valid") if had["valid"] else math.nan
+    if not runs:
+        return None
+    whole = {rate: value for rate, value in found.items() if math.isfinite(value)}
+    if not whole:
+        raise ValueError(f"rates: every one of {list(found)} diverged for {runs[0].arm.name!r}")
+    return (max if measure.higher else min)(whole, key=lambda rate: whole[rate])
+
+
+def make_run(
+    experiment: Experiment, run: Run, out: Path, source: dict[str, Any], keep: bool
+) -> dict[str, Any]:
+    """Train, going on where an earlier try ended, and test; leaves result.json."""
+    folder = out / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    result: dict[str, Any] = {
+        "row": run.arm.row, "regime": run.arm.regime, "budget": run.arm.budget, "rate": run.rate,
+        "seed": run.seed, "identity": run.identity,
+    }  # fmt: skip
+    with (
+        open(folder / "log.txt", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        config = run.config
+        try:
+            valid: dict[str, float] | None = train(config, folder / "run", resume=True)
+        except ValueError as error:
+            if not str(error).startswith("loss: is "):
+                raise
+            valid = None  # this rate is too high: a result like any other
+        tests: dict[str, Any] = {}
+        if valid is not None:
+            at = latest(folder / "run" / "checkpoints")
+            assert at is not None
+            for test in experiment.tests:
+                tests[test] = evaluate(at, "test", experiment.tested(run.arm, run.seed, test))
+    result |= {
+        "steps": data_of(config).steps,
+        "dim": config.model.given.get("dim"),
+        "parameters": parameters_of(config),
+        "valid": valid,
+        "tests": tests,
+        "seconds": round(time.perf_counter() - began, 1),
+        "date": date.today().isoformat(),
+        **source,
+    }
+    text = json.dumps(result, indent=1)
+    write_whole(folder / RESULT, lambda to: to.write_text(text, "utf-8"))
+    if not keep:
+        shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+
+
+def source_of(folder: Path) -> dict[str, Any]:
+    """The commit that is checked out here, where this is known, and the machine."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True)
+        commit: str | None = done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    about = machine(pick_device("auto"))
+    return {"commit": commit, "machine": {k: about[k] for k in about if k != "threads"}}
+
+
+_OPEN: dict[str, Any] = {}  # training parts, by the options they were opened with
+
+
+def data_of(config: Config) -> Data:
+    """The data of a run, opened once for all runs that have the same."""
+    key = f"{config.seed} {config.data.model_dump_json()}"
+    if key not in _OPEN:
+        _OPEN.clear()
+        _OPEN[key] = Data(config).part("train")
+    return Data(config, parts={"train": _OPEN[key]})
+
+
+def model_on(config: Config, device: str) -> tuple[torch.nn.Module, Data]:
+    data = data_of(config)
+    name, options = model_of(config, data)
+    with torch.device(device):
+        return create_model(name, **options), data
+
+
+def parameters_of(config: Config) -> int:
+    return sum(p.numel() for p in model_on(config, "meta")[0].parameters())
+
+
+def widened(config: Config, parameters: int) -> int:
+    """The width with about as many parameters: a multiple of 4 channels per head."""
+    options = config.model.given
+    step = 4 * int(options.get("heads", 1))
+
+    def missed(dim: int) -> float:
+        changed = config.model.model_copy(update={"dim": dim})
+        found = parameters_of(config.model_copy(update={"model": changed}))
+        return math.log(found / parameters)
+
+    low, high = 1, 2
+    while missed(high * step) < 0:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if missed(middle * step) < 0 else (low, middle)
+    return step * min((low, high), key=lambda n: abs(missed(n * step)))
+
+
+def seconds_of_steps(configs: list[Config]) -> list[float]:
+    """The median time of a training step of each, in turn, with the one thread of a run."""
+    device = torch.device(pick_device(configs[0].train.device))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return seconds_in_turn([_stepper(config, device) for config in configs], device, REPEATS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stepper(config: Config, device: torch.device) -> Callable[[], object]:
+    model, data = model_on(config, "cpu")
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    size = config.train.batch_size // config.train.accumulate
+    if isinstance(data.part("train"), Images):
+        facts = data.facts
+        x = torch.randn(size, facts["channels"], *facts["image_size"], device=device)
+        y = torch.zeros(size, dtype=torch.int64, device=device)
+    else:
+        x = torch.zeros(size, data.facts["context"], dtype=torch.int64, device=device)
+        y = x.flatten()
+
+    def step() -> None:
+        for _ in range(config.train.accumulate):
+            logits = model(x)
+            F.cross_entropy(logits.flatten(0, -2), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def results_of(runs: Runs) -> Iterator[dict[str, Any]]:
+    """Of all finished runs of the experiment, whichever rows are wanted now."""
+    for run in runs.planned():
+        found = runs.result(run)
+        if found is not None:
+            yield found
