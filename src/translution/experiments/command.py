@@ -48,12 +48,15 @@ def experiment(
     runs = Runs(found, out / file.stem, chosen, wanted, keep)
     command = shlex.join(["translution", "experiment", str(file)])
 
-    def save() -> None:
+    def save() -> bool:
+        """Write what there is, of all rows and budgets; False where there is nothing yet."""
         every = Runs(found, runs.folder, list(found.rows), BUDGETS)
         done = list(results_of(every))
-        if done:
-            rates = {arm: every.chosen(arm) for arm in every.arms}
-            write_results(file.stem, command, Results(found, done, runs.facts, rates), docs)
+        rates = {arm: every.chosen(arm) for arm in every.arms}
+        if not any(rates.values()):
+            return False
+        write_results(file.stem, command, Results(found, done, runs.facts, rates), docs)
+        return True
 
     began = time.perf_counter()
     if not report:
@@ -78,5 +81,6 @@ def experiment(
             save()
 
         runs.make(jobs, tell)
-    save()
+    if not save():
+        raise ValueError(f"--out: there is no finished row in {runs.folder}")
     console.print(f"{docs / 'results.md'}")

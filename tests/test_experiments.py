@@ -1,0 +1,322 @@
+"""Experiments: what is run, how rates are chosen, and what is written, also from the outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+
+from translution.config import load, parse
+from translution.experiments.config import BUDGETS, MEASURES, Arm, Experiment
+from translution.experiments.report import Results, write_results
+from translution.experiments.runs import Runs, parameters_of, results_of, widened
+
+ROOT = Path(__file__).parents[1]
+CONTENT = {
+    "title": "Tiny",
+    "asks": "Does it run?",
+    "base": {
+        "model": {"name": "vit", "patch_size": 5, "dim": 12, "depth": 1, "heads": 3},
+        "data": {"kind": "images", "format": "digits", "canvas": 20, "test_limit": 20},
+        "train": {"steps": 2, "batch_size": 8, "validate_every": 1000},
+    },
+    "regimes": {"centred": {"data.moved": False}, "moved": {"data.moved": True}},
+    "tests": {"centred": {"data.moved": False}, "moved": {"data.moved": True}},
+    "rows": {
+        "attention": {"model.mixer": "attention"},
+        "Translution": {"model.mixer": "translution"},
+    },
+    "rates": [1e-3, 3e-3],
+    "seeds": 3,
+    "measures": ["accuracy"],
+    "time": {"like": "Translution", "regimes": ["moved"]},
+    "parameters": {"like": "Translution", "regimes": ["moved"], "rates": [1e-3]},
+}  # fmt: skip
+FACTS = {
+    "machine": {},
+    "rows": {
+        "attention": {"parameters": 100, "step_ms": 2.0},
+        "Translution": {"parameters": 900, "step_ms": 9.0},
+    },
+}
+MACHINE = {"cpu": "a processor", "cores": 2, "torch": "2.13.0"}
+
+
+def experiment(**changes):
+    return parse(Experiment, CONTENT | changes, "test")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "facts.json").write_text(json.dumps(FACTS))
+    found = experiment()
+    return Runs(found, folder, list(found.rows), BUDGETS)
+
+
+def finish(runs, run, valid, test=0.5):
+    """As if the run had been made."""
+    folder = runs.folder / run.folder
+    folder.mkdir()
+    tests = {name: {"test_accuracy": test} for name in runs.experiment.tests}
+    result = {
+        "row": run.arm.row, "regime": run.arm.regime, "budget": run.arm.budget, "rate": run.rate,
+        "seed": run.seed, "identity": run.identity, "steps": run.config.train.steps,
+        "dim": run.config.model.given["dim"], "parameters": 1, "seconds": 1.0,
+        "valid": None if valid is None else {"valid_accuracy": valid},
+        "tests": {} if valid is None else tests,
+        "date": "2026-01-02", "commit": "abc", "machine": MACHINE,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def of(runs, arm):
+    return [run for run in runs.planned() if run.arm == arm]
+
+
+def test_each_row_is_seeded_with_the_rate_that_was_best_for_it(runs):
+    arm = Arm("attention", "centred", "steps")
+    first = of(runs, arm)
+    assert [(run.rate, run.seed) for run in first] == [(1e-3, 0), (3e-3, 0)]
+    finish(runs, first[0], 0.6)
+    assert len(of(runs, arm)) == 2
+    assert runs.chosen(arm) is None
+    finish(runs, first[1], 0.7)
+    later = of(runs, arm)[2:]
+    assert [(run.rate, run.seed) for run in later] == [(3e-3, 1), (3e-3, 2)]
+    assert later[1].config.seed == 2
+    assert later[1].config.train.learning_rate == 3e-3
+
+
+def test_a_rate_that_diverges_is_not_chosen(runs):
+    arm = Arm("attention", "centred", "steps")
+    first = of(runs, arm)
+    finish(runs, first[0], 0.1)
+    finish(runs, first[1], None)
+    assert runs.chosen(arm) == 1e-3
+
+
+def test_all_rates_diverging_is_told(runs):
+    for run in of(runs, Arm("attention", "centred", "steps")):
+        finish(runs, run, None)
+    with pytest.raises(ValueError, match=r"rates: every one of \[0.001, 0.003\] diverged"):
+        runs.planned()
+
+
+def test_the_least_is_best_where_less_is_better():
+    assert not MEASURES["bits_per_byte"].higher
+    told = MEASURES["perplexity_per_byte"]
+    assert told.of({"test_bits_per_byte": 3.0}, "test") == 8.0
+    assert MEASURES["accuracy"].of({"test_accuracy": 0.25}, "test") == 25.0
+
+
+def test_equal_time_gives_more_steps_and_the_chosen_rate(runs):
+    arm = Arm("attention", "moved", "time")
+    assert not of(runs, arm)  # before a rate is chosen
+    for run, valid in zip(of(runs, Arm("attention", "moved", "steps")), (0.6, 0.7), strict=True):
+        finish(runs, run, valid)
+    assert [(r.rate, r.seed, r.config.train.steps) for r in of(runs, arm)] == [(3e-3, 0, 9)]
+
+
+def test_equal_parameters_widens(runs):
+    arm = Arm("attention", "moved", "parameters")
+    config = runs.experiment.config(arm, 1e-3, 0)
+    wanted = 40_000
+    dim = widened(config, wanted)
+    assert dim % 12 == 0
+
+    def off(dim):
+        found = runs.experiment.config(arm, 1e-3, 0, {"model.dim": dim})
+        return abs(parameters_of(found) / wanted - 1)
+
+    assert off(dim) < min(off(dim + 12), off(dim - 12))
+    assert off(dim) < 0.2
+
+
+def test_the_row_that_others_are_like_is_not_run_twice(runs):
+    arms = runs.experiment.arms(BUDGETS)
+    assert len(arms) == 4 + 1 + 1
+    assert not [arm for arm in arms if arm.row == "Translution" and arm.budget != "steps"]
+    assert len({arm.folder for arm in arms}) == len(arms)
+
+
+def test_a_folder_with_other_runs_is_refused(runs):
+    finish(runs, of(runs, Arm("attention", "centred", "steps"))[0], 0.5)
+    changed = {**CONTENT["base"], "train": {**CONTENT["base"]["train"], "steps": 3}}
+    other = Runs(experiment(base=changed), runs.folder, ["attention"], ["steps"])
+    with pytest.raises(ValueError, match=r"out: .* holds a run of another configuration"):
+        other.planned()
+
+
+def test_where_data_lie_and_how_often_is_saved_changes_no_run(runs):
+    run = of(runs, Arm("attention", "centred", "steps"))[0]
+    base = {**CONTENT["base"], "train": {**CONTENT["base"]["train"], "save_every": 7}}
+    same = Runs(experiment(base=base), runs.folder, ["attention"], ["steps"])
+    assert same.planned()[0].identity == run.identity
+
+
+def results(runs):
+    rates = {arm: runs.chosen(arm) for arm in runs.arms}
+    return Results(runs.experiment, list(results_of(runs)), FACTS, rates)
+
+
+def finish_all(runs):
+    left = runs.planned()
+    while left:
+        for run in left:
+            better = {"attention": 0.5, "Translution": 0.75}[run.arm.row]
+            finish(runs, run, run.rate, better + run.seed / 100)
+        left = [run for run in runs.planned() if runs.result(run) is None]
+
+
+def test_table(runs):
+    finish_all(runs)
+    table = results(runs).table().splitlines()
+    assert "| centred → moved, accuracy, %, equal steps |" in table[0]
+    attention, translution = table[2:]
+    assert attention.startswith("| attention | 51.0 ± 1.0 |")
+    assert "51.0 ± 1.0 (9 steps)" in attention
+    assert "(width " in attention
+    assert attention.endswith("| 100 | ×1.0 | 0.003, 0.003 |")
+    assert "**76.0 ± 1.0**" in translution
+    assert translution.endswith("| 900 | ×4.5 | 0.003, 0.003 |")
+
+
+def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
+    for run in of(runs, Arm("attention", "centred", "steps")):
+        finish(runs, run, run.rate)
+    head, _, attention, translution = results(runs).table().splitlines()
+    assert "moved → moved" not in head
+    assert attention.startswith("| attention | 50.0 | 50.0 |")
+    assert translution.startswith("| Translution | – | – |")
+
+
+def test_nothing_is_written_before_a_rate_is_chosen(runs, tmp_path):
+    from typer.testing import CliRunner
+
+    import translution.cli
+
+    (tmp_path / "runs.yaml").write_text(json.dumps(CONTENT))
+    finish(runs, of(runs, Arm("attention", "centred", "steps"))[0], 0.5)
+    arguments = ["experiment", str(tmp_path / "runs.yaml"), "--out", str(tmp_path), "--report"]
+    done = CliRunner().invoke(translution.cli._app(), arguments)
+    assert isinstance(done.exception, ValueError)
+    assert "there is no finished row" in str(done.exception)
+
+
+def test_words_around_the_table_stay(runs, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = docs / "results.md"
+    page.write_text("# Results\nWords.\n\n<!-- begin tiny -->\nold\n<!-- end tiny -->\n\nMore.\n")
+    finish_all(runs)
+    for _ in range(2):
+        write_results("tiny", "translution experiment tiny.yaml", results(runs), docs)
+    text = page.read_text()
+    assert text.startswith("# Results\nWords.\n\n<!-- begin tiny -->\n| ")
+    assert text.endswith("<!-- end tiny -->\n\nMore.\n")
+    assert "old" not in text
+    assert "over 3 seeds, 2 steps" in text
+    assert "a processor, 2 cores" in text
+    assert "abc" in text
+    write_results("other", "command", results(runs), docs)
+    assert "## Tiny\nDoes it run?\n\n<!-- begin other -->" in page.read_text()
+    content = json.loads((docs / "results.json").read_text())
+    assert list(content) == ["tiny", "other"]
+    row = content["tiny"]["rows"][0]
+    assert row["mean"] == pytest.approx(51.0)
+    assert row["std"] == pytest.approx(1.0)
+    assert len(content["tiny"]["runs"]) == len(list(results_of(runs)))
+    picture = (docs / "images" / "results-tiny.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_a_figure_over_an_axis(runs, tmp_path):
+    rows = {"1 layer": {"model.mixer": "attention"}, "no layer": {"model.mixer": "translution"}}
+    found = experiment(rows=rows, regimes={"": {}}, tests={"": {}}, time=None, parameters=None,
+                       axis="layers")  # fmt: skip
+    other = Runs(found, tmp_path / "other", list(rows), ["steps"])
+    other.folder.mkdir()
+    for run in other.planned():
+        finish(other, run, 0.5)
+    facts = {"rows": dict(zip(rows, FACTS["rows"].values(), strict=True))}
+    rates = {arm: other.chosen(arm) for arm in other.arms}
+    write_results("axis", "", Results(found, list(results_of(other)), facts, rates), tmp_path)
+    assert (tmp_path / "images" / "results-axis.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": {}}, "rows: got {}"),
+        ({"rates": []}, "rates: got "),
+        ({"measures": ["speed"]}, "measures.0: got 'speed'"),
+        ({"time": {"like": "no"}}, "time.like: got 'no', want one of"),
+        ({"parameters": {"like": "attention", "rows": ["x"]}}, "parameters.rows: got 'x'"),
+        ({"rows": {"a": {"model.mixr": "alpha"}}}, "mixr"),
+        ({"rows": {"a": {"train.steps": 0}}}, "train.steps: got 0"),
+        ({"rows": {"—": {}}}, "want names with a letter or digit"),
+    ],
+)
+def test_errors(changes, message):
+    if "rows" in changes:
+        changes = {"time": None, "parameters": None, **changes}
+    with pytest.raises(ValueError, match="test: ") as error:
+        experiment(**changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_experiments_here_are_whole(path):
+    found = load(Experiment, path)
+    assert found.seeds >= 3
+    assert found.arms(BUDGETS)
+
+
+def translution(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "translution", "experiment", *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_from_the_command_line(tmp_path):
+    """Runs, goes on where it was stopped, and only reports what is whole."""
+    import yaml
+
+    file = tmp_path / "tiny.yaml"
+    content = {**CONTENT, "rates": [1e-3], "seeds": 2, "regimes": {"": {"data.moved": True}}}
+    content |= {"tests": {"": {}}, "time": {"like": "Translution"}, "parameters": None}
+    file.write_text(yaml.safe_dump(content))
+    where = ("--out", tmp_path / "runs", "--docs", tmp_path / "docs")
+    done = translution(file, *where, "--rows", "attention", "--budgets", "steps")
+    assert done.returncode == 0, done.stderr
+    results = sorted((tmp_path / "runs" / "tiny").glob("*/result.json"))
+    assert [p.parent.name for p in results] == [
+        "steps-attention-0.001-0",
+        "steps-attention-0.001-1",
+    ]
+    assert not list((tmp_path / "runs").glob("tiny/*/run/checkpoints"))
+    before = [p.stat().st_mtime_ns for p in results]
+    done = translution(file, *where, "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    assert before == [p.stat().st_mtime_ns for p in results]  # they were not made again
+    assert len(list((tmp_path / "runs" / "tiny").glob("*/result.json"))) == 6
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "equal time" in page
+    assert "steps)" in page
+    assert "| Translution |" in page
+    done = translution(file, *where, "--rows", "nothing")
+    assert done.returncode == 2
+    assert "--rows: got 'nothing', want some of" in done.stderr
+    done = translution(file, "--out", tmp_path / "none", "--docs", tmp_path, "--report")
+    assert done.returncode == 2
+    assert "no finished row" in done.stderr
