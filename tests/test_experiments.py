@@ -237,6 +237,18 @@ def test_words_around_the_table_stay(runs, tmp_path):
     assert picture.startswith(b"\x89PNG")
 
 
+def test_known_results_are_taken_over(runs, tmp_path):
+    finish_all(runs)
+    write_results("tiny", "command", results(runs), tmp_path)
+    known = json.loads((tmp_path / "results.json").read_text())["tiny"]
+    elsewhere = Runs(runs.experiment, tmp_path / "new", runs.rows, BUDGETS, known=known)
+    assert elsewhere.facts == FACTS
+    assert results(elsewhere).table() == results(runs).table()
+    changed = experiment(base={**CONTENT["base"], "model": {**CONTENT["base"]["model"], "dim": 24}})
+    other = Runs(changed, tmp_path / "new", runs.rows, ["steps"], known=known)
+    assert not any(other.result(run) for run in other.planned())
+
+
 def test_a_figure_over_an_axis(runs, tmp_path):
     rows = {"1 layer": {"model.mixer": "attention"}, "no layer": {"model.mixer": "translution"}}
     found = experiment(rows=rows, regimes={"": {}}, tests={"": {}}, time=None, parameters=None,

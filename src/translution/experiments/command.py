@@ -22,12 +22,16 @@ def experiment(
     docs: Annotated[Path, typer.Option(help="Where results.md and its figures go.")] = Path("docs"),
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, a thread each.")] = 1,
     keep: Annotated[bool, typer.Option(help="Keep the checkpoints of finished runs.")] = False,
+    known: Annotated[
+        Path | None, typer.Option(help="Take finished runs from it, such as docs/results.json.")
+    ] = None,
     report: Annotated[bool, typer.Option(help="Only write the results; train nothing.")] = False,
 ) -> None:
     """Train rows alike over several seeds: translution experiment FILE [--base.key=value ...].
 
     Goes on where it was stopped, and rewrites its table and figure in DOCS/results.md.
     """
+    import json
     import time
 
     from rich.console import Console
@@ -45,12 +49,13 @@ def experiment(
         for value in values:
             if value not in have:
                 raise ValueError(f"{name}: got {value!r}, want some of {list(have)}")
-    runs = Runs(found, out / file.stem, chosen, wanted, keep)
+    had = {} if known is None else json.loads(known.read_text("utf-8")).get(file.stem, {})
+    runs = Runs(found, out / file.stem, chosen, wanted, keep, had)
     command = shlex.join(["translution", "experiment", str(file)])
 
     def save() -> bool:
         """Write what there is, of all rows and budgets; False where there is nothing yet."""
-        every = Runs(found, runs.folder, list(found.rows), BUDGETS)
+        every = Runs(found, runs.folder, list(found.rows), BUDGETS, known=had)
         done = list(results_of(every))
         rates = {arm: every.chosen(arm) for arm in every.arms}
         if not any(rates.values()):

@@ -181,7 +181,7 @@ class Run:
             content["data"].pop(key, None)
         for key in ("device", "workers", "save_every", "log_every"):
             content["train"].pop(key, None)
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps([self.arm.name, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

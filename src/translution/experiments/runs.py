@@ -6,11 +6,12 @@ import contextlib
 import json
 import math
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +41,8 @@ RESULT = "result.json"
 class Runs:
     """The runs of an experiment in a folder: those that are there, and those to make.
 
-    rows, budgets: those that are wanted. keep: the checkpoints of finished runs.
+    rows, budgets: those that are wanted. keep: the checkpoints of finished runs. known: what
+    `write_results` wrote of them elsewhere: its runs are not made again.
     """
 
     experiment: Experiment
@@ -48,8 +50,10 @@ class Runs:
     rows: Sequence[str]
     budgets: Sequence[str]
     keep: bool = False
+    known: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._known = {run["identity"]: run for run in self.known.get("runs", [])}
         self.source = source_of(Path.cwd())
         self._facts: dict[str, Any] | None = None
         self._more: dict[Arm, dict[str, Any]] = {}
@@ -100,7 +104,7 @@ class Runs:
         """
         path = self.folder / run.folder / RESULT
         if not path.exists():
-            return None
+            return self._known.get(run.identity)
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if found["identity"] != run.identity:
             raise ValueError(
@@ -114,6 +118,7 @@ class Runs:
         context = get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin) as pool:
             going: dict[Any, Run] = {}
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 while True:
                     known = {run.folder for run in going.values()}
@@ -137,6 +142,8 @@ class Runs:
                     process.terminate()  # its checkpoint stays
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -145,7 +152,8 @@ class Runs:
         if self._facts is None:
             path = self.folder / "facts.json"
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._facts = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            kept = json.loads(path.read_text("utf-8")) if path.exists() else None
+            self._facts = kept or self.known.get("facts", {})
             rows = self.experiment.rows
             if set(self._facts.get("rows", {})) != set(rows):
                 arm = [Arm(row, next(iter(self.experiment.regimes)), "steps") for row in rows]
