@@ -73,6 +73,19 @@ def test_errors_name_the_key_and_the_file(file, text, changes, told):
         load(Basket, file(text), changes)
 
 
+def test_of_many_errors_five_are_told(file):
+    wrong = "".join(f"k{number}: 1\n" for number in range(7))
+    with pytest.raises(ValueError, match="there is no such key") as error:
+        load(Basket, file("fruit: {kind: apples}\n" + wrong))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 6
+    assert all("basket.yaml: k" in line for line in lines[:5])
+    assert lines[5] == "and 2 more"
+    with pytest.raises(ValueError, match="there is no such key") as error:
+        load(Basket, file("fruit: {kind: apples}\nk0: 1\nk1: 1"))
+    assert len(str(error.value).splitlines()) == 2
+
+
 def test_a_dict_is_left_alone():
     content = {"fruit": {"kind": "apples"}}
     assert parse(Basket, content, "here", ["--fruit.number=3"]).fruit.number == 3

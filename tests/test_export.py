@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,13 @@ def made(name, **more):
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
     return model
+
+
+@functools.cache
+def traced(name):
+    """A model and its program for any batch, made once: tracing takes seconds."""
+    model = made(name)
+    return model, portable(model, inputs(model, 2))
 
 
 def inputs(model, batch):
@@ -173,8 +181,7 @@ def test_neighborhood_operators(size, kernel, stride, dilation):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_program_for_any_batch(name):
-    model = made(name)
-    program = portable(model, inputs(model, 2))
+    model, program = traced(name)
     targets = {str(node.target) for node in program.graph.nodes}
     assert not [target for target in targets if target.startswith("translution")]
     for batch in (1, 3):
@@ -217,16 +224,27 @@ def test_compile_with_any_batch(name):
 @pytest.mark.parametrize("name", ["vit kv mean", "gpt bias", "resnet acmix"])
 def test_onnx(tmp_path, name):
     pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    model = made(name)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, program = traced(name)
     file = tmp_path / "model.onnx"
-    size = save_program(portable(model, inputs(model, 2)), "onnx", file)
+    size = save_program(program, "onnx", file)
     assert [f.name for f in tmp_path.iterdir()] == ["model.onnx"]
     assert size == file.stat().st_size
     run = open_program("onnx", file)
     for batch in (1, 3):
         x = inputs(model, batch)
         same(run(x), model(x))
+    session = onnxruntime.InferenceSession(file)
+    assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "batch"
+
+
+def test_onnx_of_one_batch(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    program = portable(torch.nn.Linear(3, 2), torch.randn(4, 3), dynamic=False)
+    save_program(program, "onnx", tmp_path / "a.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    assert session.get_inputs()[0].shape == [4, 3]
 
 
 def test_large_onnx_lies_in_two_files(tmp_path, monkeypatch):
@@ -241,13 +259,17 @@ def test_large_onnx_lies_in_two_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="AOTInductor needs g++")
-def test_aoti(tmp_path):
-    layer = Translution2d(4, grid=(1, 2), heads=1).eval()
-    file = tmp_path / "layer.pt2"
+@pytest.mark.parametrize("name", ["vit kv mean", "gpt alpha"])
+def test_aoti(tmp_path, name):
+    """Whole models: of images, and causal."""
+    model, program = traced(name)
+    file = tmp_path / "model.pt2"
     with torch._inductor.config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
-        save_program(portable(layer, torch.randn(2, 2, 4)), "aoti", file)
-    x = torch.randn(3, 2, 4)
-    same(open_program("aoti", file)(x), layer(x))
+        save_program(program, "aoti", file)
+    run = open_program("aoti", file)
+    for batch in (1, 3):
+        x = inputs(model, batch)
+        same(run(x), model(x))
 
 
 # -- eight bits -----------------------------------------------------------------------------------
@@ -400,3 +422,7 @@ def test_examples():
     assert example(made("resnet acmix"), 1).shape == (1, 1, 224, 224)
     with pytest.raises(ValueError, match=r"found: got shape \(2,\), want \(3,\)"):
         difference(torch.zeros(2), torch.zeros(3))
+    found = difference(
+        [torch.tensor([1.0, 2]), torch.tensor([[4.0]])], [torch.zeros(2), torch.ones(1, 1)]
+    )
+    assert found == (3.0, 3.0, 2.0)  # largest, share, mean

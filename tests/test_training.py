@@ -110,7 +110,15 @@ def test_the_checkpoint_is_the_averaged_model(finished):
     assert best.metrics["valid_loss"] == pytest.approx(min(losses))
 
 
-KILLS = ["between", "writing", "before renaming", "before removing", "validating", "SIGTERM"]
+KILLS = [
+    "between",
+    "writing",
+    "before renaming",
+    "before removing",
+    "validating",
+    "SIGTERM",
+    "Ctrl-C",
+]
 
 
 def killed(folder, moment):
@@ -142,7 +150,8 @@ def killed(folder, moment):
     elif moment == "validating":
         before(callbacks.Task, "validation_step")
     else:
-        before(callbacks.Meter, "on_train_batch_end", signal.SIGTERM)
+        how = signal.SIGTERM if moment == "SIGTERM" else signal.SIGINT
+        before(callbacks.Meter, "on_train_batch_end", how)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     train(config(), folder, resume=True)
 
@@ -151,7 +160,7 @@ def killed(folder, moment):
 def test_killed_and_resumed_is_the_same_run(finished, tmp_path, moment):
     folder = tmp_path / "run"
     code = in_a_fork(killed, folder, moment)
-    assert code == -signal.SIGKILL or moment == "SIGTERM"
+    assert code == -signal.SIGKILL or moment in ("SIGTERM", "Ctrl-C")
     for left in (folder / "checkpoints").glob("*-*"):
         if not left.name.startswith("."):
             open_checkpoint(left)  # each is whole
@@ -165,8 +174,9 @@ def test_killed_and_resumed_is_the_same_run(finished, tmp_path, moment):
     )
 
 
-def test_sigterm_saves_first(tmp_path):
-    assert in_a_fork(killed, tmp_path / "run", "SIGTERM") != 0  # it has not finished
+@pytest.mark.parametrize("moment", ["SIGTERM", "Ctrl-C"])
+def test_signals_save_first(tmp_path, moment):
+    assert in_a_fork(killed, tmp_path / "run", moment) != 0  # it has not finished
     assert latest(tmp_path / "run" / "checkpoints").name == "last-000001"
 
 
@@ -236,7 +246,8 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
     (path / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         open_checkpoint(path)
-    (path / "state.pt").write_bytes(b"cut short")
+    for state in (copy / "checkpoints").glob("*/state.pt"):
+        state.write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"state.pt: cannot be read"):
         train(config("--train.steps=14"), copy, resume=True)
     about = json.loads((path / "checkpoint.json").read_text())
@@ -248,8 +259,8 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
 def test_nothing_is_unpickled(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished[0], copy)
-    path = latest(copy / "checkpoints")
-    torch.save({"state": resource.getrusage}, path / "state.pt")
+    for state in (copy / "checkpoints").glob("*/state.pt"):
+        torch.save({"state": resource.getrusage}, state)
     with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
         train(config("--train.steps=14"), copy, resume=True)
 

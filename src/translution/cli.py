@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 __all__ = ["main"]
 
@@ -30,21 +32,40 @@ EXTRAS = {
 
 def main() -> None:
     """Run a command; bad input ends in one clear line and exit code 2, never in a traceback."""
+    usual, warnings.formatwarning = warnings.formatwarning, _plainly
     try:
-        import typer
-
-        from .bench.command import bench
-        from .bench.steps_command import bench_step
-        from .catalogue.command import models
-        from .compare.command import compare
-        from .experiments.command import experiment
-        from .export.command import export
-        from .training.command import EXTRA, evaluate, train
-        from .training.generate_command import generate
-        from .training.predict_command import predict
-        from .training.tokenize_command import tokenize
+        _app()()
     except ModuleNotFoundError as error:
         sys.exit(_missing(error))
+    except (ValueError, OSError) as error:
+        print(f"translution: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _plainly(message: Any, *_: Any, **__: Any) -> str:
+    """A warning, without the line of the library that it came from."""
+    return f"translution: {message}\n"
+
+
+def _app() -> Any:
+    import typer
+
+    from .bench.command import bench
+    from .bench.steps_command import bench_step
+    from .catalogue.command import models
+    from .compare.command import compare
+    from .experiments.command import experiment
+    from .export.command import export
+    from .training.command import EXTRA, evaluate, train
+    from .training.generate_command import generate
+    from .training.predict_command import predict
+    from .training.share_command import share
+    from .training.tokenize_command import tokenize
+
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
@@ -61,21 +82,14 @@ def main() -> None:
     app.command(context_settings=EXTRA)(tokenize)
     app.command()(predict)
     app.command()(generate)
+    app.command()(share)
     app.command()(models)
     app.command()(export)
     app.command()(compare)
     app.command(context_settings=EXTRA)(experiment)
     app.command()(bench)
     app.command()(bench_step)
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"translution: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        sys.exit(_missing(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return app
 
 
 def _missing(error: ModuleNotFoundError) -> str:

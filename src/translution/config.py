@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 __all__ = ["Options", "as_yaml", "load", "parse"]
 
 O = TypeVar("O", bound="Options")  # noqa: E741
+TOLD = 5  # errors at most, a line each
 
 
 class Options(BaseModel):
@@ -49,8 +50,11 @@ def parse(kind: type[O], content: dict[str, Any], source: str, changes: Sequence
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        told = [_tell(kind, one, source, given) for one in error.errors()]
-        raise ValueError("; ".join(told)) from None
+        wrong = error.errors()
+        told = [_tell(kind, one, source, given) for one in wrong[:TOLD]]
+        if len(wrong) > TOLD:
+            told.append(f"and {len(wrong) - TOLD} more")
+        raise ValueError("\n".join(told)) from None
 
 
 def as_yaml(options: Options) -> str:

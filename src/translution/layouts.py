@@ -126,7 +126,7 @@ class Layout:
                     f"grid: got {size} tokens on axis {axis}, but the tables are made for at most "
                     f"{most}; make them larger, or use buckets or a window"
                 )
-        sides = [len(self._bucket_starts(axis)) for axis in range(axes)]
+        sides = [len(self.bucket_starts(axis)) for axis in range(axes)]
         put("axis_classes", tuple(n + 1 if self.causal else 2 * n + 1 for n in sides))
         put("offset_classes", 0 if self.prefix_queries else math.prod(self.axis_classes))
         outward = 0 if self.causal else self.prefix
@@ -185,8 +185,8 @@ class Layout:
         w = None if window is None else window[axis]
         return w is not None and w * self.dilation[axis] <= self.grid[axis] - 1
 
-    def _bucket_starts(self, axis: int) -> list[int]:
-        """The smallest magnitude (in steps) of each class beside 0 on this axis."""
+    def bucket_starts(self, axis: int) -> list[int]:
+        """The least distance, in steps of `dilation`, of each class beside 0 on an axis, rising."""
         reach = (self.grid[axis] - 1) // self.dilation[axis]
         w = None if self.window is None else self.window[axis]
         if w is not None:
@@ -209,7 +209,7 @@ class Layout:
         step, w = self.dilation[0], None if self.window is None else self.window[0]
         most = (self.tokens - 1) // step
         most = most if w is None else min(w, most)
-        starts = self._bucket_starts(0)
+        starts = self.bucket_starts(0)
         if most and (len(starts) < most or starts[most - 1] != most):
             return None  # some of them share a class
         return most + 1, step
@@ -297,7 +297,7 @@ class Layout:
     def _axis_class(self, axis: int, offset: Tensor) -> tuple[Tensor, Tensor]:
         """The class of each offset on one axis, and whether the pair is there."""
         dilation = self.dilation[axis]
-        starts = torch.tensor(self._bucket_starts(axis), dtype=torch.int64, device=_CPU)
+        starts = torch.tensor(self.bucket_starts(axis), dtype=torch.int64, device=_CPU)
         step = torch.div(offset, dilation, rounding_mode="floor")
         here = offset % dilation == 0
         w = None if self.window is None else self.window[axis]

@@ -130,7 +130,7 @@ def _between(old: Layout, new: Layout, axis: int, stretch: bool) -> tuple[Tensor
 
 def _offsets(layout: Layout, axis: int) -> Tensor:
     """float64: the offset of each class on an axis, in tokens; of a bucket that nearest to 0."""
-    starts = [n * layout.dilation[axis] for n in layout._bucket_starts(axis)]
+    starts = [n * layout.dilation[axis] for n in layout.bucket_starts(axis)]
     before = [] if layout.causal else [-n for n in reversed(starts)]
     return torch.tensor([*before, 0, *starts], dtype=torch.float64)
 

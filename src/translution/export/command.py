@@ -69,8 +69,10 @@ def export(
             before, after = stored_bytes(original), stored_bytes(exported)
             far = difference(exported(x), original(x))
             console.print(
-                f"eight bits: weights {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB, "
-                f"outputs {far.largest:.2e} off ({far.share:.2%} of the largest)"
+                f"eight bits: weights {before / 1e3:,.1f} -> {after / 1e3:,.1f} kB, "
+                f"outputs {far.largest:.2e} off at most ({far.share:.2%} of the largest), "
+                f"{far.mean:.2e} on average",
+                soft_wrap=True,
             )
         if check:
             run = open_program(to, out)

@@ -56,7 +56,8 @@ def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
             file with ".data" added to its name.
 
     Raises:
-        ValueError: as `check_kind`.
+        ValueError: an unknown kind, one that this machine can't write, another ending, or a folder
+            that is not there.
     """
     path = Path(path)
     check_kind(kind, path)
@@ -78,7 +79,8 @@ def _write_torch(program: ExportedProgram, path: Path) -> None:
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
     held = [*program.state_dict.values(), *program.constants.values()]
     size = sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
-    found = torch.onnx.export(program, dynamo=True, verbose=False)
+    named = ({0: "batch"},) if program.range_constraints else None  # of a program for any batch
+    found = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=named)
     assert found is not None
     found.save(path, external_data=size > ONE_FILE)
 

@@ -36,6 +36,14 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
 
     Its sizes are those of `x`. Per sample it holds `plain.NUMBERS` numbers per projection (or one
     class) and, for attention with tables, the dense scores, like the model.
+
+    Args:
+        model: of this library, or one that holds its layers.
+        x: an input of the model, such as `example` makes.
+        dynamic: any batch; `x` then needs two samples or more.
+
+    Raises:
+        ValueError: a batch of one with `dynamic`.
     """
     if dynamic and x.shape[0] < 2:
         raise ValueError(f"x: got a batch of {x.shape[0]}, want at least 2 to trace any batch")
@@ -88,10 +96,12 @@ def _told(value: Any) -> Any:
 
 
 class Difference(NamedTuple):
-    """How far apart outputs are: the largest difference, and as a share of the largest output."""
+    """How far apart outputs are: the largest difference, the same as a share of the largest output,
+    and the mean."""
 
     largest: float
     share: float
+    mean: float
 
 
 def difference(found: Any, want: Any) -> Difference:
@@ -104,5 +114,7 @@ def difference(found: Any, want: Any) -> Difference:
     for left, right in pairs:
         if left.shape != right.shape:
             raise ValueError(f"found: got shape {tuple(left.shape)}, want {tuple(right.shape)}")
-    largest = max(float((left - right).abs().max()) for left, right in pairs)
-    return Difference(largest, largest / max(float(right.abs().max()) for _, right in pairs))
+    off = torch.cat([(left - right).abs().flatten() for left, right in pairs])
+    largest = float(off.max())
+    most = max(float(right.abs().max()) for _, right in pairs)
+    return Difference(largest, largest / most, float(off.double().mean()))

@@ -5,26 +5,28 @@ from __future__ import annotations
 import csv
 import math
 import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..files import write_whole
 from ..measuring import matmul_rate
-from .checkpoints import Folders
+from .checkpoints import Folders, is_whole
 from .config import TrainOptions
 from .data import Part
 from .tasks import Task
 
-__all__ = ["Curves", "Keeper", "Meter", "progress", "read_curves"]
+__all__ = ["Curves", "Keeper", "Meter", "read_curves"]
 
 
 class Meter(Callback):
@@ -93,45 +95,6 @@ def _tell(trainer: Trainer, task: Task, values: dict[str, float]) -> None:
     task.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
 
-class Bar(RichProgressBar):
-    """Lightning's progress bar with the numbers that one watches, in few words."""
-
-    SHOWN: ClassVar = {
-        "train_loss": "loss {:.3f}",
-        "train_accuracy": "accuracy {:.3f}",
-        "train_perplexity": "perplexity {:.1f}",
-        "valid_loss": "valid {:.3f}",
-        "valid_accuracy": "accuracy {:.3f}",
-        "valid_perplexity": "perplexity {:.1f}",
-        "test_loss": "test {:.3f}",
-        "images_per_second": "{:,.0f} images/s",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "mfu": "{:.0%} of matmul",
-        "memory_gb": "{:.1f} GB",
-    }
-
-    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        told = _in_words(trainer.progress_bar_metrics, self.SHOWN)
-        return {"": told} if told else {}
-
-
-class Lines(Callback):
-    """Where nobody watches a bar: a line at each validation."""
-
-    def on_validation_end(self, trainer: Trainer, task: Any) -> None:
-        if trainer.is_global_zero and trainer.state.fn == "fit":
-            told = _in_words(trainer.progress_bar_metrics, Bar.SHOWN)
-            print(f"step {trainer.global_step} of {task.steps}: {told}", flush=True)
-
-
-def progress() -> Callback:
-    return Bar() if sys.stdout.isatty() else Lines()
-
-
-def _in_words(values: dict[str, Any], forms: dict[str, str]) -> str:
-    return ", ".join(form.format(values[name]) for name, form in forms.items() if name in values)
-
-
 def _memory(device: torch.device) -> int:
     """Peak bytes: of the device, or on the CPU of the process."""
     if device.type == "cuda":
@@ -145,15 +108,27 @@ def _memory(device: torch.device) -> int:
 class Keeper(Checkpoint):
     """Keeps the last and the best checkpoint: saves the new one, then removes the one before.
 
-    The last is saved every `save_every` steps, at the end, and before a SIGTERM is followed; the
-    best where a validation had the least loss. What is saved at a step with a validation is saved
-    after it. At the last step a validation always follows.
+    The last is saved every `save_every` steps, at the end, and before a SIGTERM or, in one process,
+    a Ctrl-C is followed; the best where a validation had the least loss. What is saved at a step
+    with a validation is saved after it. At the last step a validation always follows.
     """
 
     def __init__(self, folder: Path, io: Folders, meter: Meter, steps: int):
         self.folder, self.io, self.meter, self.steps = folder, io, meter, steps
         self.options = meter.options
         self.least = math.inf
+        self.interrupted = False
+
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
+        # where several processes get Ctrl-C, each may be at another step: they can't save together
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)  # `interruptible` puts the old one back
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nCtrl-C: saves after this step; again: stops at once", file=sys.stderr, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"least": self.least}
@@ -171,6 +146,7 @@ class Keeper(Checkpoint):
             trainer.should_stop = True  # Lightning then validates
         elif step % self.options.validate_every and self._due(trainer):
             self._save(trainer, "last")
+            self._follow(step)
 
     def on_validation_end(self, trainer: Trainer, task: Any) -> None:
         if trainer.state.fn != "fit":
@@ -182,14 +158,20 @@ class Keeper(Checkpoint):
             self._save(trainer, "best")
         if self._due(trainer):
             self._save(trainer, "last")
+            self._follow(trainer.global_step)
 
     def _due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step
-        return trainer.received_sigterm or step % self.options.save_every == 0 or step == self.steps
+        step, asked = trainer.global_step, trainer.received_sigterm or self.interrupted
+        return asked or step % self.options.save_every == 0 or step == self.steps
+
+    def _follow(self, step: int) -> None:
+        """Ctrl-C, now that all is saved."""
+        if self.interrupted and step < self.steps:
+            raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer, kind: str) -> None:
         path = self.folder / f"{kind}-{trainer.global_step:06d}"
-        if path.exists():
+        if is_whole(path):
             return
         before = [p for p in self.folder.glob(f"{kind}-*") if p != path]
         trainer.save_checkpoint(path)

@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,12 +54,16 @@ from ..models.pretrained import (
 __all__ = [
     "PARTS",
     "PREFIX",
+    "STATE",
+    "TOKENIZER",
     "Checkpoint",
     "Folders",
     "clear_remains",
     "find_checkpoint",
+    "is_whole",
     "latest",
     "load_weights",
+    "newest",
     "open_checkpoint",
     "read_about",
 ]
@@ -102,12 +107,18 @@ class Checkpoint:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps, from which a run goes on."""
+    """The checkpoint with the most steps, from which a run goes on; one whose state is cut (by a
+    copy, as none is saved so) only where there is no other."""
     return max(
-        (path for kind in ("best", "last") if (path := newest(folder, kind))),
-        key=lambda path: int(path.name.rpartition("-")[2]),
+        (path for kind in ("last", "best") if (path := newest(folder, kind))),
+        key=lambda path: (is_whole(path), int(path.name.rpartition("-")[2])),
         default=None,
     )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a run can go on from this checkpoint, as far as its state's last bytes tell."""
+    return zipfile.is_zipfile(path / STATE)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,8 @@ __all__ = ["EXTRA", "evaluate", "train"]
 
 # What a command does not know itself is a change of the configuration.
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Devices are those of a run's training; to measure one is enough.
+ALONE = ("train.devices=1", "train.nodes=1", "train.offset_ranks=1", "train.strategy=auto")
 
 
 def train(
@@ -31,14 +33,14 @@ def train(
     checkpoints; a folder of a run is a CONFIG too.
     """
     from ..config import as_yaml, load
-    from .config import Config
+    from .config import Config, config_file
 
-    path = config / "config.yaml" if config.is_dir() else config
-    found = load(Config, path, context.args)
+    found = load(Config, config_file(config), context.args)
     if show:
         typer.echo(as_yaml(found), nl=False)
         return
     from .run import train as run
+    from .telling import leads, next_commands
 
     folder = config if config.is_dir() else found.folder(config)
     try:
@@ -46,8 +48,9 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command with --resume goes on: {folder}", err=True)
         raise
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
-        typer.echo(f"{folder}: {_line(metrics)}")
+    if leads():
+        typer.echo(f"{folder}:\n  {_line(metrics)}")
+        typer.echo(next_commands(found, folder))
 
 
 def evaluate(
@@ -58,8 +61,8 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: translution evaluate CHECKPOINT [--key=value ...].
 
-    On the run's own data, or with keys such as --data.valid=... on others. A run's folder stands
-    for its best checkpoint.
+    On the run's own data, or with keys such as --data.valid=... on others; on one device, unless
+    --train.devices asks for more. A run's folder stands for its best checkpoint.
     """
     import json as json_module
 
@@ -69,17 +72,25 @@ def evaluate(
     from .checkpoints import find_checkpoint, read_about
     from .config import Config
     from .run import evaluate as run
+    from .telling import leads
 
     choose("part", part, ("valid", "test"))
+    if own := [key for key in context.args if re.match(r"(--)?model\b", key)]:
+        raise ValueError(
+            f"model: a checkpoint has its own model, got {own[0]}; want keys of data and train"
+        )
     path = find_checkpoint(checkpoint)
     about = read_about(path)
-    found = parse(Config, about["config"], str(path), changes=context.args)
+    found = parse(Config, about["config"], str(path), [*ALONE, *context.args])
     metrics = run(path, part, found)  # type: ignore[arg-type]
-    typer.echo(f"{path}, step {about['step']}: {_line(metrics)}")
+    if not leads():
+        return
+    typer.echo(f"{path}, step {about['step']}:\n  {_line(metrics)}")
     if json is not None:
         content = {"checkpoint": str(path), "step": about["step"], "part": part, **metrics}
         write_whole(json, lambda to: to.write_text(json_module.dumps(content, indent=1), "utf-8"))
 
 
 def _line(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+    told = {name: value for name, value in metrics.items() if value or "skipped" not in name}
+    return ", ".join(f"{name} {value:.5g}" for name, value in told.items())

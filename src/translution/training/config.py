@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from ..data.images import ImageOptions
 from ..data.text import TextOptions
 from ..models import model_options
 
-__all__ = ["Config", "ModelOptions", "TrainOptions"]
+__all__ = ["Config", "ModelOptions", "TrainOptions", "config_file"]
 
 
 class ModelOptions(Options):
@@ -137,3 +138,21 @@ class Config(Options):
 
     def folder(self, path: Path) -> Path:
         return Path("runs") / path.stem if self.out is None else Path(self.out).expanduser()
+
+
+def config_file(path: Path) -> Path:
+    """The YAML file that is meant: itself, or that of a run's folder.
+
+    Raises:
+        ValueError: there is none; it names recipes that are called like it.
+    """
+    found = path / "config.yaml" if path.is_dir() else path
+    if found.is_file():
+        return found
+    if path.is_dir():
+        raise ValueError(f"CONFIG: {path} is a folder without config.yaml; want a file or a run's")
+    there = [*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml")]
+    names = {file.stem: str(file) for file in there}
+    close = [names[name] for name in difflib.get_close_matches(path.stem, names, n=3)]
+    meant = f"; did you mean {' or '.join(close)}?" if close else ", want a YAML file"
+    raise ValueError(f"CONFIG: no such file {path}{meant}")

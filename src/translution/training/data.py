@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import cached_property
 from typing import Any, Literal
 
@@ -110,4 +111,10 @@ class Data(LightningDataModule):
             collate_fn=collate if isinstance(data, Images) else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_interrupts,
         )
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal: the main one says what happens then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,7 +34,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the first sample; the next has seed + 1.")] = 0,
     samples: Annotated[int, typer.Option(help="How many texts.")] = 1,
     slide: Annotated[
-        int, typer.Option(help="Tokens forgotten when the context is full; 0: none, -1: a quarter.")
+        int,
+        typer.Option(
+            help="Tokens forgotten when the context is full: 1 to the context; -1: a quarter; "
+            "0: none, if the model has no limit (buckets or windows, no absolute positions)."
+        ),
     ] = -1,
     echo: Annotated[bool, typer.Option(help="Write the prompt too.")] = False,
     cache: Annotated[bool, typer.Option(help="Without, all is computed for each token.")] = True,
@@ -43,8 +48,15 @@ def generate(
     from .checkpoints import open_checkpoint
     from .engine import pick_device
 
-    if samples < 1:
-        raise ValueError(f"samples: got {samples}, want at least 1")
+    _check(
+        samples=(samples, samples >= 1, "at least 1"),
+        max_tokens=(max_tokens, max_tokens >= 0, "0 or more"),
+        temperature=(temperature, 0 <= temperature < math.inf, "0 (the likeliest) or more"),
+        top_k=(top_k, top_k >= 0, "0 (all) or more"),
+        top_p=(top_p, 0 < top_p <= 1, "more than 0, at most 1 (all)"),
+        slide=(slide, slide >= -1, "1 to the context, 0 (none) or -1 (a quarter)"),
+        stop=("an empty text", "" not in (stop or []), "one character at least"),
+    )
     where = torch.device(pick_device(device))
     text = read_prompt(prompt, prompt_file)
     opened = open_checkpoint(checkpoint)
@@ -58,6 +70,13 @@ def generate(
         max_new_tokens=max_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p,
         slide=None if slide == -1 else slide, cache=cache,
     )  # fmt: skip
+
+
+def _check(**options: tuple[Any, bool, str]) -> None:
+    """By name: what came, whether it is right, what is wanted. Before anything is loaded."""
+    for name, (got, right, want) in options.items():
+        if not right:
+            raise ValueError(f"{name}: got {got}, want {want}")
 
 
 def read_prompt(prompt: str, prompt_file: str) -> str:

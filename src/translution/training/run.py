@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -23,16 +21,28 @@ from ..data.text import Windows
 from ..files import write_whole
 from ..measuring import multiply_adds
 from ..models import create_model, model_options
-from .callbacks import Curves, Keeper, Meter, progress
-from .checkpoints import PARTS, Folders, clear_remains, latest, open_checkpoint, read_about
+from .callbacks import Curves, Keeper, Meter
+from .checkpoints import (
+    PARTS,
+    STATE,
+    Folders,
+    clear_remains,
+    is_whole,
+    latest,
+    newest,
+    open_checkpoint,
+    read_about,
+)
 from .config import Config, TrainOptions
 from .data import Data, Part
 from .engine import interruptible, pick_device, quiet
 from .strategies import Offset, Sharded
 from .tasks import Classification, LanguageModel, Task
+from .telling import Cost, about_run, leads, progress
 
 __all__ = ["evaluate", "train"]
 
+LOCK = ".lock"  # in a run's folder
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 # What a resumed run may have otherwise than before.
 FREE = {
@@ -49,15 +59,33 @@ def train(config: Config, folder: Path, resume: bool = False) -> dict[str, float
         ValueError: a configuration that does not fit the data, the machine or an earlier run there.
         OSError: a folder or checkpoint that cannot be written, data that cannot be read.
     """
-    begin(config, folder, resume)
+    with _alone(folder) if leads() else nullcontext():
+        return _train(config, folder, resume)
+
+
+def _train(config: Config, folder: Path, resume: bool) -> dict[str, float]:
+    check_folder(config, folder, resume)
     data = Data(config)
     name, options = model_of(config, data)
     at = latest(folder / "checkpoints")
     about: dict[str, Any] = {"step": 0} if at is None else read_about(at)
     step = int(about["step"])
-    if at is not None and step >= data.steps:
+    if step > data.steps:
+        raise ValueError(
+            f"train.steps: got {data.steps}, but {folder} is already at step {step}; want at least "
+            "that, or another out"
+        )
+    if at is not None and step == data.steps:
+        _say(f"{folder} is already at step {step} of {data.steps}; more train.steps go on from it")
         return dict(about["metrics"])
-    flops = _flops(name, options, data)
+    cost = _cost(name, options, data)
+    _say(about_run(config, data, name, options, cost))
+    if at is not None:
+        for cut in _cut(folder, at):
+            _say(f"cut    {cut / STATE} is not whole: the run goes on from the other checkpoint")
+        _say(f"from   step {step}, {at}")
+    if leads():
+        write_whole(folder / "config.yaml", lambda to: to.write_text(as_yaml(config), "utf-8"))
 
     def make() -> nn.Module:
         torch.manual_seed(config.seed)
@@ -78,12 +106,17 @@ def train(config: Config, folder: Path, resume: bool = False) -> dict[str, float
         },
         None if isinstance(part, Images) else part.tokenizer,
     )
-    meter = Meter(config.train, flops)
+    # going forward, and twice that back, in flops
+    meter = Meter(config.train, 6.0 * cost.multiply_adds)
     keeper = Keeper(folder / "checkpoints", io, meter, data.steps)
     callbacks: list[Callback] = [meter, keeper, progress()]
     if config.train.ema is not None:
         callbacks.insert(0, EMAWeightAveraging(decay=config.train.ema))
-    loggers = [Curves(folder, step), TensorBoardLogger(folder, name="", version="tensorboard")]
+    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+    board.log_hyperparams(_flat(config))
+    if leads():  # the logger leaves an earlier one as it is
+        Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+    loggers = [Curves(folder, step), board]
     with quiet(), interruptible():
         trainer = make_trainer(
             config, callbacks=callbacks, logger=loggers, plugins=[io], max_steps=data.steps,
@@ -143,7 +176,7 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
+        enable_progress_bar=False,  # `progress` is ours
         **more,
     )
     try:
@@ -168,14 +201,40 @@ def _strategy(options: TrainOptions, make: Callable[[], nn.Module], at: Path | N
     return Offset(options.offset_ranks, make)
 
 
-def begin(config: Config, folder: Path, resume: bool) -> None:
-    """Make the run's folder, or enter that of an earlier one. What never came to a checkpoint is
-    begun anew.
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and be the only process there; a lock dies with its process.
 
     Raises:
-        ValueError: there is a run (and `resume` is not wanted), another one, or something else.
+        ValueError: another process is there, or something else than a run.
     """
-    if rank_zero_only.rank:  # type: ignore[attr-defined]
+    from filelock import FileLock, Timeout
+
+    run = folder / "config.yaml"
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if folder.exists() and (not folder.is_dir() or (inside - {LOCK} and not run.exists())):
+        raise ValueError(f"out: {folder} is there and no run's; want a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"out: another process is training in {folder}; want another out, or wait for its end"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_folder(config: Config, folder: Path, resume: bool) -> None:
+    """That a run may begin or go on there. What never came to a checkpoint is begun anew.
+
+    Raises:
+        ValueError: there is a run, and `resume` is not wanted or its configuration is another.
+    """
+    if not leads():
         return
     saved = folder / "config.yaml"
     if latest(folder / "checkpoints") is not None:
@@ -186,13 +245,18 @@ def begin(config: Config, folder: Path, resume: bool) -> None:
         if other:
             told = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in other)
             raise ValueError(f"--resume: {saved} has another configuration: {told}")
-    elif folder.exists() and not (
-        folder.is_dir() and (saved.exists() or not any(folder.iterdir()))
-    ):
-        raise ValueError(f"out: {folder} is there and no run's; want a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
     clear_remains(folder / "checkpoints")
-    write_whole(saved, lambda to: to.write_text(as_yaml(config), "utf-8"))
+
+
+def _cut(folder: Path, at: Path) -> list[Path]:
+    """The checkpoints that were passed over for this one."""
+    kept = [newest(folder / "checkpoints", kind) for kind in ("last", "best")]
+    return [path for path in kept if path not in (None, at) and not is_whole(path)]
+
+
+def _say(text: str) -> None:
+    if leads():
+        print(text, flush=True)
 
 
 def _flat(options: Config) -> dict[str, Any]:
@@ -235,8 +299,8 @@ def make_task(model: nn.Module, config: Config, part: Images | Windows, steps: i
     return LanguageModel(model, config, steps)
 
 
-def _flops(name: str, options: dict[str, Any], data: Data) -> float:
-    """Of a training step, per image or token: three times those of the model going forward."""
+def _cost(name: str, options: dict[str, Any], data: Data) -> Cost:
+    """Of the model, per image or token."""
     with torch.device("meta"):
         model = create_model(name, **options)
         if isinstance(data.part("train"), Images):
@@ -244,7 +308,8 @@ def _flops(name: str, options: dict[str, Any], data: Data) -> float:
             units, x = 1, torch.zeros(1, facts["channels"], *facts["image_size"])
         else:
             units, x = data.facts["context"], torch.zeros(1, data.facts["context"]).long()
-    return 6.0 * multiply_adds(lambda: model.eval()(x)) / units
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters, multiply_adds(lambda: model.eval()(x)) / units)
 
 
 def _some(names: list[str]) -> str:

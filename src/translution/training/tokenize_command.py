@@ -21,9 +21,9 @@ def tokenize(
     """
     from ..config import load
     from ..data.text import Part, open_text
-    from .config import Config
+    from .config import Config, config_file
 
-    found = load(Config, config, context.args)
+    found = load(Config, config_file(config), context.args)
     if found.data.kind != "text":
         raise ValueError(f"{config}: data.kind is {found.data.kind!r}, want 'text'")
     parts: list[Part] = ["train"]

@@ -1,0 +1,80 @@
+"""From a recipe to a program for elsewhere: everything typed as a user types it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("datasets")
+pytest.importorskip("typer")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from translution import cli
+from translution.training.checkpoints import open_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words):
+    argv, out, code = sys.argv, io.StringIO(), 0
+    try:
+        sys.argv = ["translution", *map(str, words)]
+        with contextlib.redirect_stdout(out):
+            cli.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        sys.argv = argv
+    assert code == 0, out.getvalue()
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    small = ("train.steps=3", "model.dim=16", "model.depth=1", "data.train_limit=200")
+    command("train", ROOT / "recipes" / "tiny-digits.yaml", f"--out={folder}",
+            "--train.device=cpu", *(f"--{key}" for key in small))  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "quantise"), [("onnx", False), ("onnx", True), ("torch", True)])
+def test_a_run_becomes_a_program(run, tmp_path, kind, quantise):
+    file = tmp_path / f"model.{'onnx' if kind == 'onnx' else 'pt2'}"
+    said = command("export", run, "--to", kind, "--out", file, *["--quantise"] * quantise)
+    assert "against the model: largest difference" in said
+    trained = open_checkpoint(run).model
+    x = torch.randn(3, 1, 20, 20)
+    with torch.no_grad():
+        want = trained(x)
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file)
+        (image,) = session.get_inputs()
+        assert image.shape == ["batch", 1, 20, 20]
+        found = torch.from_numpy(session.run(None, {image.name: x.numpy()})[0])
+    else:
+        found = torch.export.load(file).module()(x)
+    off = (found - want).abs()
+    assert off.max() < (0.05 if quantise else 1e-4) * want.abs().max()
+    if not quantise:
+        assert "eight bits" not in said
+        return
+    told = re.search(
+        r"weights ([\d.,]+) -> ([\d.,]+) kB, outputs (\S+) off at most \(\S+% of the largest\), "
+        r"(\S+) on average",
+        said,
+    )
+    before, after, largest, mean = map(float, told.groups())
+    assert after < 0.5 * before
+    assert 0 < mean < largest < 0.05 * float(want.abs().max())
+    assert off.max() > 0  # it is the eight-bit one that was written
