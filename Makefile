@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help compare test lint bench clean
+.PHONY: help compare test lint bench docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,7 +20,7 @@ compare: $(VENV)/.ready ## train and compare the mixers on moving digits; writes
 	$(BIN)/translution compare $(ARGS)
 
 test: $(VENV)/.ready ## the whole test suite
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .
@@ -30,5 +30,8 @@ lint: $(VENV)/.ready ## ruff and mypy
 bench: $(VENV)/.ready ## speed and memory of the operators on this machine
 	$(BIN)/translution bench $(ARGS)
 
+docs: $(VENV)/.ready ## this library's site, into site/; it needs no network
+	$(BIN)/python -m mkdocs build --strict
+
 clean: ## remove what make made
-	rm -rf $(VENV) compare
+	rm -rf $(VENV) compare site

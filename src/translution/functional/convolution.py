@@ -26,7 +26,7 @@ def shift_and_sum(
 ) -> Tensor:
     """Shift the map of each tap by the tap's offset, zeros coming in from outside; add them up.
 
-    y[p] = Σ_t maps[t][stride · p + dilation · t - padding], with t the taps (row, column) of the
+    `y[p] = Σ_t maps[t][stride · p + dilation · t - padding]`, with t the taps (row, column) of the
     kernel, row-major.
 
     Args:
@@ -134,6 +134,13 @@ def shift_kernels(kernel_size: Sizes, like: Tensor | None = None) -> Tensor:
 
     Convolving map t with kernel t, and summing, is `shift_and_sum`: this is how ACmix's learned
     shifts start.
+
+    Args:
+        kernel_size: an int or (rows, columns).
+        like: a tensor whose dtype and device the kernels have; None is torch's defaults.
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
     """
     rows, columns = kernel = pair("kernel_size", kernel_size)
     taps = kernel[0] * kernel[1]

@@ -140,6 +140,9 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = Fal
         s: scores [batch, heads, queries, keys], -inf where a pair is absent.
         mask: boolean, True = may look, broadcastable to the scores.
         empty_rows: rows may be all -inf even without a mask.
+
+    Returns:
+        weights of the shape and dtype of the scores, each row's sum 1 or 0.
     """
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))

@@ -30,7 +30,11 @@ class Backbone(Pretrained):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """image [batch, in_channels, height, width] -> logits [batch, num_classes], or with
-        `features_only` the maps [batch, channels, height / stride, width / stride] (rounded up)."""
+        `features_only` the maps [batch, channels, height / stride, width / stride] (rounded up).
+
+        Raises:
+            ValueError: an image of another shape.
+        """
         image = self.checked(image)
         return self.feature_maps(image) if self.features_only else self.logits(image)
 

@@ -52,7 +52,11 @@ class GPTConfig(Mixing):
 
 
 class GPT(Pretrained):
-    """Token ids [batch, length] -> logits [batch, length, vocab_size]; causal in every block."""
+    """Token ids [batch, length] -> logits [batch, length, vocab_size]; causal in every block.
+
+    Args:
+        config: all options; `gpt` makes one from a size's name.
+    """
 
     task = "text-generation"
 

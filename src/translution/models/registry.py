@@ -35,7 +35,11 @@ _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
 
 
 def register_model(name: str, make: Callable[..., nn.Module], **keywords: Any) -> None:
-    """Let `create_model(name)` call `make(**keywords)`."""
+    """Let `create_model(name)` call `make(**keywords)`.
+
+    Raises:
+        ValueError: a name that is registered already.
+    """
     if name in _MODELS:
         raise ValueError(f"name: {name!r} is registered already")
     _MODELS[name] = (make, keywords)
@@ -43,6 +47,10 @@ def register_model(name: str, make: Callable[..., nn.Module], **keywords: Any) -
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """The model of this name, with any of its options changed.
+
+    Args:
+        name: one of `list_models`.
+        overrides: options of its configuration, such as num_classes; `model_options` has them.
 
     Raises:
         ValueError: an unknown name (it lists the close ones), or options that don't fit.

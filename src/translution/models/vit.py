@@ -89,7 +89,11 @@ class PatchEmbedding(nn.Module):
 
 
 class ViT(Pretrained):
-    """Patches -> blocks -> class token (or mean) -> logits [batch, num_classes]."""
+    """Patches -> blocks -> class token (or mean) -> logits [batch, num_classes].
+
+    Args:
+        config: all options; `vit` makes one from a size's name.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -115,7 +119,14 @@ class ViT(Pretrained):
         self.head = nn.Linear(c.dim, c.num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [batch, channels, height, width]; smaller ones than made for are fine."""
+        """Logits [batch, num_classes].
+
+        Args:
+            image: [batch, channels, height, width]; smaller ones than made for are fine.
+
+        Raises:
+            ValueError: other channels, or a size that is not of whole patches, or too large.
+        """
         return self.head(self.features(image))
 
     def features(self, image: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ class Convolution2d(nn.Module):
     Attributes:
         conv: nn.Conv2d(dim, dim, kernel_size).
         o_proj: nn.Linear(dim, dim).
+
+    Raises:
+        ValueError: naming the argument, what came and what is wanted.
     """
 
     def __init__(self, dim: int, grid: int | Sequence[int], kernel_size: int = 3):
@@ -34,7 +37,11 @@ class Convolution2d(nn.Module):
         self.o_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """x [batch, tokens, dim], row-major over `grid` -> the same shape."""
+        """x [batch, tokens, dim], row-major over `grid` -> the same shape.
+
+        Raises:
+            ValueError: another number of tokens or channels.
+        """
         height, width = self.grid if grid is None else tuple(grid)
         if x.ndim != 3 or x.shape[1] != height * width or x.shape[2] != self.dim:
             raise ValueError(

@@ -55,6 +55,9 @@ class RelativeLinear(nn.Module):
         bias: [classes, out_features] or None.
         share: (rank, ranks) where the table is divided over processes, and holds but the rows
             of this `Layout.share`; else None.
+
+    Raises:
+        ValueError: an init that is not one of `INITS`.
     """
 
     def __init__(
