@@ -252,6 +252,7 @@ def test_head_dim_is_a_heads_share_unless_given():
         (lambda: vit(width=3), "option of ViTConfig: got 'width'"),
         (lambda: tiny_vit("convolution", pool="cls"), "mixer: 'convolution' mixes images without"),
         (lambda: tiny_vit("alpha", relative_layers=3), "relative_layers: got 3, want 0 to depth 2"),
+        (lambda: tiny_vit("translution", rotary=True), "rotary: got True with relative='qkv'"),
         (lambda: gpt(mixer="convolution"), "mixer: got 'convolution'"),
         (lambda: gpt(mixer="acmix"), "mixer: got 'acmix'"),
         (lambda: tiny_gpt("alpha", context=0), "context"),

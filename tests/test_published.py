@@ -489,6 +489,23 @@ def test_vit_rotary_baseline():
     torch.testing.assert_close(model(image), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("relative", ["qkv", "kv", "v"])
+def test_vit_rotary_low_rank(relative):
+    """The published low-rank ViTs with rotary positions: the ordinary branch of each is turned."""
+    weights = vit_weights("translution", relative, low_rank=True)
+    for i in range(2):
+        weights |= under(f"translution.layers.{i}.0", constants(GRID, rotary=True))
+    model = make_vit("alpha", relative=relative, rotary=True, all_rows=True)
+    assert load_published(poison(model), weights) == []
+    image = an_image()
+    want = vit_twin(weights, image, "translution", relative=relative, low_rank=True)
+    torch.testing.assert_close(model(image), want, rtol=0, atol=1e-6)
+    same(export_published(model), weights, but=tuple(n for n in weights if n.endswith("cached")))
+    plain = make_vit("alpha", relative=relative, all_rows=True)
+    with pytest.raises(ValueError, match="rope.cos_cached"):
+        load_published(plain, weights)
+
+
 CONTEXT, WORDS = 5, 11
 
 

@@ -96,7 +96,8 @@ class Mixing:
 
     mixer: one of `MIXERS`. relative: which of "qkv" have tables. relative_layers: only the first so
     many blocks use the mixer, those after it attention (rotary on images, plain on text); None is
-    all. rank: of α's branch, per head. window, dilation, buckets, init: as in Translution.
+    all. rank: of α's branch, per head. rotary: rotary positions too, on α's ordinary branch, or on
+    the q and k that Translution shares (relative "v" or ""). window, dilation, buckets, init: as in Translution.
     kernel_size: of the mixers "convolution" and "acmix" (whose attention is global).
     checkpoint: what a block forgets going forward and computes again going back, in training:
     "none"; "selective", all but the results of matrix products and of the library's operators; or
@@ -107,6 +108,7 @@ class Mixing:
     relative: str = "qkv"
     relative_layers: int | None = None
     rank: int = 8
+    rotary: bool = False
     window: Any = None
     dilation: Any = 1
     buckets: Any = None
@@ -150,11 +152,12 @@ class Mixing:
             "buckets": self.buckets,
         }
         flat = len(grid) == 1
+        if mixer in ("translution", "alpha"):
+            keywords |= {"relative": self.relative, "init": self.init, "rotary": self.rotary}
         if mixer == "translution":
-            keywords |= {"relative": self.relative, "init": self.init}
             return (Translution1d if flat else Translution2d)(dim, _one(grid), **keywords)
         if mixer == "alpha":
-            keywords |= {"relative": self.relative, "init": self.init, "rank": self.rank}
+            keywords["rank"] = self.rank
             return (AlphaTranslution1d if flat else AlphaTranslution2d)(dim, _one(grid), **keywords)
         position = {"attention": "none"}.get(mixer, mixer)
         return SelfAttention(dim, grid, position=position, **keywords)
