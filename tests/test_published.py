@@ -502,7 +502,7 @@ def test_vit_rotary_low_rank(relative):
     torch.testing.assert_close(model(image), want, rtol=0, atol=1e-6)
     same(export_published(model), weights, but=tuple(n for n in weights if n.endswith("cached")))
     plain = make_vit("alpha", relative=relative, all_rows=True)
-    with pytest.raises(ValueError, match="rope.cos_cached"):
+    with pytest.raises(ValueError, match=r"rope\.cos_cached"):
         load_published(plain, weights)
 
 

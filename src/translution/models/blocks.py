@@ -97,8 +97,8 @@ class Mixing:
     mixer: one of `MIXERS`. relative: which of "qkv" have tables. relative_layers: only the first so
     many blocks use the mixer, those after it attention (rotary on images, plain on text); None is
     all. rank: of α's branch, per head. rotary: rotary positions too, on α's ordinary branch, or on
-    the q and k that Translution shares (relative "v" or ""). window, dilation, buckets, init: as in Translution.
-    kernel_size: of the mixers "convolution" and "acmix" (whose attention is global).
+    the q and k that Translution shares (relative "v" or ""). window, dilation, buckets, init: as in
+    Translution. kernel_size: of the mixers "convolution" and "acmix" (whose attention is global).
     checkpoint: what a block forgets going forward and computes again going back, in training:
     "none"; "selective", all but the results of matrix products and of the library's operators; or
     "full", everything but its input.
