@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .words import some
+
 __all__ = ["Options", "as_yaml", "load", "parse"]
 
 O = TypeVar("O", bound="Options")  # noqa: E741
-TOLD = 5  # errors at most, a line each
 
 
 class Options(BaseModel):
@@ -51,10 +52,8 @@ def parse(kind: type[O], content: dict[str, Any], source: str, changes: Sequence
         return kind.model_validate(content)
     except ValidationError as error:
         wrong = error.errors()
-        told = [_tell(kind, one, source, given) for one in wrong[:TOLD]]
-        if len(wrong) > TOLD:
-            told.append(f"and {len(wrong) - TOLD} more")
-        raise ValueError("\n".join(told)) from None
+        told = [_tell(kind, one, source, given) for one in wrong]
+        raise ValueError(some(told, "\n")) from None
 
 
 def as_yaml(options: Options) -> str:

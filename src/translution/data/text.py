@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import Options
+from ..words import some
 from .documents import Piece, Place, Scan, pieces, places, scan
 from .order import seed_of
 from .progress import Bar
@@ -265,7 +266,7 @@ class _Text:
         now = {place.name: place.stamp for place in places(self.options, self.part)}
         changed = [place.name for place in self.found if now.get(place.name) != place.stamp]
         if changed:
-            raise ValueError(f"{self.part}: {_some(changed)} changed while being tokenised")
+            raise ValueError(f"{self.part}: {some(changed)} changed while being tokenised")
 
 
 def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
@@ -277,7 +278,7 @@ def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
     if source != "train" and options.format != "hub":
         train = _real_paths(options, "train")
         if same := [place.name for place in found if os.path.realpath(place.name) in train]:
-            raise ValueError(f"{part}: {_some(same)} is in train too")
+            raise ValueError(f"{part}: {some(same)} is in train too")
     names = [place.name for place in found]
     key = _key(names, options.documents, options.text_column, options.bad, FORMAT)
     file = options.root / "scans" / f"{key}.json"
@@ -287,12 +288,12 @@ def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if changed:
-        warnings.warn(f"{source}: {_some(changed)} changed; tokenised anew", stacklevel=3)
+        warnings.warn(f"{source}: {some(changed)} changed; tokenised anew", stacklevel=3)
     if bad := [str(one.bad) for one in whole.sources if one.bad]:
-        warnings.warn(f"{source}: left out: {_some(bad)}", stacklevel=3)
+        warnings.warn(f"{source}: left out: {some(bad)}", stacklevel=3)
     good = {one.name for one in whole.good}
     if not good:
-        raise ValueError(f"{source}: there is no text in it: {_some(bad)}")
+        raise ValueError(f"{source}: there is no text in it: {some(bad)}")
     kept: npt.NDArray[np.bool_] | None = None
     division: tuple[Any, ...] = ()
     if source == "train" and options.valid is None and options.holdout:
@@ -363,7 +364,3 @@ def _locked(path: Path) -> FileLock:
     """For one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

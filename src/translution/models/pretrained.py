@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_whole
+from ..words import some
 
 __all__ = [
     "ABOUT",
@@ -90,7 +91,7 @@ class Pretrained(nn.Module):
         with torch.device("meta"):
             plain = type(self)(self.config)  # type: ignore[call-arg]
         if wrong := misfits(plain, weights):
-            raise ValueError(f"model: is not what its configuration makes: {_some(wrong)}")
+            raise ValueError(f"model: is not what its configuration makes: {some(wrong, '; ')}")
         named = {} if classes is None else {"classes": self._classes(classes)}
         config = {
             "format": f"{KIND}{VERSION}", "translution": __version__, "architecture": self.family,
@@ -299,7 +300,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
         ValueError: naming those that are missing, unexpected, or of another shape.
     """
     if wrong := misfits(model, weights):
-        raise ValueError(f"{source}: does not fit the model: {_some(wrong)}")
+        raise ValueError(f"{source}: does not fit the model: {some(wrong, '; ')}")
     model.load_state_dict(dict(weights))
 
 
@@ -313,11 +314,6 @@ def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
         for name in have
         if name in weights and weights[name].shape != have[name].shape
     ]
-
-
-def _some(wrong: list[str]) -> str:
-    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return "; ".join(wrong[:5]) + more
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:

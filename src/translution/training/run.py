@@ -21,6 +21,7 @@ from ..data.text import Windows
 from ..files import write_whole
 from ..measuring import multiply_adds
 from ..models import create_model, model_options
+from ..words import some
 from .callbacks import Curves, Keeper, Meter
 from .checkpoints import (
     PARTS,
@@ -141,8 +142,8 @@ def evaluate(path: Path | str, part: Part, config: Config) -> dict[str, float]:
     samples = data.part(part)
     if isinstance(samples, Images) and samples.classes != checkpoint.classes:
         raise ValueError(
-            f"data: has the classes {_some(samples.classes)}, but the checkpoint "
-            f"{_some(checkpoint.classes or [])}"
+            f"data: has the classes {some(samples.classes)}, but the checkpoint "
+            f"{some(checkpoint.classes or [])}"
         )
     meter = Meter(config.train, 0.0)
     with quiet(), interruptible():
@@ -310,7 +311,3 @@ def _cost(name: str, options: dict[str, Any], data: Data) -> Cost:
             units, x = data.facts["context"], torch.zeros(1, data.facts["context"]).long()
     parameters = sum(p.numel() for p in model.parameters())
     return Cost(parameters, multiply_adds(lambda: model.eval()(x)) / units)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else f" ({len(names)})")
