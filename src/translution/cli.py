@@ -17,6 +17,7 @@ EXTRAS = {
     "tokenizers": "data",
     "yaml": "data",
     "kornia": "train",
+    "nicegui": "demo",
     "tensorboard": "train",
     "typer": "cli",
     "rich": "cli",
@@ -58,6 +59,7 @@ def _app() -> Any:
     from .bench.steps_command import bench_step
     from .catalogue.command import models
     from .compare.command import compare
+    from .demo.command import demo
     from .experiments.command import experiment
     from .export.command import export
     from .training.command import EXTRA, evaluate, train
@@ -86,6 +88,7 @@ def _app() -> Any:
     app.command()(models)
     app.command()(export)
     app.command()(compare)
+    app.command()(demo)
     app.command(context_settings=EXTRA)(experiment)
     app.command()(bench)
     app.command()(bench_step)

@@ -1,0 +1,323 @@
+"""The part of the page with digits: one user's digit, where it lies, and what models say."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nicegui import events, ui
+from torch import Tensor
+
+from ..data.digits import load_digits, place
+from .cards import Tally, digit_card
+from .controls import Chosen, Heads, Pad, Sketch, live_region
+from .live import Newest, computed
+from .models import Answer, DigitModel
+from .sketch import MOST_BYTES, from_image, from_lines
+
+__all__ = ["DigitsView"]
+
+HELP = (
+    "Drag the digit (dashed frame), or move it with the arrow keys. The patch under the pointer "
+    "(orange; Shift and arrow keys) is the one whose attention is shown."
+)
+SOME = 63  # places asked at once
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A digit [8, 8] and its label, if known. stamp: another one for each digit."""
+
+    digit: Tensor
+    label: int | None
+    name: str
+    stamp: int
+
+
+class Request(NamedTuple):
+    models: list[DigitModel]
+    scene: Scene
+    row: int
+    column: int
+
+
+class DigitsView:
+    """Of one window."""
+
+    def __init__(self, models: list[DigitModel]):
+        self.models, self.digits = models, load_digits()
+        self.stamps = itertools.count()
+        self.canvas = models[0].canvas
+        self.row = self.column = self.most // 2
+        self.scene = self._test(0)
+        self.shown: Request | None = None  # what the answers are to
+        self.answers = dict[DigitModel, Answer]()
+        self.session = {m: Tally(m.canvas - 7) for m in models}
+        self.counted = set[tuple[DigitModel, int, int, int]]()
+        self.everywhere = dict[DigitModel, Tally]()
+        self.everywhere_task: asyncio.Task[None] | None = None
+        self.newest = Newest(_answers, self._answered, self._failed)
+        self.sets = {(m.canvas, m.moved): self._set_name(m) for m in models}
+        self._build()
+        self._offer(next(iter(self.sets)))
+
+    def _set_name(self, model: DigitModel) -> str:
+        name = "digits anywhere" if model.moved else "centred digits"
+        several = len({m.canvas for m in self.models}) > 1
+        return f"{name}, {model.canvas}×{model.canvas}" if several else name
+
+    # -- what stands on the page -------------------------------------------------------------
+
+    def _build(self) -> None:
+        with ui.element("section").classes("controls").props('aria-label="Models"'):
+            with ui.element("fieldset").classes("boxes"):
+                with ui.element("legend"):
+                    ui.label("Trained on")
+                self.trained = ui.radio(self.sets, value=next(iter(self.sets)))
+                self.trained.props('inline dense aria-label="Trained on"')
+                self.trained.on_value_change(lambda event: self._offer(event.value))
+            self.chosen = Chosen("Mixers", self.ask)
+            self.heads = Heads(self.draw)
+        with ui.element("div").classes("stage"):
+            with ui.element("section").classes("side").props('aria-label="The digit"'):
+                self._build_side()
+            with ui.element("section").props('aria-label="Answers"').classes("grow"):
+                self.chosen.place_cards()
+
+    def _build_side(self) -> None:
+        self.pad = Pad("Canvas with the digit")
+        self.pad.on("moved", self._moved)
+        self.pad.on("looked", self._looked)
+        self.status = live_region("answers")
+        ui.label(HELP).classes("help").props("id=pad-help")
+        with ui.row().classes("items-end gap-2 no-wrap"):
+            self.number = ui.number(
+                "Test digit", value=0, min=0, max=len(self.digits.test) - 1, precision=0,
+                on_change=lambda event: self._take_test(event.value),
+            ).classes("grow")  # fmt: skip
+            ui.button("Any", on_click=self._any).props("outline")
+            ui.button("Centre", on_click=self._centre).props("outline")
+        with ui.row().classes("items-start gap-3 no-wrap"):
+            self.sketch = Sketch("Square to draw a digit in, with mouse, finger or pen")
+            self.sketch.on("drawn", self._drawn)
+            with ui.column().classes("gap-2 items-stretch grow"):
+                ui.label("Draw a digit here, or").classes("help")
+                upload = ui.upload(
+                    on_upload=self._uploaded, on_rejected=self._rejected, auto_upload=True,
+                    max_file_size=MOST_BYTES,
+                ).props('accept="image/*"').classes("hidden")  # fmt: skip
+                ui.button("Upload an image").props("outline").on(
+                    "click", js_handler=f"() => getElement({upload.id}).$refs.qRef.pickFiles()"
+                )
+                ui.button("Clear", on_click=self.sketch.clear_lines).props("outline")
+                self.upload = upload
+        names = {UNKNOWN: "not told"} | {i: str(i) for i in range(10)}
+        self.label = ui.select(
+            names, value=self.scene.label, label="The digit is a", on_change=self._named
+        )
+        with ui.row().classes("gap-2"):
+            ui.button("All places", on_click=self._start_everywhere)
+            ui.button("Forget answers", on_click=self._forget).props("outline")
+        self.message = ui.label().classes("status problem").props("role=alert")
+
+    # -- what the user does ------------------------------------------------------------------
+
+    def _offer(self, key: tuple[int, bool]) -> None:
+        """Models that were trained alike, on a canvas of their size."""
+        mine = [m for m in self.models if (m.canvas, m.moved) == key]
+        self.canvas = mine[0].canvas
+        self.step = min((m.patch for m in mine if m.patch), default=0)  # patches on the canvas
+        across = self.canvas // self.step if self.step else 1
+        self.patch = across // 2 * (across + 1)
+        self.chosen.offer(mine)
+        self.row, self.column = min(self.row, self.most), min(self.column, self.most)
+        self._show_pad()
+        self._stop_everywhere()
+        self.ask()
+
+    @property
+    def most(self) -> int:
+        return self.canvas - 8
+
+    def _test(self, n: int) -> Scene:
+        label = int(self.digits.test_labels[n])
+        return Scene(self.digits.test[n], label, f"test digit {n}", next(self.stamps))
+
+    def _take(self, scene: Scene) -> None:
+        self.scene = scene
+        self.message.text = ""
+        self.label.set_value(UNKNOWN if scene.label is None else scene.label)
+        self._stop_everywhere()
+        self._show_pad()
+        self.ask()
+
+    def _take_test(self, number: float | None) -> None:
+        if number is not None and 0 <= number < len(self.digits.test):
+            self._take(self._test(int(number)))
+
+    def _any(self) -> None:
+        now = self.number.value
+        self.number.value = random.choice([n for n in range(len(self.digits.test)) if n != now])
+
+    def _centre(self) -> None:
+        self.row = self.column = self.most // 2
+        self._show_pad()
+        self.ask()
+
+    def _moved(self, event: events.GenericEventArguments) -> None:
+        if event.args["stamp"] != self.pad_stamp:  # of a digit that was there before
+            return
+        self.row, self.column = (
+            min(max(int(event.args[k]), 0), self.most) for k in ("row", "column")
+        )
+        self.ask()
+
+    def _looked(self, event: events.GenericEventArguments) -> None:
+        across = self.canvas // self.step if self.step else 1
+        self.patch = min(max(int(event.args["patch"]), 0), across * across - 1)
+        self.draw()
+
+    def _drawn(self, event: events.GenericEventArguments) -> None:
+        if event.args["blank"] != self.sketch.blank:
+            return
+        try:
+            digit = from_lines(event.args["lines"])
+        except (ValueError, TypeError) as error:
+            self.message.text = f"The drawing: {error}"
+            return
+        if digit is not None:
+            self._take(Scene(digit, None, "drawn digit", next(self.stamps)))
+            self.number.value = None
+
+    async def _uploaded(self, event: events.UploadEventArguments) -> None:
+        self.upload.reset()
+        name = event.file.name
+        try:
+            if event.file.size() > MOST_BYTES:
+                raise ValueError(f"it has {event.file.size():,} bytes, want at most {MOST_BYTES:,}")
+            digit = await asyncio.to_thread(from_image, await event.file.read())
+        except ValueError as error:
+            self.message.text = f"{name}: {error}"
+            return
+        self._take(Scene(digit, None, f"uploaded {name}", next(self.stamps)))
+        self.number.value = None
+
+    def _rejected(self) -> None:
+        self.message.text = f"The file is refused: want an image of at most {MOST_BYTES:,} bytes."
+
+    def _named(self, event: events.ValueChangeEventArguments) -> None:
+        label = None if event.value == UNKNOWN else int(event.value)
+        if label != self.scene.label:
+            scene = self.scene
+            self.scene = Scene(scene.digit, label, scene.name, next(self.stamps))
+            self._stop_everywhere()
+            self.ask()
+
+    def _forget(self) -> None:
+        self.session = {m: Tally(m.canvas - 7) for m in self.models}
+        self.counted.clear()
+        self._stop_everywhere()
+        self.draw()
+
+    # -- what the models say -----------------------------------------------------------------
+
+    def ask(self) -> None:
+        self.newest.ask(Request(self.chosen.ticked, self.scene, self.row, self.column))
+
+    def _answered(self, request: Request, answers: dict[DigitModel, Answer]) -> None:
+        self.answers.update(answers)
+        self.shown = request
+        scene = request.scene
+        for model, answer in answers.items():
+            key = (model, scene.stamp, request.row, request.column)
+            if scene.label is not None and key not in self.counted:
+                self.counted.add(key)
+                right = int(np.argmax(answer.probabilities)) == scene.label
+                self.session[model].add(request.row, request.column, right)
+        self.heads.offer([answer.maps for answer in answers.values()])
+        self.draw()
+        said = ", ".join(
+            f"{m.name}: {np.argmax(a.probabilities)} ({100 * max(a.probabilities):.0f} %)"
+            for m, a in answers.items()
+        )
+        where = f"row {request.row}, column {request.column}"
+        self.status.text = f"{scene.name} at {where}. {said or 'No mixer is chosen.'}"
+        self.pad.show(alt=f"{scene.name} at {where}")
+
+    def _failed(self, error: Exception) -> None:
+        self.message.text = f"No answer: {error}"
+
+    def draw(self) -> None:
+        """All cards, from the answers that are there."""
+        if self.shown is None:
+            return
+        request = self.shown
+        at = torch.tensor([[request.row, request.column]])
+        if max(request.row, request.column) > self.most:
+            return  # another canvas since; its answers come
+        image = place(request.scene.digit[None], self.canvas, at)[0, 0]
+        pixels = (image * 255).round().byte().numpy()
+        across = self.canvas // self.step if self.step else 1
+        middle = [(n + 0.5) * self.step for n in divmod(self.patch, across)]
+        for model in self.chosen.ticked:
+            if model in self.answers and model in request.models:
+                look = self.heads.look(model.patch_at(*middle))
+                self.chosen.show(model, digit_card(
+                    model, self.answers[model], pixels, (request.row, request.column),
+                    request.scene.label, look, self.session[model], self.everywhere.get(model),
+                ))  # fmt: skip
+
+    def _show_pad(self) -> None:
+        self.pad_stamp = next(self.stamps)
+        digit = [round(float(v), 3) for v in self.scene.digit.flatten()]
+        scene = {"digit": digit, "side": 8, "row": self.row, "column": self.column}
+        self.pad.show(
+            size=self.canvas, patch=self.step, chosen=self.patch,
+            scene=scene | {"stamp": self.pad_stamp},
+        )  # fmt: skip
+
+    # -- all places --------------------------------------------------------------------------
+
+    def _start_everywhere(self) -> None:
+        self._stop_everywhere()
+        if self.scene.label is None:
+            self.message.text = "All places: say first which digit it is."
+            return
+        self.message.text = ""
+        self.everywhere_task = asyncio.get_running_loop().create_task(self._everywhere())
+
+    def _stop_everywhere(self) -> None:
+        if self.everywhere_task is not None:
+            self.everywhere_task.cancel()
+            self.everywhere_task = None
+        self.everywhere.clear()
+
+    async def _everywhere(self) -> None:
+        scene, axis = self.scene, torch.arange(self.most + 1)
+        places = torch.cartesian_prod(axis, axis)
+        for model in self.chosen.ticked:
+            tally = Tally(self.most + 1)
+            for some in places.split(SOME):
+                classes = await computed(model.answers, scene.digit, some)
+                for (row, column), found in zip(some.tolist(), classes.tolist(), strict=True):
+                    tally.add(row, column, found == scene.label)
+            self.everywhere[model] = tally
+            self.draw()
+        self.status.text = "All places. " + ", ".join(
+            f"{model.name}: {tally}" for model, tally in self.everywhere.items()
+        )
+
+    def stop(self) -> None:
+        """The window is closed."""
+        self._stop_everywhere()
+        self.newest.stop()
+
+
+def _answers(request: Request) -> dict[Any, Answer]:
+    return {m: m.answer(request.scene.digit, request.row, request.column) for m in request.models}

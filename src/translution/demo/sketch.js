@@ -1,0 +1,60 @@
+// A square to draw a digit in. The server gets all lines ("drawn"), points as (x, y) from 0 to 1.
+const SIDE = 256;
+const PAUSE = 80; // milliseconds between two messages
+
+export default {
+  template: `
+    <canvas class="sketch" ref="canvas" role="img" :aria-label="label" :width="side" :height="side"
+            @pointerdown="down" @pointermove="move" @pointerup="up" @pointercancel="up"></canvas>`,
+  props: { label: String, blank: Number }, // blank: it is cleared when this changes
+  data: () => ({ side: SIDE }),
+  created() { [this.lines, this.drawing, this.timer] = [[], false, null]; },
+  mounted() { this.draw(); },
+  unmounted() { clearTimeout(this.timer); },
+  watch: {
+    blank() {
+      [this.lines, this.drawing] = [[], false];
+      clearTimeout(this.timer);
+      this.timer = null;
+      this.draw();
+    },
+  },
+  methods: {
+    draw() {
+      const context = this.$refs.canvas.getContext("2d");
+      context.fillStyle = "#000";
+      context.fillRect(0, 0, SIDE, SIDE);
+      [context.strokeStyle, context.lineWidth] = ["#fff", SIDE / 8];
+      [context.lineCap, context.lineJoin] = ["round", "round"];
+      for (const line of this.lines) {
+        context.beginPath();
+        context.moveTo(line[0][0] * SIDE, line[0][1] * SIDE);
+        for (const [x, y] of line) context.lineTo(x * SIDE, y * SIDE);
+        context.stroke();
+      }
+    },
+    add(event) {
+      const box = this.$refs.canvas.getBoundingClientRect();
+      const share = (value) => Math.round(1000 * Math.min(Math.max(value, 0), 1)) / 1000;
+      for (const one of event.getCoalescedEvents?.() || []) this.point(one, box, share);
+      this.point(event, box, share);
+      this.draw();
+      this.timer ??= setTimeout(() => {
+        this.timer = null;
+        this.$emit("drawn", { lines: this.lines, blank: this.blank });
+      }, PAUSE);
+    },
+    point(event, box, share) {
+      const point = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+      this.lines.at(-1).push(point.map(share));
+    },
+    down(event) {
+      this.$refs.canvas.setPointerCapture(event.pointerId);
+      this.drawing = true;
+      this.lines.push([]);
+      this.add(event);
+    },
+    move(event) { if (this.drawing) this.add(event); },
+    up() { this.drawing = false; },
+  },
+};

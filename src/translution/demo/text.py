@@ -1,0 +1,122 @@
+"""The part of the page with text: one user's prompt, and what each model would say next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from nicegui import events, ui
+
+from .cards import text_card
+from .controls import Chosen, Heads, live_region
+from .live import Newest
+from .models import TextAnswer, TextModel
+
+__all__ = ["TextView"]
+
+PROMPT = "This PEP proposes to add a new"
+MOST = 2_000  # characters
+# a token of the prompt was clicked
+CLICKED = """(event) => {
+  const token = event.target.closest("[data-start]");
+  if (token) emit(Number(token.dataset.start));
+}"""
+
+
+class Request(NamedTuple):
+    models: list[TextModel]
+    prompt: str
+
+
+class TextView:
+    """Of one window."""
+
+    def __init__(self, models: list[TextModel]):
+        self.answers = dict[TextModel, TextAnswer | None]()
+        self.start: int | None = None
+        self.newest = Newest(_answers, self._answered, self._failed)
+        with ui.element("section").classes("controls").props('aria-label="Models"'):
+            self.chosen = Chosen("Mixers", self.ask)
+            self.heads = Heads(self.draw)
+        self.prompt = ui.textarea("Prompt", value=PROMPT, on_change=self._changed).classes("prompt")
+        self.prompt.props(f"outlined autogrow maxlength={MOST} debounce=150")
+        with ui.row().classes("items-end gap-2"):
+            names = {model: model.name for model in models}
+            self.writer = ui.select(names, value=models[0], label="Who writes")
+            ui.button("Append likeliest", on_click=lambda: self._append(_likeliest))
+            ui.button("Append sampled", on_click=lambda: self._append(_sampled)).props("outline")
+        ui.label(
+            "Choose a token in a card to see where it looks; else it is the last one. ␣ is a "
+            "space, ⏎ a new line."
+        ).classes("help")
+        self.status = live_region("tokens")
+        self.message = ui.label().classes("status problem").props("role=alert")
+        self.chosen.place_cards()
+        self.chosen.grid.on("click", self._clicked, js_handler=CLICKED)
+        self.chosen.offer(models)
+        self.ask()
+
+    def ask(self) -> None:
+        models = list(dict.fromkeys([*self.chosen.ticked, self.writer.value]))
+        self.newest.ask(Request(models, self.prompt.value or ""))
+
+    def _changed(self) -> None:
+        self.start = None
+        self.ask()
+
+    def _clicked(self, event: events.GenericEventArguments) -> None:
+        self.start = max(0, int(event.args))
+        self.draw()
+
+    def _append(self, choose: Callable[[torch.Tensor], int]) -> None:
+        model = self.writer.value
+        request = Request([model], self.prompt.value or "")
+
+        def done(_: Request, answers: dict[Any, TextAnswer | None]) -> None:
+            answer = answers[model]
+            if answer is None:
+                self.message.text = "Append: want a prompt with a token."
+            elif request.prompt == (self.prompt.value or ""):  # and not typed on since
+                self.message.text = ""
+                text = model.continued(request.prompt, choose(answer.probabilities))
+                self.prompt.value = text[:MOST]
+
+        Newest(_answers, done, self._failed).ask(request)
+
+    def _answered(self, request: Request, answers: dict[Any, TextAnswer | None]) -> None:
+        self.answers = answers
+        self.message.text = ""
+        self.heads.offer([answer.maps for answer in answers.values() if answer])
+        self.draw()
+        self.status.text = "Likeliest next. " + ", ".join(
+            f"{m.name}: {a.top[0][0].strip() or 'white space'} ({100 * a.top[0][1]:.0f} %)"
+            for m, a in answers.items()
+            if a and m in self.chosen.ticked
+        )
+
+    def _failed(self, error: Exception) -> None:
+        self.message.text = f"No answer: {error}"
+
+    def draw(self) -> None:
+        """All cards, from the answers that are there."""
+        for model in self.chosen.ticked:
+            if model in self.answers:
+                card = text_card(model, self.answers[model], self.heads.look(), self.start)
+                self.chosen.show(model, card)
+
+    def stop(self) -> None:
+        """The window is closed."""
+        self.newest.stop()
+
+
+def _answers(request: Request) -> dict[Any, TextAnswer | None]:
+    return {model: model.answer(request.prompt) for model in request.models}
+
+
+def _likeliest(probabilities: torch.Tensor) -> int:
+    return int(probabilities.argmax())
+
+
+def _sampled(probabilities: torch.Tensor) -> int:
+    return int(torch.multinomial(probabilities, 1))

@@ -1,0 +1,535 @@
+"""The demo without a browser: what is drawn, what models say, what stands in the cards."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("nicegui")
+pytest.importorskip("lightning")
+from PIL import Image
+from safetensors.torch import save_file
+
+from translution import cli, create_model
+from translution.compare.measure import attention_maps
+from translution.config import load
+from translution.data.digits import load_digits, place
+from translution.demo import server
+from translution.demo import train as training
+from translution.demo.cards import Look, Tally, digit_card, text_card, visible
+from translution.demo.listening import is_loopback, listen
+from translution.demo.live import Newest
+from translution.demo.models import SHIPPED, open_models, seen
+from translution.demo.sketch import (
+    MOST_BYTES,
+    SIDE,
+    bitmap,
+    from_image,
+    from_lines,
+    reduced,
+)
+from translution.models.blocks import IMAGE_MIXERS, MIXERS
+from translution.models.pretrained import ABOUT, FORMAT, WEIGHTS, read_about
+from translution.training.config import Config
+
+DOCS = Path(__file__).parents[1] / "docs" / "demo.md"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return open_models()
+
+
+def encoded(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+# -- drawing and uploading -----------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_bitmap_is_counted_in_blocks(seed):
+    bits = np.random.default_rng(seed).random((32, 32)) < 0.5
+    found = reduced(bits)
+    for y in range(8):
+        for x in range(8):
+            count = sum(bits[4 * y + i, 4 * x + j] for i in range(4) for j in range(4))
+            assert found[y, x] * 16 == count
+
+
+def test_a_bitmap_has_32_pixels_a_side():
+    with pytest.raises(ValueError, match=r"bits: got \(8, 8\), want \(32, 32\)"):
+        reduced(np.zeros((8, 8)))
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 0.4), st.floats(0, 0.4)), min_size=2, max_size=8),
+    st.floats(0, 0.5),
+)
+@settings(max_examples=15)
+def test_where_and_how_large_one_draws_does_not_matter(points, shift):
+    points = [[0.0, 0.0], *points, [0.4, 0.4]]
+    there = [[x + shift, y + shift] for x, y in points]
+    larger = [[2 * x, 2 * y] for x, y in points]
+    found = from_lines([points])
+    assert torch.allclose(found, from_lines([there]), atol=1 / 8)
+    assert torch.allclose(found, from_lines([larger]), atol=1 / 8)
+
+
+def test_a_vertical_line_fills_the_height():
+    digit = from_lines([[[0.9, 0.2], [0.9, 0.6]]])
+    assert (digit[:, 3:5].sum(1) > 0).all()
+    assert digit[:, :2].sum() == digit[:, 6:].sum() == 0
+
+
+def test_a_dot_stays_a_dot():
+    assert 0 < from_lines([[[0.1, 0.1]]]).sum() < 3
+    assert from_lines([]) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([[[0.5, 1.5]]], "values 0 to 1"),
+        ([[[0.5, float("nan")]]], "values 0 to 1"),
+        ([[[0.5]]], "values 0 to 1"),
+        ([[[0.5, 0.5]] * 30_000], "30000 points"),
+    ],
+)
+def test_lines_that_are_refused(lines, said):
+    with pytest.raises(ValueError, match=said):
+        from_lines(lines)
+
+
+def test_dark_on_light_is_light_on_dark():
+    ink = np.zeros((60, 40), np.uint8)
+    ink[10:50, 15:25] = 255
+    light, dark = (from_image(encoded(Image.fromarray(i))) for i in (ink, 255 - ink))
+    assert torch.equal(light, dark)
+    assert torch.equal(light[:, 3:5], torch.ones(8, 2))
+    assert light.sum() == 16
+
+
+def test_an_uploaded_digit_is_recognised_as_before(models):
+    """An image of a test digit, ten times as large, becomes about that digit."""
+    data = load_digits()
+    model = next(m for m in models.digits if m.mixer == "rotary" and not m.moved)
+    same = 0
+    for digit in data.test[:15]:
+        large = Image.fromarray((digit * 255).byte().numpy()).resize((80, 80), Image.BILINEAR)
+        framed = Image.new("L", (120, 100))
+        framed.paste(large, (20, 10))
+        again = from_image(encoded(framed))
+        one, other = (model.answer(d, 10, 10).probabilities for d in (digit, again))
+        same += int(np.argmax(one) == np.argmax(other))
+    assert same >= 12
+
+
+def bomb():
+    """The header of a PNG of 60,000 pixels a side."""
+    content = bytearray(encoded(Image.new("1", (8, 8))))
+    content[16:24] = (60_000).to_bytes(4, "big") * 2
+    import zlib
+
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"not an image", "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"0" * 40, "not a"),
+        (b"0" * (MOST_BYTES + 1), "want at most 5,242,880"),
+        (encoded(Image.new("L", (5000, 4000))), "5000×4000 pixels"),
+        (bomb(), "pixels"),
+        (encoded(Image.new("RGB", (30, 30), "red")), "one colour"),
+    ],
+    ids=["empty", "text", "damaged", "bytes", "pixels", "bomb", "plain"],
+)
+def test_uploads_that_are_refused(content, said):
+    with pytest.raises(ValueError, match=said):
+        from_image(content)
+
+
+def test_a_bitmap_of_nothing():
+    with pytest.raises(ValueError, match="nothing to see"):
+        bitmap(Image.new("L", (9, 9)))
+    assert bitmap(Image.new("L", (3, 9), 255)).sum() == SIDE * round(SIDE / 3)
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_an_image_model_saw(mixer, pool):
+    if mixer == "convolution" and pool == "cls":
+        pytest.skip("a convolution has no class token")
+    model = create_model(
+        "vit", mixer=mixer, image_size=12, patch_size=4, channels=1, num_classes=10, dim=16,
+        depth=2, heads=2, pool=pool,
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 1, 12, 12)
+    with torch.inference_mode():
+        logits, maps = seen(model, x)
+        assert torch.equal(logits, model(x))
+    wanted = attention_maps(model, x[0])
+    assert len(maps) == len(wanted) == 2
+    for found, want in zip(maps, wanted, strict=True):
+        if mixer == "convolution":
+            assert found is want is None
+        else:
+            assert torch.allclose(found, want)
+            assert torch.allclose(found.sum(-1), torch.ones(()))
+    assert not any(block.mixer._forward_pre_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in IMAGE_MIXERS])
+def test_what_a_language_model_saw(mixer):
+    model = create_model(
+        "gpt", mixer=mixer, context=9, vocab_size=20, dim=16, depth=2, heads=2
+    ).eval()
+    ids = torch.randint(20, (1, 7))
+    with torch.inference_mode():
+        logits, maps = seen(model, ids)
+        assert torch.equal(logits, model(ids))
+    for weights in maps:
+        assert weights.shape == (2, 7, 7)
+        assert torch.allclose(weights.sum(-1), torch.ones(()))
+        assert (weights.triu(1) == 0).all()
+
+
+def test_models_of_other_kinds_have_no_maps():
+    model = create_model("resnet26", width=8, num_classes=10, in_channels=1).eval()
+    with torch.inference_mode():
+        assert seen(model, torch.randn(1, 1, 32, 32))[1] == []
+
+
+def test_what_ships(models):
+    assert {path.name for path in SHIPPED.iterdir()} == {planned.name for planned in training.PLAN}
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) <= 8_000_000
+    assert [m.moved for m in models.digits] == [True] * 6 + [False] * 3
+    assert [m.mixer for m in models.text] == ["attention", "rotary", "alpha", "translution"]
+    for planned in training.PLAN:
+        about = read_about(SHIPPED / planned.name)
+        config = load(Config, training.RECIPES / planned.recipe, planned.changes)
+        assert about["config"] == config.model_dump(mode="json"), planned.name
+        assert about["step"] == config.train.steps
+
+
+def test_the_accuracies_that_are_told_are_true(models):
+    for model in models.digits:
+        if model.mixer != "rotary":
+            continue
+        data = load_digits()
+        images = place(data.test, 28, torch.full((len(data.test), 2), 10))
+        with torch.inference_mode():
+            found = model.model(images * 2 - 1).argmax(-1)
+        share = (found == data.test_labels).float().mean().item()
+        assert share == pytest.approx(model.metrics["test_accuracy_centred"], abs=0.004)
+
+
+def test_all_places_are_as_each(models):
+    model, digit = models.digits[-1], load_digits().test[3]
+    places = torch.tensor([[0, 0], [5, 20], [20, 20]])
+    found = model.answers(digit, places).tolist()
+    each = [int(np.argmax(model.answer(digit, *at).probabilities)) for at in places.tolist()]
+    assert found == each
+
+
+def test_text(models):
+    model = models.text[-1]
+    answer = model.answer("This PEP proposes to add")
+    assert [answer.tokens[i].start for i in (0, -1)] == [0, len("This PEP proposes to")]
+    assert "".join(t.text for t in answer.tokens) == "This PEP proposes to add"
+    shares = [p for _, p in answer.top]
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) == 10
+    assert shares[0] == pytest.approx(answer.probabilities.max().item())
+    assert model.answer("") is None
+    likeliest = int(answer.probabilities.argmax())
+    longer = model.continued("This PEP proposes to add", likeliest)
+    assert longer == "This PEP proposes to add" + answer.top[0][0]
+
+
+def test_a_long_prompt_is_cut_to_the_context(models):
+    for model in models.text:
+        assert len(model.answer("word " * 500).tokens) == model.model.config.context
+
+
+def test_half_a_character_has_a_name(models):
+    model = models.text[0]
+    for token in model.tokenizer.encode("é☃").ids:
+        assert model.text(token)
+
+
+# -- runs of the user's --------------------------------------------------------------------------
+
+
+def checkpoint(folder, data, name="vit", **options):
+    """A checkpoint's folder, of a model with fresh weights."""
+    folder.mkdir()
+    model = create_model(name, **options)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
+    config = {"model": {"name": name, **options}, "data": data, "train": {"steps": 1}}
+    about = {"format": FORMAT, "model": {"name": name, "options": options}, "config": config,
+             "classes": None, "step": 1, "metrics": {}}  # fmt: skip
+    (folder / ABOUT).write_text(json.dumps(about))
+    return folder
+
+
+def test_the_patch_at_a_pixel(models):
+    fine = models.digits[0]
+    assert [fine.patch_at(*at) for at in ((0, 0), (3.5, 4), (27.5, 0.5), (14, 14))] == [
+        0,
+        1,
+        42,
+        24,
+    ]
+
+
+def test_a_model_without_patches(tmp_path):
+    data = {"kind": "images", "format": "digits", "canvas": 32}
+    options = {"width": 8, "num_classes": 10, "in_channels": 1}
+    run = checkpoint(tmp_path / "plain", data, "resnet26", **options)
+    (model,) = open_models([run]).digits
+    assert (model.name, model.patch, model.patch_at(9, 9)) == ("plain (resnet26)", 0, 0)
+    answer = model.answer(load_digits().test[0], 0, 24)
+    image = np.zeros((32, 32), np.uint8)
+    text = digit_card(model, answer, image, (0, 24), 1, Look(), Tally(25), None)
+    assert "no attention to show" in text
+
+
+SMALL = {"channels": 1, "num_classes": 10, "dim": 8, "depth": 1, "heads": 2}
+
+
+def test_a_run_of_ones_own(tmp_path):
+    data = {"kind": "images", "format": "digits", "canvas": 20, "moved": True}
+    run = checkpoint(tmp_path / "mine", data, image_size=20, patch_size=5, mixer="alpha", **SMALL)
+    (model,) = open_models([run]).digits
+    assert (model.name, model.canvas, model.patch) == ("mine (α-Translution)", 20, 5)
+    assert len(model.answer(load_digits().test[0], 12, 0).probabilities) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            {"kind": "images", "format": "folder", "train": "images", "image_size": 8},
+            "'vit' on 'folder'",
+        ),
+        ({"kind": "images", "format": "digits", "channels": 3}, "'vit' on 'digits'"),
+        ({"kind": "text", "train": ["a"], "context": 8}, "'vit' on 'files'"),
+    ],
+)
+def test_a_run_of_another_kind(tmp_path, data, said):
+    run = checkpoint(tmp_path / "other", data, image_size=8, patch_size=4, **SMALL)
+    with pytest.raises(ValueError, match=f"run: .*other is {said}, want one on scikit-learn's"):
+        open_models([run])
+
+
+def test_a_run_whose_description_is_broken(tmp_path):
+    data = {"kind": "images", "format": "digits", "canvas": 3}
+    run = checkpoint(tmp_path / "broken", data, image_size=8, patch_size=4, **SMALL)
+    with pytest.raises(ValueError, match="broken: data") as raised:
+        open_models([run])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "--port=0"], "nowhere is no folder"),
+        (["--host=nowhere.invalid"], "host: got 'nowhere.invalid', want an address"),
+    ],
+)
+def test_the_command_says_what_is_wrong(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("sys.argv", ["translution", "demo", "--no-open", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("0.0.0.0", "0.0.0.0 can be reached from other machines"), ("127.0.0.1", "")],
+)
+def test_other_addresses_are_warned_of(monkeypatch, capsys, host, warned):
+    opened, served = [], []
+    monkeypatch.setattr(server, "open_in_browser", opened.append)
+    monkeypatch.setattr(server, "serve", lambda *given: served.append(given) or given[2]())
+    monkeypatch.setattr("sys.argv", ["translution", "demo", "--port=0", f"--host={host}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 0
+    assert len(served[0][0].digits) == 9
+    assert opened[0].startswith(f"http://{host}:")
+    assert said.out == f"translution demo: {opened[0]} (Ctrl-C ends it)\n"
+    assert len(said.err.splitlines()) == bool(warned)
+    assert warned in said.err
+
+
+def test_listening():
+    with listen("127.0.0.1", 0) as one:
+        assert is_loopback(one)
+        port = one.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port: cannot listen on 127.0.0.1, port {port}"):
+            listen("127.0.0.1", port)
+    with listen("0.0.0.0", 0) as every:
+        assert not is_loopback(every)
+    if socket.has_ipv6:
+        try:
+            six = listen("::1", 0)
+        except ValueError:  # this machine has none
+            return
+        with six:
+            assert is_loopback(six)
+
+
+# -- cards ---------------------------------------------------------------------------------------
+
+
+def card(models, mixer="translution", look=Look(), label=3, **more):  # noqa: B008
+    model = next(m for m in models.digits if m.mixer == mixer)
+    digit = load_digits().test[0]
+    image = (place(digit[None], 28, torch.tensor([[4, 9]]))[0, 0] * 255).byte().numpy()
+    answer = model.answer(digit, 4, 9)
+    session = more.pop("session", Tally(21))
+    return digit_card(model, answer, image, (4, 9), label, look, session, more.pop("every", None))
+
+
+def test_a_card_tells_what_the_picture_shows(models):
+    text = card(models, look=Look(1, 0, 17))
+    assert "layer 2, head 1: patch (3, 4) looks most at" in text
+    assert text.count("<tr") == 10
+    assert 'data-look="17"' in text
+    assert "this session: none yet" in text
+
+
+def test_the_last_layer_answers_for_the_class_token(models):
+    assert "class token (it alone asks here) looks most at" in card(models, look=Look(2))
+
+
+def test_layers_and_heads_that_are_not_there(models):
+    assert "no layer 9, mean of heads here" in card(models, look=Look(8))
+    assert "no layer 1, head 5 here" in card(models, look=Look(0, 4))
+    assert "no attention weights" in card(models, "convolution")
+
+
+def test_without_a_label_nothing_is_right_or_wrong(models):
+    assert "verdict" not in card(models, label=None)
+    assert "verdict" in card(models)
+
+
+def test_a_tally():
+    tally = Tally(21)
+    tally.add(0, 20, True)
+    tally.add(0, 20, False)
+    tally.add(3, 3, True)
+    assert str(tally) == "2 of 3 right (67 %)"
+    assert tally.all[0, 20] == 2
+    assert tally.right[0, 20] == 1
+
+
+def test_text_cards_escape_what_was_typed(models):
+    model = models.text[0]
+    text = text_card(model, model.answer('<b onclick="x">&amp;'), Look(), None)
+    assert "<b" not in re.sub(r"<button", "", text).replace("<body", "")
+    assert "onclick=&quot;" not in text or '"x"' not in text
+    assert "Type something" in text_card(model, None, Look(), None)
+
+
+def test_the_token_that_asks(models):
+    model = models.text[0]
+    answer = model.answer("def f(x):")
+    pressed = [
+        re.findall(r'data-start="(\d+)" aria-pressed="true"', text_card(model, answer, Look(), at))
+        for at in (None, 0, answer.tokens[1].start)
+    ]
+    starts = [str(token.start) for token in answer.tokens]
+    assert pressed == [[starts[-1]], [starts[0]], [starts[1]]]
+
+
+def test_what_cannot_be_seen_is_made_visible():
+    assert visible(" a\n\tb") == "␣a⏎⇥b"
+    assert visible("") == "∅"
+
+
+# -- beside the event loop -----------------------------------------------------------------------
+
+
+def test_the_newest_request_is_next():
+    begun, go_on, worked, done = threading.Event(), threading.Event(), [], []
+
+    def work(request):
+        worked.append(request)
+        begun.set()
+        assert go_on.wait(10)
+        if request == "bad":
+            raise ValueError("bad")
+        return request * 2
+
+    async def main():
+        newest = Newest(work, lambda request, answer: done.append((request, answer)), done.append)
+        newest.ask("a")
+        await asyncio.to_thread(begun.wait, 10)  # the loop is free meanwhile
+        for request in ("b", "c", "bad"):
+            newest.ask(request)
+        go_on.set()
+        await newest._task
+        newest.ask("d")
+        await newest._task
+
+    asyncio.run(main())
+    assert worked == ["a", "bad", "d"]
+    assert (done[0], str(done[1]), done[2]) == (("a", "aa"), "bad", ("d", "dd"))
+
+
+# -- how they were trained -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits-centred-rotary", "text-attention"])
+def test_a_model_is_made_to_ship(tmp_path, name):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"PEP: {i}\nTitle: {i * i}\nAnd so on.\n" * 3 for i in range(300)))
+    planned = next(p for p in training.PLAN if p.name == name)
+    out = tmp_path / "out"
+    out.mkdir()
+    steps = ["train.steps=2", "train.batch_size=4", "train.validate_batches=1"]
+    metrics = training.make(planned, out, [str(text)], *steps)
+    assert read_about(out / name)["metrics"] == metrics
+    assert str(tmp_path) not in (out / name / ABOUT).read_text()
+    (model,) = [m for kind in open_models([out / name]) for m in kind]
+    assert model.metrics == metrics
+    assert next(model.model.parameters()).dtype == torch.float32  # in the file they are halves
+
+
+def test_the_documents_tell_the_measures_of_what_ships():
+    text = DOCS.read_text("utf-8")
+    for planned in training.PLAN:
+        about = read_about(SHIPPED / planned.name)
+        metrics = about["metrics"]
+        if planned.name.startswith("digits"):
+            shares = [metrics[f"test_accuracy_{where}"] for where in ("centred", "moved")]
+            told = " | ".join(f"{100 * share:.1f}" for share in shares)
+        else:
+            told = f"{metrics['valid_perplexity']:.1f}"
+        assert any(planned.name in line and told in line for line in text.splitlines()), planned

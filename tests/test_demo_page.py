@@ -1,0 +1,427 @@
+"""The demo's page in a real browser, Debian's chromium."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nicegui")
+pytest.importorskip("lightning")
+pytest.importorskip("playwright.sync_api")
+from PIL import Image
+from playwright import sync_api
+
+from translution import cli
+from translution.data.digits import load_digits
+
+# one server and one browser for all of these, also where pytest-xdist divides the tests
+pytestmark = pytest.mark.xdist_group("demo")
+expect = sync_api.expect
+expect.set_options(timeout=20_000)
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+CARDS = "article.card:visible"
+
+
+def command(*arguments):
+    code = "from translution.cli import main; main()"
+    return [sys.executable, "-c", code, "demo", "--no-open", *arguments]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        reason = "no chromium on this machine: apt-get install chromium"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def server(browser):
+    """The address of the command as a user starts it; it ends well when it is told to."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("--port=0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + process.stderr.read()
+        yield found[0]
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert errors == ""
+
+
+@pytest.fixture
+def window(browser, server):
+    """Opens windows; what a page complains of is an error of the test."""
+    contexts, complaints = [], []
+
+    def open_window(**options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: complaints.append(r.url) if _foreign(r.url, server) else None)
+        page.goto(server)
+        expect(page.locator("[data-said]").first).to_be_visible()
+        return page
+
+    yield open_window
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def page(window):
+    return window()
+
+
+def _foreign(url, server):
+    return not url.startswith((server, server.replace("http", "ws"), "data:", "blob:"))
+
+
+def status(page, name="answers"):
+    return page.locator(f'[data-name="{name}"]')
+
+
+def pad(page):
+    return page.get_by_role("application", name="Canvas with the digit")
+
+
+def option(page, label, name):
+    page.get_by_role("combobox", name=label).click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+def strokes(page, *lines):
+    """Draw lines of (x, y) from 0 to 1 into the square."""
+    square = page.get_by_role("img", name="Square to draw")
+    square.scroll_into_view_if_needed()
+    box = square.bounding_box()
+    for line in lines:
+        for i, (x, y) in enumerate(line):
+            at = box["x"] + x * box["width"], box["y"] + y * box["height"]
+            page.mouse.move(*at)
+            if i == 0:
+                page.mouse.down()
+        page.mouse.up()
+
+
+def test_a_test_digit_is_answered_by_all_mixers(page):
+    expect(page.locator(CARDS)).to_have_count(6)
+    expect(page.locator("[data-said]:visible")).to_have_count(6)
+    expect(status(page)).to_contain_text("test digit 0 at row 10, column 10. attention")
+    expect(page.locator(f"{CARDS} .bars tr")).to_have_count(60)
+    number = page.get_by_role("spinbutton", name="Test digit")
+    number.fill("7")
+    number.press("Enter")
+    expect(status(page)).to_contain_text("test digit 7 at")
+    label = int(load_digits().test_labels[7])
+    expect(page.get_by_role("combobox", name="The digit is a")).to_have_value(str(label))
+    expect(page.locator(".verdict:visible")).to_have_count(6)
+
+
+def test_keys_move_the_digit_and_choose_the_patch(page):
+    pad(page).focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+    expect(status(page)).to_contain_text("row 9, column 12")
+    for key in ("Shift+ArrowLeft", "Shift+ArrowDown"):
+        page.keyboard.press(key)
+    expect(page.locator('.look[data-look="30"]')).to_have_count(5)  # row 4, column 2, from 0
+    for _ in range(15):
+        page.keyboard.press("ArrowRight")
+    expect(status(page)).to_contain_text("row 9, column 20")  # the border
+    page.get_by_role("button", name="Centre").click()
+    expect(status(page)).to_contain_text("row 10, column 10")
+
+
+def test_the_pointer_drags_the_digit_and_chooses_the_patch(page):
+    box = pad(page).locator("canvas").bounding_box()
+    each = box["width"] / 28
+
+    def at(row, column):
+        return box["x"] + column * each, box["y"] + row * each
+
+    page.mouse.move(*at(14, 14))
+    page.mouse.down()
+    page.mouse.move(*at(10, 9), steps=4)
+    page.mouse.move(*at(5, 8), steps=4)
+    page.mouse.up()
+    expect(status(page)).to_contain_text("row 1, column 4")
+    page.mouse.move(*at(27, 27))
+    expect(page.locator('.look[data-look="48"]')).to_have_count(5)
+    expect(status(page)).to_contain_text("row 1, column 4")  # let go
+
+
+def test_touch_drags_too(window):
+    page = window(has_touch=True, viewport={"width": 390, "height": 844})
+    canvas = pad(page).locator("canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    each = box["width"] / 28
+    session = page.context.new_cdp_session(page)
+
+    def touch(kind, *points):
+        at = [{"x": box["x"] + c * each, "y": box["y"] + r * each} for r, c in points]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
+
+    touch("touchStart", (14, 14))
+    touch("touchMove", (16, 18))
+    touch("touchMove", (20, 20))
+    touch("touchEnd")
+    expect(status(page)).to_contain_text("row 16, column 16")
+
+
+def test_drawing(page):
+    strokes(page, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)])
+    expect(status(page)).to_contain_text("drawn digit at row 10")
+    expect(page.locator(".verdict:visible")).to_have_count(0)  # nobody knows what it is
+    page.get_by_role("button", name="All places").click()
+    expect(page.get_by_role("alert").first).to_have_text("All places: say first which digit it is.")
+    option(page, "The digit is a", "1")
+    expect(page.locator(".verdict:visible")).to_have_count(6)
+    page.get_by_role("button", name="Clear").click()
+    strokes(page, [(0.2, 0.2), (0.8, 0.2), (0.4, 0.8)])
+    expect(page.locator(".verdict:visible")).to_have_count(0)
+    number = page.get_by_role("spinbutton", name="Test digit")
+    expect(number).to_have_value("")
+    number.fill("0")
+    expect(status(page)).to_contain_text("test digit 0")
+
+
+def test_models_layers_and_heads_are_chosen(page):
+    page.get_by_role("radio", name="centred digits").click()
+    expect(page.locator(CARDS)).to_have_count(3)
+    expect(page.locator("[data-said]:visible")).to_have_count(3)
+    page.get_by_role("checkbox", name="Translution", exact=True).click()
+    expect(page.locator(CARDS)).to_have_count(2)
+    page.get_by_role("radio", name="digits anywhere").click()
+    expect(page.locator("[data-said]:visible")).to_have_count(6)
+    option(page, "Layer", "layer 2")
+    option(page, "Head", "head 2")
+    caption = page.get_by_role("article", name="Translution", exact=True).locator(".look")
+    expect(caption).to_contain_text("layer 2, head 2: patch (4, 4) looks most at")
+    option(page, "Layer", "layer 3")
+    expect(caption).to_contain_text("class token (it alone asks here)")
+    convolution = page.get_by_role("article", name="convolution 3×3").locator(".look")
+    expect(convolution).to_contain_text("A convolution has no attention weights")
+
+
+def test_answers_by_place(page):
+    for name in ("convolution 3×3", "ACmix", "α-Translution", "Translution"):
+        page.get_by_role("checkbox", name=name, exact=True).click()
+    expect(page.locator(CARDS)).to_have_count(2)
+    rotary = page.get_by_role("article", name="attention, rotary positions")
+    expect(rotary).to_contain_text("this session: 1 of 1 right (100 %)")
+    page.get_by_role("button", name="All places").click()
+    expect(status(page)).to_contain_text("All places. attention, learned positions")
+    expect(rotary.get_by_role("img", name="this digit, all places")).to_be_visible()
+    expect(rotary).to_contain_text(re.compile(r"all places: \d+ of 441 right"))
+    pad(page).press("ArrowUp")
+    expect(rotary).to_contain_text(re.compile(r"this session: \d of 2 right"))
+    page.get_by_role("button", name="Any").click()
+    expect(rotary).not_to_contain_text("all places")  # these were of the digit before
+    page.get_by_role("button", name="Forget answers").click()
+    expect(rotary).to_contain_text("this session: none yet")
+
+
+def test_reloading_begins_anew(page):
+    pad(page).press("ArrowUp")
+    expect(status(page)).to_contain_text("row 9, column 10")
+    page.reload()
+    expect(status(page)).to_contain_text("row 10, column 10")
+    pad(page).press("ArrowDown")
+    expect(status(page)).to_contain_text("row 11, column 10")
+
+
+def test_two_windows_are_independent(window):
+    one, other = window(), window()
+    pad(one).press("ArrowUp")
+    pad(other).press("ArrowDown")
+    one.get_by_role("radio", name="centred digits").click()
+    expect(status(one)).to_contain_text("row 9, column 10")
+    expect(status(other)).to_contain_text("row 11, column 10")
+    expect(one.locator(CARDS)).to_have_count(3)
+    expect(other.locator(CARDS)).to_have_count(6)
+
+
+def upload(page, name, content):
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload an image").click()
+    chooser.value.set_files({"name": name, "mimeType": "image/png", "buffer": content})
+
+
+def test_uploads(page):
+    problem = page.get_by_role("alert").first
+    upload(page, "words.png", b"no image at all")
+    expect(problem).to_have_text("words.png: not an image, or of an unknown format")
+    upload(page, "large.png", b"0" * (5 * 2**20 + 1))
+    expect(problem).to_contain_text("The file is refused: want an image of at most 5,242,880 bytes")
+    file = io.BytesIO()
+    Image.new("L", (5000, 5000)).save(file, "PNG")
+    upload(page, "wide.png", file.getvalue())
+    expect(problem).to_contain_text("wide.png: it has 5000×5000 pixels, want at most 16,000,000")
+    expect(status(page)).to_contain_text("test digit 0")  # still there
+    ink, file = np.full((90, 60), 255, np.uint8), io.BytesIO()
+    ink[10:80, 25:35] = 0
+    Image.fromarray(ink).save(file, "PNG")
+    upload(page, "<b>one.png", file.getvalue())
+    expect(status(page)).to_contain_text("uploaded <b>one.png at row 10")
+    expect(problem).to_have_text("")
+
+
+def test_text(page):
+    page.get_by_role("tab", name="Text").click()
+    cards = page.locator(CARDS)
+    expect(cards).to_have_count(4)
+    expect(cards.first.locator(".bars tr")).to_have_count(10)
+    prompt = page.get_by_role("textbox", name="Prompt")
+    prompt.fill("import sys<img src=x>")
+    expect(cards.first.get_by_role("group", name="Tokens of the prompt")).to_contain_text("sys")
+    tokens = cards.first.locator(".tokens button")
+    expect(tokens.last).to_have_attribute("aria-pressed", "true")
+    tokens.first.click()
+    expect(tokens.first).to_have_attribute("aria-pressed", "true")
+    expect(cards.last.locator(".tokens button").first).to_have_attribute("aria-pressed", "true")
+    expect(cards.first.locator(".told")).to_contain_text("'imp' looks most at 'imp', 100.0 %")
+    option(page, "Layer", "layer 2")
+    expect(cards.first.locator(".told")).to_contain_text("layer 2")
+    option(page, "Who writes", "Translution")
+    likeliest = cards.last.locator(".bars th").first.inner_text()
+    page.get_by_role("button", name="Append likeliest").click()
+    expect(prompt).not_to_have_value("import sys<img src=x>")
+    added = prompt.input_value().removeprefix("import sys<img src=x>")
+    assert added.replace(" ", "␣").replace("\n", "⏎") == likeliest
+    before = prompt.input_value()
+    page.get_by_role("button", name="Append sampled").click()
+    expect(prompt).not_to_have_value(before)
+    assert prompt.input_value().startswith(before)
+    prompt.fill("")
+    expect(cards.first).to_contain_text("Type something.")
+    page.get_by_role("button", name="Append likeliest").click()
+    expect(page.get_by_role("alert").last).to_have_text("Append: want a prompt with a token.")
+
+
+# -- for everyone --------------------------------------------------------------------------------
+
+# (Quasar lets nobody name a tab's panel; in each lies a region with a name)
+NAMED = {
+    "button", "checkbox", "radio", "radiogroup", "combobox", "spinbutton", "textbox", "tab", "img",
+    "application", "article", "image", "group", "table", "tablist", "region",
+}  # fmt: skip
+
+
+def nameless(page):
+    """Elements of the accessibility tree that do something and have no name."""
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    found = [n for n in nodes if not n["ignored"] and n.get("role", {}).get("value") in NAMED]
+    assert len(found) > 40
+    without = [n for n in found if not n.get("name", {}).get("value", "").strip()]
+    return [(n["role"]["value"], n.get("properties")) for n in without]
+
+
+def test_everything_has_a_name(page):
+    assert nameless(page) == []
+    page.get_by_role("tab", name="Text").click()
+    expect(page.locator(".tokens button").first).to_be_visible()
+    assert nameless(page) == []
+    assert page.locator("html").get_attribute("lang") == "en-US"
+
+
+def test_all_controls_are_reached_with_the_tab_key(page):
+    """In the order that they are read in."""
+    wanted = ["Digits", "digits anywhere", "Translution", "Layer", "Canvas", "Test digit", "Any",
+              "Centre", "Upload", "Clear", "The digit is a", "All places", "Forget"]  # fmt: skip
+    told = """() => { const e = document.activeElement;
+        return e.getAttribute("aria-label") || e.labels?.[0]?.innerText || e.innerText
+            || e.closest("label")?.innerText || ""; }"""
+    names = []
+    for _ in range(24):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate(told))
+    at = [next((i for i, n in enumerate(names) if want in n), -1) for want in wanted]
+    assert -1 not in at, (wanted, names)
+    assert at == sorted(at), names
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_and_texts_can_be_read(window, scheme):
+    page = window(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    for tab in ("Digits", "Text"):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(CARDS).first).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate(CONTRAST) == []
+
+
+# texts whose contrast to what is behind them is below 4.5, and the contrast
+CONTRAST = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (c) => {
+    const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor;
+      if (c.startsWith("color(srgb")) return parse(c.slice(10)).slice(0, 3).map((v) => 255 * v);
+      const [r, g, b, a = 1] = parse(c);
+      if (a > 0.5) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const e of document.querySelectorAll("main *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !e.checkVisibility() || e.closest("svg")) continue;
+    const [one, other] = [parse(getComputedStyle(e).color).slice(0, 3), behind(e)].map(light);
+    const contrast = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
+    if (contrast < 4.5) found.push(`${e.className} ${e.textContent}: ${contrast.toFixed(2)}`);
+  }
+  return found;
+}"""
+
+
+# -- the server ----------------------------------------------------------------------------------
+
+
+def test_it_listens_on_loopback_alone(server):
+    port = int(server.rpartition(":")[2])
+    with open("/proc/net/tcp") as file, open("/proc/net/tcp6") as six:
+        lines = [line.split() for line in [*file, *six]]
+    at = [x[1] for x in lines if x[1].endswith(f":{port:04X}") and x[3] == "0A"]
+    assert at == [f"0100007F:{port:04X}"]
+
+
+def test_a_taken_port_is_one_clear_line(server, monkeypatch, capsys):
+    port = server.rpartition(":")[2]
+    monkeypatch.setattr("sys.argv", ["translution", "demo", "--no-open", f"--port={port}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"translution: port: cannot listen on 127.0.0.1, port {port}")
