@@ -56,6 +56,8 @@ def server(browser):
     process = subprocess.Popen(
         command("--port=0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment,
+        # where the tests run in the background, Ctrl-C is ignored unless it is asked for
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
         line = process.stdout.readline()
