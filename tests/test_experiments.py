@@ -293,6 +293,13 @@ def test_the_experiments_here_are_whole(path):
     assert found.arms(BUDGETS)
 
 
+def test_the_experiment_of_the_docs_is_whole(tmp_path):
+    text = (ROOT / "docs" / "experiments.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(text)
+    found = load(Experiment, tmp_path / "mine.yaml")
+    assert len(found.arms(BUDGETS)) == 3 + 2 + 2
+
+
 def translution(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "translution", "experiment", *map(str, arguments)],
