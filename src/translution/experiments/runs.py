@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import shutil
@@ -241,6 +242,7 @@ def make_run(
     write_whole(folder / RESULT, lambda to: to.write_text(text, "utf-8"))
     if not keep:
         shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    gc.collect()  # a trainer and its data are a cycle, and hold more than the collector can see
     return result
 
 
