@@ -18,6 +18,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from translution import cli
+from translution.export import portable
 from translution.training.checkpoints import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -78,3 +79,21 @@ def test_a_run_becomes_a_program(run, tmp_path, kind, quantise):
     assert after < 0.5 * before
     assert 0 < mean < largest < 0.05 * float(want.abs().max())
     assert off.max() > 0  # it is the eight-bit one that was written
+
+
+def test_a_shared_folder_becomes_a_program(run, tmp_path):
+    command("share", run, tmp_path / "shared")
+    command("export", tmp_path / "shared", "--to", "torch", "--out", tmp_path / "model.pt2")
+    trained, x = open_checkpoint(run).model, torch.randn(3, 1, 20, 20)
+    with torch.no_grad():
+        want = trained(x)
+        found = torch.export.load(tmp_path / "model.pt2").module()(x)
+    torch.testing.assert_close(found, want)
+
+
+def test_a_size_that_does_not_fit_is_one_line(run, tmp_path):
+    with pytest.raises(AssertionError):
+        command("export", run, "--to", "torch", "--out", tmp_path / "m.pt2", "--size", "99")
+    with pytest.raises(ValueError, match="image: got shape"):
+        portable(open_checkpoint(run).model, torch.randn(2, 1, 99, 99))
+    assert not (tmp_path / "m.pt2").exists()

@@ -332,7 +332,7 @@ def test_sharing(ended, tmp_path):
         assert torch.equal(Pretrained.from_pretrained(folder)(x), trained(x))
     assert load_file(folder / "model.safetensors").keys() == trained.state_dict().keys()
     assert "FOLDER: " in refused("share", run, run)
-    assert "holds no checkpoint" in refused("share", folder, tmp_path / "other")
+    assert "holds a saved model, but no checkpoint" in refused("share", folder, tmp_path / "other")
     (tmp_path / "file").write_text("")
     assert "want a folder" in refused("share", run, tmp_path / "file")
 

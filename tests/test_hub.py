@@ -139,6 +139,10 @@ def test_the_card_counts_what_is_computed():
 
 def test_saving_refuses_another_model(tmp_path):
     model = make()
+    for wrong in ({"data": 3}, {"data": ["a"]}, {"results": "x"}, {"results": {"a": "b"}}):
+        with pytest.raises(ValueError, match=rf"{next(iter(wrong))}: got .*, want"):
+            model.save_pretrained(tmp_path / "wrong", **wrong)
+        assert not (tmp_path / "wrong").exists()
     with pytest.raises(ValueError, match=r"classes: got 2, but the model has 3"):
         model.save_pretrained(tmp_path, classes=["a", "b"])
     model.head = torch.nn.Linear(12, 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,14 +39,25 @@ def load(kind: type[O], path: Path | str, changes: Sequence[str] = ()) -> O:
     return parse(kind, content, str(path), changes)
 
 
-def parse(kind: type[O], content: dict[str, Any], source: str, changes: Sequence[str] = ()) -> O:
-    """The configuration in a dict that came from `source`, with changes as above."""
+def parse(
+    kind: type[O],
+    content: dict[str, Any],
+    source: str,
+    changes: Sequence[str] | Mapping[str, Any] = (),
+) -> O:
+    """The configuration in a dict that came from `source`, with changes as above, or with such as
+    {"train.steps": 100} that come from there too."""
     content, given = copy.deepcopy(content), set()
+    if isinstance(changes, Mapping):
+        for key, value in changes.items():
+            _put(content, key.split("."), copy.deepcopy(value), f"{source}: {key!r}")
+        changes = ()
     for change in changes:
-        key, equals, value = change.removeprefix("--").partition("=")
+        key, equals, text = str(change).removeprefix("--").partition("=")
         if not equals or not key:
             raise ValueError(f"command line: got {change!r}, want --key=value such as --seed=1")
-        _put(content, key.split("."), _read(value, f"command line: {key}"), change)
+        where = f"command line: {change!r}"
+        _put(content, key.split("."), _read(text, f"command line: {key}"), where)
         given.add(key)
     try:
         return kind.model_validate(content)
@@ -68,13 +79,13 @@ def _read(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _put(content: dict[str, Any], keys: list[str], value: Any, change: str) -> None:
+def _put(content: dict[str, Any], keys: list[str], value: Any, told: str) -> None:
     for key in keys[:-1]:
         if content.get(key) is None:
             content[key] = {}
         content = content[key]
         if not isinstance(content, dict):
-            raise ValueError(f"command line: {change!r} goes into {key!r}, which is a value")
+            raise ValueError(f"{told} goes into {key!r}, which is a value")
     content[keys[-1]] = value
 
 

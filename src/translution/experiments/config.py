@@ -83,13 +83,15 @@ class Experiment(Options):
     tests: dict[str, Changes] = Field({"": {}}, min_length=1)
     rates: tuple[float, ...] = Field(min_length=1)
     seeds: int = Field(3, ge=1)
-    measures: tuple[Literal[tuple(MEASURES)], ...] = Field(min_length=1)  # type: ignore[valid-type]
+    measures: tuple[Literal[tuple(MEASURES)], ...]  # type: ignore[valid-type]
     time: Budget | None = None
     parameters: Budget | None = None
     axis: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
+        if not self.measures:
+            raise ValueError(f"measures: got none, want some of {list(MEASURES)}")
         for name in ("time", "parameters"):
             budget: Budget | None = getattr(self, name)
             if budget is None:
@@ -138,8 +140,7 @@ class Experiment(Options):
         return self._parse(arm.name, self.changes(arm) | {"seed": seed} | self.tests[test])
 
     def _parse(self, name: str, changes: Changes) -> Config:
-        given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-        return parse(Config, self.base, name, given)
+        return parse(Config, self.base, name, changes)
 
 
 @dataclass(frozen=True)

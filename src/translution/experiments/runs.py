@@ -109,8 +109,8 @@ class Runs:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if found["identity"] != run.identity:
             raise ValueError(
-                f"out: {path.parent} holds a run of another configuration; want another folder, or "
-                "that one removed"
+                f"out: {path.parent} holds a run of another configuration (its run/config.yaml has "
+                "it); want another folder, or that one removed"
             )
         return found
 
@@ -157,12 +157,14 @@ class Runs:
             self._facts = kept or self.known.get("facts", {})
             rows = self.experiment.rows
             if set(self._facts.get("rows", {})) != set(rows):
-                arm = [Arm(row, next(iter(self.experiment.regimes)), "steps") for row in rows]
-                configs = [self.experiment.config(one, self.experiment.rates[0], 0) for one in arm]
+                regime, rate = next(iter(self.experiment.regimes)), self.experiment.rates[0]
+                configs = {
+                    row: self.experiment.config(Arm(row, regime, "steps"), rate, 0) for row in rows
+                }
                 self._facts = {"machine": machine("cpu"), "rows": {}}
-                for row, parameters, seconds in zip(
-                    rows, map(parameters_of, configs), seconds_of_steps(configs), strict=True
-                ):
+                sizes = [parameters_of(config, row) for row, config in configs.items()]
+                times = seconds_of_steps(list(configs.values()))
+                for row, parameters, seconds in zip(rows, sizes, times, strict=True):
                     self._facts["rows"][row] = {
                         "parameters": parameters, "step_ms": round(1e3 * seconds, 2)
                     }  # fmt: skip
@@ -281,8 +283,12 @@ def model_on(config: Config, device: str) -> tuple[torch.nn.Module, Data]:
         return create_model(name, **options), data
 
 
-def parameters_of(config: Config) -> int:
-    return sum(p.numel() for p in model_on(config, "meta")[0].parameters())
+def parameters_of(config: Config, row: str = "") -> int:
+    """row: what to blame where there is no such model."""
+    try:
+        return sum(p.numel() for p in model_on(config, "meta")[0].parameters())
+    except ValueError as error:
+        raise ValueError(f"rows: {row}: {error}" if row else str(error)) from None
 
 
 def widened(config: Config, parameters: int) -> int:

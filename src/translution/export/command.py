@@ -12,7 +12,10 @@ __all__ = ["export"]
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A run's or checkpoint's folder, or a model's name (untrained).")
+        str,
+        typer.Argument(
+            help="A run's, checkpoint's or saved model's folder, or a name (untrained)."
+        ),
     ],
     to: Annotated[str, typer.Option(help="torch, onnx or aoti.")],
     out: Annotated[Path, typer.Option(help="File: .pt2 for torch and aoti, .onnx for onnx.")],
@@ -40,6 +43,7 @@ def export(
     from rich.console import Console
 
     from ..models import create_model
+    from ..models.pretrained import CONFIG, Pretrained
     from .files import check_kind, open_program, save_program
     from .programs import difference, example, portable
     from .quantise import quantise as quantised
@@ -49,10 +53,14 @@ def export(
     dynamic = batch == "dynamic"
     if not dynamic and not (batch.isdecimal() and int(batch) > 0):
         raise ValueError(f"batch: got {batch!r}, want 'dynamic' or a number of at least 1")
-    if Path(model).expanduser().exists():
+    original: torch.nn.Module
+    folder = Path(model).expanduser()
+    if (folder / CONFIG).is_file():  # written by save_pretrained
+        original = Pretrained.from_pretrained(folder)
+    elif folder.exists():
         from ..training.checkpoints import open_checkpoint
 
-        original = open_checkpoint(model).model
+        original = open_checkpoint(folder).model
     else:
         original = create_model(model).eval()
     console = Console(highlight=False)

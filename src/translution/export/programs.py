@@ -43,7 +43,7 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
         dynamic: any batch; `x` then needs two samples or more.
 
     Raises:
-        ValueError: a batch of one with `dynamic`.
+        ValueError: a batch of one with `dynamic`, or an input that the model does not take.
     """
     if dynamic and x.shape[0] < 2:
         raise ValueError(f"x: got a batch of {x.shape[0]}, want at least 2 to trace any batch")
@@ -51,6 +51,7 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
     shapes = ({0: Dim.DYNAMIC if dynamic else None},)
     try:
         with torch.no_grad():
+            model.eval()(x)  # what is wrong with x is told plainly here
             # strict: reading Python, it keeps len(x) symbolic
             traced = torch.export.export(model.eval(), (x,), dynamic_shapes=shapes, strict=True)
             graph = _translated(traced)

@@ -83,6 +83,11 @@ class Pretrained(nn.Module):
             OSError: a folder that cannot be written.
             ImportError: safetensors is missing; it says how to install it.
         """
+        if not isinstance(data, str | None):
+            raise ValueError(f"data: got {type(data).__name__}, want text")
+        numbers = list(results.values()) if isinstance(results, Mapping) else [results]
+        if results is not None and not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"results: got {results!r}, want numbers by what was measured")
         save_file = _needed("safetensors.torch").save_file
         from .. import __version__
         from .card import model_card
@@ -130,7 +135,8 @@ class Pretrained(nn.Module):
             folder = _download(str(source), hub)
         elif hub:
             raise ValueError(
-                f"{min(hub)}: {source} is a folder, want it with a name on the Hub only"
+                f"{min(hub)}: {source} is a folder, want no arguments of the Hub with it (the "
+                "model's own options are in its configuration)"
             )
         if not (folder / CONFIG).is_file():
             folder = find_checkpoint(folder)
@@ -256,6 +262,10 @@ def find_checkpoint(path: Path | str) -> Path:
     found = newest(folder, "best") or newest(folder)
     if found is None:
         have = "is no folder" if not path.is_dir() else "holds no checkpoint"
+        if (path / CONFIG).is_file():
+            have = "holds a saved model, but no checkpoint"
+        elif (path / WEIGHTS).is_file():
+            have = f"has {WEIGHTS}, but neither {CONFIG} nor {ABOUT} beside it"
         raise ValueError(f"checkpoint: {path} {have}; want a run's folder or a checkpoint's")
     return found
 

@@ -68,8 +68,8 @@ def _load(path: Path) -> Any:
             "alone with safetensors.torch.save_file or torch.save. "
             f"({str(error).strip().splitlines()[0]})"
         ) from None
-    except OSError:
-        raise
     except Exception as error:  # what other bytes lead to is as good as arbitrary
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it cannot be read; torch's own OSErrors name no file
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ValueError(f"{path}: not a whole file of torch.save ({first})") from None
