@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from translution import Translution1d
-from translution.convert import Converted, convert, resize_offsets
+from translution.convert import Converted, convert, make_relative, make_shared, resize_offsets
 
+load_model, save_model = (
+    getattr(pytest.importorskip("safetensors.torch"), f"{verb}_model") for verb in ("load", "save")
+)
 transformers = pytest.importorskip("transformers")
 
 VIT = {
@@ -258,6 +261,44 @@ def test_training(tmp_path):
             assert (near - out).abs().max() < 0.1 * out.abs().max()
 
 
+@pytest.mark.parametrize("to", ["translution", "alpha"])
+@pytest.mark.parametrize("name", ["vit", "gpt2"])  # the weights of GPT-2's ends are tied
+def test_saved_and_loaded(name, to, tmp_path):
+    """As docs/upgrading.md says; and the model as a whole, for those who pickle it."""
+
+    def make():
+        model = image_model(name) if name == "vit" else text_model(name)
+        convert(model, layers=[1], to=to, relative="qkv")
+        return model
+
+    model, given = (
+        make(),
+        {"pixel_values": torch.randn(2, 3, 32, 32)} if name == "vit" else inputs(),
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    out = first(model(**given))
+    save_model(model, tmp_path / "model.safetensors")
+    again = make()
+    load_model(again, tmp_path / "model.safetensors")
+    assert torch.equal(first(again(**given)), out)
+    torch.save(model, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)  # of this test
+    assert torch.equal(first(whole(**given)), out)
+    whole.set_attn_implementation("eager")
+    assert len(whole(**given, output_attentions=True).attentions) == 2
+
+
+def test_torchs_own_are_pickled(tmp_path):
+    model = Around(nn.MultiheadAttention(16, 4, batch_first=True))
+    convert(model, grid=9)
+    x = torch.randn(2, 9, 16)
+    torch.save(model, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(first(whole(x)), first(model(x)))
+
+
 def test_conversion_without_gradients_still_trains():
     model = text_model("gpt2")
     model.transformer.h[1].attn.requires_grad_(False)
@@ -281,6 +322,41 @@ def test_dropout_is_the_hosts(which):
     assert torch.equal(first(model(**given)), first(model(**given)))
     model.train()
     assert not torch.equal(first(model(**given)), first(model(**given)))
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["model", "layer"])
+def test_converted_models_change_hands(part):
+    """The whole model, or one converted layer."""
+    model, given = image_model("vit"), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    y = first(model(**given))
+    names = [c.name for c in convert(model, relative="v").changes]
+    layers = [model.get_submodule(name) for name in names]
+    make_relative(layers[0] if part else model, "qk")
+    assert [m.layer.relative for m in layers] == ["qkv", "v" if part else "qkv"]
+    torch.testing.assert_close(first(model(**given)), y, rtol=2e-5, atol=2e-5)
+    make_shared(layers[0] if part else model, "kv")
+    assert [m.layer.relative for m in layers] == ["q", "v" if part else "q"]
+    torch.testing.assert_close(first(model(**given)), y, rtol=2e-5, atol=2e-5)
+    resize_offsets(layers[0] if part else model, 5)
+    assert [m.layer.layout.grid for m in layers] == [(5, 5), (4, 4) if part else (5, 5)]
+    torch.testing.assert_close(first(model(**given)), y, rtol=2e-5, atol=2e-5)
+
+
+def test_norms_stay_on_what_is_shared():
+    model = text_model("qwen3", num_key_value_heads=4)
+    convert(model, relative="v")
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.layer: relative: got 'k', .*rotary"
+    ):
+        make_relative(model, "k")
+    for m in model.modules():
+        if isinstance(m, Converted):
+            m.layer.rotary = False
+    with pytest.raises(ValueError, match=r"layer: relative: got 'k', but q and k have norms"):
+        make_relative(model, "k")
+    make_shared(model, "v")
+    make_relative(model, "v")
+    assert first(model(**inputs())).isfinite().all()
 
 
 # -- torch's own -----------------------------------------------------------------------------------
@@ -320,7 +396,7 @@ def test_multihead_attention(batch_first, boolean, average):
         model(x, is_causal=True)
     with pytest.raises(ValueError, match="want a batch"):
         model(x[0])
-    with pytest.raises(ValueError, match="want self-attention"):
+    with pytest.raises(ValueError, match=r"attention: key: .*want self-attention.*layers="):
         model.attention(x, x + 1, x)
 
 
@@ -424,6 +500,91 @@ def test_layers_are_chosen():
         names(layers=["transformer.h.0.mlp"])
 
 
+def test_converted_layers_count():
+    """A layer keeps its number, however many are converted; those that are stay as they are."""
+    model = text_model("gpt2", num_hidden_layers=3)
+    given = inputs()
+    before = first(model(**given))
+    assert [c.name for c in convert(model, layers=[0]).changes] == ["transformer.h.0.attn"]
+    done = model.transformer.h[0].attn
+    for again in ([0], [-3], ["transformer.h.0.attn"], [1, 0]):
+        with pytest.raises(
+            ValueError, match=r"layers: got .*h\.0\.attn is converted already; make_"
+        ):
+            convert(model, layers=again)
+    with pytest.raises(
+        ValueError, match=r"layers: got 1, .*\(1 of 3 layers\) is converted already"
+    ):
+        convert(model, layers=1)
+    with pytest.raises(ValueError, match="layers: got 3, want 0 to 2"):
+        convert(model, layers=[3])
+    assert not isinstance(model.transformer.h[1].attn, Converted)
+    plan = convert(model, layers=[1], to="alpha")
+    assert [c.name for c in plan.changes] == ["transformer.h.1.attn"]
+    assert [c.name for c in convert(model).changes] == ["transformer.h.2.attn"]
+    assert model.transformer.h[0].attn is done
+    torch.testing.assert_close(first(model(**given)), before, rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match=r"\(3 of 3 layers\) is converted already; make_relative"):
+        convert(model)
+    model = text_model("gpt2", num_hidden_layers=3)
+    convert(model, layers=1)
+    assert [c.name for c in convert(model, layers=2).changes] == ["transformer.h.1.attn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "message"),
+    [
+        ("vit", {"prefix": 0}, r"prefix: got 0, but the model has 1 \(.*cls_token\); want 1"),
+        ("vit", {"prefix": 5}, "prefix: got 5, but the model has 1"),
+        ("vit", {"prefix": "1"}, "prefix: got '1', but the model has 1"),
+        ("deit", {"prefix": 1}, "prefix: got 1, but the model has 2"),
+        ("registers", {"prefix": 1}, "prefix: got 1, but the model has 5"),
+        (
+            "vit",
+            {"grid": (3, 3)},
+            r"grid: got \(3, 3\), but the model's images have \(4, 4\) patch",
+        ),
+        ("vit", {"grid": (5, 3)}, r"grid: got \(5, 3\), but.*resize_offsets"),
+        ("vit", {"grid": (4, 4, 4)}, "grid: got"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_geometry_that_the_model_contradicts(name, keywords, message, dry_run):
+    model = image_model(name)
+    with pytest.raises(ValueError, match=message):
+        convert(model, dry_run=dry_run, **keywords)
+    assert not any(isinstance(m, Converted) for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_geometry_that_the_model_leaves_open():
+    """More patches than its images have; fewer where it takes images of any size; tokens that only
+    its caller knows."""
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    same(image_model("vit"), images, grid=(5, 6), prefix=1)
+    small = {"pixel_values": torch.randn(2, 3, 16, 24)}
+    same(image_model("dinov2"), small, grid=(2, 3))
+
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = nn.Module()
+            self.patch_embed.proj = nn.Conv2d(3, 16, 8, 8)
+            self.cls_token = nn.Parameter(torch.randn(1, 1, 16))
+            self.prompt = nn.Parameter(torch.randn(1, 2, 16))
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.patch_embed.proj(x).flatten(2).mT
+            front = torch.cat([self.cls_token, self.prompt], 1).expand(len(x), -1, -1)
+            x = torch.cat([front, x], 1)
+            return self.attention(x, x, x)
+
+    with pytest.raises(ValueError, match="prefix: got 0, but the model has 1"):
+        convert(Prompted(), grid=4, prefix=0)
+    same(shaken(Prompted()), {"x": torch.randn(2, 3, 32, 32)}, grid=4, prefix=3)
+
+
 def test_a_shared_layer_stays_shared():
     inner = Around(nn.MultiheadAttention(16, 4, batch_first=True), need_weights=False)
     model = nn.ModuleDict({"one": inner, "two": inner})
@@ -442,7 +603,8 @@ def test_a_shared_layer_stays_shared():
         (lambda: nn.MultiheadAttention(8, 2), {"grid": 3}, "model: is the attention itself"),
         (lambda: text_model("gpt2"), {"to": "beta"}, "to: got 'beta'"),
         (lambda: text_model("gpt2"), {"relative": ""}, "relative: got ''"),
-        (lambda: text_model("gpt2"), {"relative": "qx"}, "relative: got 'qx'"),
+        (lambda: text_model("gpt2"), {"relative": "qx"}, "relative: got 'qx', want one or more of"),
+        (lambda: text_model("gpt2"), {"relative": None}, "relative: got None, want one or more of"),
         (lambda: text_model("gpt2"), {"prefix": 1}, r"h\.0\.attn \(GPT2Attention\): prefix"),
         (lambda: text_model("gpt2"), {"to": "alpha", "rank": 0}, "rank: got 0"),
         (lambda: text_model("gpt2"), {"grid": (2, 2, 2)}, "grid: got"),
@@ -509,6 +671,7 @@ def test_other_attention_implementations_and_layers_are_refused():
 TIMM = Path(sys.prefix) / "timm"
 SCRIPT = """
 import copy
+import pickle
 import torch
 torch.set_num_threads(1)
 for name in "nms", "qnms":  # what torchvision registers, and misses here
@@ -547,6 +710,13 @@ except ValueError as error:
     assert "blocks.0.attn (Attention): relative: 'q' has a norm" in str(error), error
 else:
     raise AssertionError
+for wrong in dict(prefix=0), dict(grid=3), dict(grid=(4, 2)):
+    try:
+        convert(model, **wrong)
+    except ValueError as error:
+        assert "but the model" in str(error), error
+    else:
+        raise AssertionError(wrong)
 try:
     convert(VisionTransformer(**small, patch_drop_rate=0.5))
 except ValueError as error:
@@ -557,6 +727,11 @@ model = VisionTransformer(**small, dynamic_img_size=True).eval()
 wide = torch.randn(2, 3, 16, 32)
 y = model(wide)
 convert(model, relative="qkv")
+torch.testing.assert_close(model(wide), y, rtol=3e-5, atol=3e-5)
+assert torch.equal(pickle.loads(pickle.dumps(model))(wide), model(wide))
+model = VisionTransformer(**small, dynamic_img_size=True).eval()
+y = model(wide)
+convert(model, relative="qkv", grid=(2, 4), prefix=1)  # takes any size: also fewer patches
 torch.testing.assert_close(model(wide), y, rtol=3e-5, atol=3e-5)
 print("fine")
 """

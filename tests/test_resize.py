@@ -215,6 +215,28 @@ def test_refusals(make, keywords, message):
         resize_offsets(make(), **keywords)
 
 
+def test_all_layers_of_a_model_change_hands():
+    """And what is saved fits a model of its configuration."""
+    for make in (
+        lambda: vit(mixer="translution", image_size=16, patch_size=4, dim=8, depth=2, heads=2),
+        lambda: gpt(mixer="translution", context=8, vocab_size=11, dim=8, depth=2, heads=2),
+    ):
+        model = make()
+        make_shared(model, "qk")
+        assert model.config.relative == "v"
+        make_relative(model, "k")
+        assert model.config.relative == "kv"
+        type(model)(model.config).load_state_dict(model.state_dict())
+
+
+def test_all_layers_change_or_none():
+    good, bad = (Translution1d(8, 4, heads=2, relative="v", rotary=r) for r in (False, True))
+    with pytest.raises(ValueError, match=r"1: relative: got 'q', but q and k have rotary"):
+        make_relative(nn.ModuleList([good, bad]), "q")
+    assert good.relative == "v"
+    assert good.q_proj.weight.ndim == 2
+
+
 def test_divided_tables_are_refused():
     with sharing((0, 2)):
         layer = Translution1d(8, 4)
@@ -229,5 +251,9 @@ def test_what_can_not_change_hands():
         make_relative(Translution1d(8, 4, heads=2, relative="v", rotary=True), "q")
     with pytest.raises(ValueError, match="layer: got SelfAttention"):
         make_relative(SelfAttention(8, 4), "q")
+    with pytest.raises(ValueError, match="layer: got ModuleList, want Translution1d, 2d or 3d, or"):
+        make_shared(nn.ModuleList([nn.Linear(2, 2)]), "q")
+    with pytest.raises(ValueError, match="layer: got int"):
+        make_shared(3, "q")
     with pytest.raises(ValueError, match="relative: got 'x'"):
         make_shared(Translution1d(8, 4), "x")

@@ -18,8 +18,8 @@ from ..modules.attention import (
     check_relative,
 )
 from ..modules.projections import projection
+from .geometry import embedding_of, geometry_of
 from .module import Converted, Patches, rotated
-from .resizing import check_sizes
 from .sources import Family, Source, family_of
 
 __all__ = ["Change", "Plan", "convert"]
@@ -30,8 +30,8 @@ KINDS = {
     ("alpha", 1): AlphaTranslution1d,
     ("alpha", 2): AlphaTranslution2d,
 }
-TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
-BUCKETS = 8  # of texts: few matrices, and inputs of any length
+
+Known = tuple[str, nn.Module, Family | None]  # a layer's name; no family: it is converted already
 
 
 @dataclass(frozen=True)
@@ -98,25 +98,31 @@ def convert(
     model gives the outputs it gave, to rounding, until it is trained further. Known are ViT, DeiT,
     DINOv2 (with registers), BERT, RoBERTa, ELECTRA, GPT-2, Llama, Mistral, Qwen 2 and 3 of
     transformers; timm's VisionTransformer; and torch.nn.MultiheadAttention, also within
-    TransformerEncoderLayer. What is not self-attention stays as it is. The model's device, dtype,
+    TransformerEncoderLayer. What is not self-attention stays as it is, where that can be seen: a
+    bare MultiheadAttention only shows when it is called, so leave out by `layers` those that look
+    across (what was converted then refuses the call, with its name). The model's device, dtype,
     mode and output projections stay too; new tables ask for gradients.
 
     To load weights that were saved after it, build the host model, convert it with the same
-    arguments, then load_state_dict. An optimizer is made after it. Texts are generated with a
-    DynamicCache (transformers' default), which then holds the inputs where a key or value is
-    relative; other caches are refused when they come.
+    arguments, then load_state_dict; transformers' from_pretrained does not know the new layers. An
+    optimizer is made after it. Texts are generated with a DynamicCache (transformers' default),
+    which then holds the inputs where a key or value is relative; other caches are refused when they
+    come.
 
     Args:
         model: holds the attention.
-        layers: which: the first so many, or some by their number or name; None is all.
+        layers: which: the first so many, or some by their number or name; None is all. Numbers
+            count also the layers that are converted already, which stay as they are: asked for by
+            number or name they are an error, and so is asking for nothing else.
         to: "translution", or "alpha" (the pretrained attention and a relative branch of low rank).
         relative: which of "q", "k", "v" become relative.
         rank: of α's branch, per head.
         grid: tokens per axis that the tables are made for, prefix not counted; by default the
             model's patches, or its most positions. MultiheadAttention wants it given. Smaller
-            inputs are fine, larger ones an error (but for `buckets`): see `resize_offsets`.
+            inputs are fine, larger ones an error (but for `buckets`): see `resize_offsets`. Fewer
+            than the patches of a model that takes one size of images are an error here.
         prefix: tokens without a place, in front; by default what the model says (class,
-            distillation and register tokens), for texts 0.
+            distillation and register tokens; another number is an error), for texts 0.
         buckets: as in Translution. By default none, but 8 for texts without a `grid`, so that
             tables are small and inputs of any length. With buckets=n and grid=n + 1, offsets up to
             n are exact and all beyond share a matrix.
@@ -136,12 +142,10 @@ def convert(
         raise ValueError(f"model: got {type(model).__name__}, want an nn.Module")
     if to not in ("translution", "alpha"):
         raise ValueError(f"to: got {to!r}, want 'translution' or 'alpha'")
-    relative = check_relative(relative)
-    if not relative:
-        raise ValueError("relative: got '', want at least one of 'q', 'k', 'v'")
+    relative = _wanted(relative)
     chosen = _choose(model, layers)
-    embedding = _embedding(model)
-    geometry = _geometry(model, embedding, grid, prefix, buckets)
+    embedding = embedding_of(model)
+    geometry = geometry_of(model, embedding, grid, prefix, buckets)
     aim = Aim(to, relative, rank, *geometry, dry_run)
     made: dict[int, Converted] = {}
     changes = []
@@ -156,7 +160,8 @@ def convert(
         for name, module, _ in chosen:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, made[id(module)])
-        for new in made.values():
+        for change, new in zip(changes, made.values(), strict=True):
+            new.name = change.name
             new.family.placed(new)
         for part in model.modules():  # its nested path reads the weights of what was there
             if isinstance(part, nn.TransformerEncoder):
@@ -169,37 +174,67 @@ def convert(
     return Plan(to, relative, tuple(changes))
 
 
+def _wanted(relative: Any) -> str:
+    """One or more of "qkv", in that order."""
+    try:
+        found = check_relative(relative)
+    except ValueError:
+        found = ""
+    if not found:
+        raise ValueError(f"relative: got {relative!r}, want one or more of 'qkv', such as 'kv'")
+    return found
+
+
 def _choose(model: nn.Module, layers: Any) -> list[tuple[str, nn.Module, Family]]:
-    """The layers to convert, under every name that they have."""
-    known: list[tuple[str, nn.Module, Family]] = []
+    """The layers to convert, under every name that they have. Those converted already count, so
+    that a layer keeps its number, but are not converted again."""
+    known: list[Known] = []
     for name, module in model.named_modules(remove_duplicate=False):
         family = family_of(module)
         across = name.endswith("multihead_attn")  # of nn.TransformerDecoderLayer
         across |= bool(getattr(module, "is_cross_attention", False))
-        if family is not None and not across:
+        if isinstance(module, Converted) or (family is not None and not across):
             if not name:
                 raise ValueError("model: is the attention itself, want a module that holds it")
             known.append((name, module, family))
-    names = [name for name, _, _ in known]
     if not known:
         raise ValueError(
             f"model: got {type(model).__name__}, want one with self-attention that is known "
             "(help(convert) lists the families)"
         )
+    chosen = _named(model, known, layers)
+    fresh = [(name, module, family) for name, module, family in chosen if family is not None]
+    if not fresh:
+        raise ValueError(
+            f"layers: got {layers}, but all that this asks for ({len(chosen)} of {len(known)} "
+            "layers) is converted already; make_relative, make_shared and resize_offsets change it"
+        )
+    return fresh
+
+
+def _named(model: nn.Module, known: list[Known], layers: Any) -> list[Known]:
+    """Those that `layers` says, of all that are known."""
+    names = [name for name, _, _ in known]
     if layers is None:
         return known
     if isinstance(layers, int) and not isinstance(layers, bool):
         if not 1 <= layers <= len(known):
             raise ValueError(f"layers: got {layers}, want 1 to {len(known)}")
-        layers = range(layers)
+        found = {id(module) for _, module, _ in known[:layers]}
+        return [one for one in known if id(one[1]) in found]
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise ValueError(f"layers: got {layers!r}, want an int, or a list of numbers and names")
     named, found = dict(model.named_modules(remove_duplicate=False)), set()
     for layer in layers:
-        if layer in names:
-            found.add(id(named[layer]))
-        elif isinstance(layer, int) and -len(known) <= layer < len(known):
-            found.add(id(known[layer][1]))
+        whole = isinstance(layer, int) and -len(known) <= layer < len(known)
+        if layer in names or whole:
+            name, module, family = known[layer if whole else names.index(layer)]
+            if family is None:
+                raise ValueError(
+                    f"layers: got {layer!r}, but {name} is converted already; make_relative, "
+                    "make_shared and resize_offsets change it"
+                )
+            found.add(id(module))
         else:
             other = type(named.get(layer)).__name__ if layer in named else ""
             told = f" (a {other}, which is no self-attention that is known)" if other else ""
@@ -207,57 +242,6 @@ def _choose(model: nn.Module, layers: Any) -> list[tuple[str, nn.Module, Family]
                 f"layers: got {layer!r}{told}, want 0 to {len(known) - 1}, or of {names}"
             )
     return [one for one in known if id(one[1]) in found]
-
-
-def _embedding(model: nn.Module) -> nn.Conv2d | None:
-    """What makes patches of an image, where the model has one."""
-    ends = ("patch_embeddings.projection", "patch_embed.proj")
-    found = [
-        module
-        for name, module in model.named_modules()
-        if f".{name}".endswith(tuple(f".{end}" for end in ends)) and isinstance(module, nn.Conv2d)
-    ]
-    if len(found) > 1:
-        raise ValueError(f"model: got {len(found)} patch embeddings, want one: convert its parts")
-    return found[0] if found else None
-
-
-def _geometry(
-    model: Any, embedding: nn.Conv2d | None, grid: Any, prefix: int | None, buckets: Any
-) -> tuple[tuple[int, ...], int, Any]:
-    """grid, prefix and buckets, from the model where they are not given."""
-    config = getattr(model, "config", None)
-    if prefix is None:
-        ends = tuple(f".{end}" for end in TOKENS)
-        prefix = sum(p.shape[1] for n, p in model.named_parameters() if f".{n}".endswith(ends))
-        prefix = prefix if embedding is not None else 0
-    if embedding is not None:
-        dropping = [m for n, m in model.named_modules() if f".{n}".endswith(".patch_drop")]
-        if not all(isinstance(m, nn.Identity) for m in dropping):
-            raise ValueError("patch_drop: the model drops patches in training, want all of them")
-        sizes = check_sizes(_patches(model, embedding) if grid is None else grid, 2)
-    elif grid is None:
-        grid = getattr(config, "max_position_embeddings", None)
-        if grid is None:
-            raise ValueError("grid: got None, but the model does not say it; want tokens per axis")
-        sizes, buckets = (grid,), BUCKETS if buckets is None else buckets
-    else:
-        sizes = check_sizes(grid, 2 if isinstance(grid, Sequence) and len(grid) != 1 else 1)
-    return sizes, prefix, buckets
-
-
-def _patches(model: nn.Module, embedding: nn.Conv2d) -> tuple[int, ...]:
-    """The patch grid that an image model was made for."""
-    (holder,) = [m for m in model.modules() if embedding in m.children()]
-    grid: Any = getattr(holder, "grid_size", None)
-    image: Any = getattr(holder, "image_size", None)
-    if grid is None and image is not None:
-        image = (image, image) if isinstance(image, int) else image
-        steps = zip(image, embedding.kernel_size, strict=True)
-        grid = tuple(pixels // step for pixels, step in steps)
-    if grid is None:
-        raise ValueError("grid: got None, but the model does not say it; want rows and columns")
-    return tuple(grid)
 
 
 def _make(model: nn.Module, module: nn.Module, family: Family, aim: Aim) -> Converted:

@@ -48,6 +48,7 @@ class Converted(nn.Module):
 
     Attributes:
         patches: on images, what knows the grid of the input.
+        name: its own in the model that was converted.
 
     Raises:
         ValueError: (forward) an input or cache that the layer has no places for.
@@ -64,6 +65,7 @@ class Converted(nn.Module):
         self.layer, self.family, self.arguments = layer, family, arguments
         self.index = source.index
         self.patches: Patches | None = None
+        self.name = ""
         self.grouped = source.heads // (source.kv_heads or source.heads)
         self.norms = nn.ModuleDict(source.norms)
         self.between = nn.ModuleDict(source.between)

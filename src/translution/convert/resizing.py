@@ -22,6 +22,7 @@ from ..modules.attention import (
 )
 from ..modules.positions import RelativeBias
 from ..modules.projections import RelativeLinear, projection
+from .module import Converted
 
 __all__ = ["check_sizes", "make_relative", "make_shared", "resize_offsets"]
 
@@ -155,60 +156,96 @@ def _resize_model(model: ViT | GPT, grid: tuple[int, ...]) -> None:
             block.mixer.grid = grid
 
 
-def make_relative(layer: Any, relative: str) -> None:
+def make_relative(layer: nn.Module, relative: str) -> None:
     """Give shared projections of Translution a table, in place: every entry is the matrix that was
-    shared, so the outputs stay. What is relative already stays.
+    shared, so the outputs stay. What is relative already stays. Parameters are new ones: an
+    optimizer is made after it.
 
     Args:
-        layer: Translution on 1 to 3 axes.
+        layer: Translution on 1 to 3 axes, or what holds some, as a converted model or a part of
+            it: then all of them.
         relative: which of "q", "k", "v".
 
     Raises:
-        ValueError: another layer, or q or k of one with rotary positions.
+        ValueError: no such layer; or q or k of one with rotary positions or norms, or a k or v that
+            groups of heads share. Nothing has been changed then.
     """
     _exchange(layer, relative, table=True)
 
 
-def make_shared(layer: Any, relative: str) -> None:
+def make_shared(layer: nn.Module, relative: str) -> None:
     """Give tables of Translution up, in place: the mean of all entries is shared. What is shared
-    already stays.
+    already stays. Parameters are new ones: an optimizer is made after it.
 
     Args:
-        layer: Translution on 1 to 3 axes.
+        layer: Translution on 1 to 3 axes, or what holds some, as a converted model or a part of
+            it: then all of them.
         relative: which of "q", "k", "v".
 
     Raises:
-        ValueError: another layer, or tables divided over processes.
+        ValueError: no such layer, or tables divided over processes. Nothing has been changed then.
     """
     _exchange(layer, relative, table=False)
 
 
 @torch.no_grad()
-def _exchange(layer: Any, relative: str, table: bool) -> None:
-    if not isinstance(layer, Translution1d | Translution2d | Translution3d):
-        raise ValueError(f"layer: got {type(layer).__name__}, want Translution1d, 2d or 3d")
+def _exchange(whole: Any, relative: str, table: bool) -> None:
     relative = check_relative(relative)
+    named = dict(whole.named_modules()) if isinstance(whole, nn.Module) else {}
+    kinds = (Translution1d, Translution2d, Translution3d)
+    layers = {name: m for name, m in named.items() if isinstance(m, kinds)}
+    if not layers:
+        raise ValueError(
+            f"layer: got {type(whole).__name__}, want Translution1d, 2d or 3d, or what holds them"
+        )
+    normed = {id(m.layer): set(m.norms) for m in named.values() if isinstance(m, Converted)}
+    for name, layer in layers.items():
+        try:
+            _check_exchange(layer, relative, table, normed.get(id(layer), set()))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if name else str(error)) from None
+    for layer in layers.values():
+        for side in _sides(layer, relative, table):
+            setattr(layer, f"{side}_proj", _exchanged(layer, side, table))
+        kept = set(layer.relative)
+        kept = kept | set(relative) if table else kept - set(relative)
+        layer.relative = check_relative("".join(kept))
+    for model in named.values():  # the model's own idea of it, so that what is saved fits
+        if isinstance(model, ViT | GPT):
+            found = {m.relative for m in model.modules() if isinstance(m, kinds)}
+            if len(found) == 1:
+                model.config = dataclasses.replace(model.config, relative=found.pop())
+
+
+def _sides(layer: Any, relative: str, table: bool) -> list[str]:
+    """The projections that change."""
+    return [name for name in relative if (name in layer.relative) is not table]
+
+
+def _check_exchange(layer: Any, relative: str, table: bool, normed: set[str]) -> None:
     if table and layer.rotary and set(relative) & set("qk"):
         raise ValueError(f"relative: got {relative!r}, but q and k have rotary positions")
-    names = [name for name in relative if (name in layer.relative) is not table]
-    for name in names:
+    if table and set(relative) & normed:
+        raise ValueError(f"relative: got {relative!r}, but q and k have norms")
+    for name in _sides(layer, relative, table):
         old = getattr(layer, f"{name}_proj")
         if getattr(old, "share", None) is not None:
             raise ValueError("layer: its tables are divided over processes, want whole ones")
         if old.out_features != layer.heads * layer.head_dim:
             raise ValueError(f"relative: {name!r} is shared by groups of heads, want one per head")
-    for name in names:
-        old = getattr(layer, f"{name}_proj")
-        classes = layer.layout.classes if table else None
-        sizes, bias = (old.in_features, old.out_features), old.bias is not None
-        with old.weight.device:
-            new = projection(*sizes, classes, bias).to(old.weight.dtype)
-        if table:
-            new.weight.copy_(old.weight.T)
-        else:
-            new.weight.copy_(old.weight.mean(0, dtype=torch.float64).T)
-        if new.bias is not None and old.bias is not None:
-            new.bias.copy_(old.bias if table else old.bias.mean(0, dtype=torch.float64))
-        setattr(layer, f"{name}_proj", new.requires_grad_(old.weight.requires_grad))
-    kept = set(layer.relative) | set(names) if table else set(layer.relative) - set(names)
-    layer.relative = check_relative("".join(kept))
+
+
+def _exchanged(layer: Any, side: str, table: bool) -> Any:
+    """The projection with a table of its matrix, or with the mean of its table."""
+    old = getattr(layer, f"{side}_proj")
+    classes = layer.layout.classes if table else None
+    with old.weight.device:
+        new = projection(old.in_features, old.out_features, classes, old.bias is not None)
+        new = new.to(old.weight.dtype)
+    if table:
+        new.weight.copy_(old.weight.T)
+    else:
+        new.weight.copy_(old.weight.mean(0, dtype=torch.float64).T)
+    if new.bias is not None and old.bias is not None:
+        new.bias.copy_(old.bias if table else old.bias.mean(0, dtype=torch.float64))
+    return new.requires_grad_(old.weight.requires_grad)

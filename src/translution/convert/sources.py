@@ -58,6 +58,10 @@ class Source:
     tell: dict[str, Any] = field(default_factory=dict)
 
 
+def _nothing(module: nn.Module) -> None:
+    """(A lambda could not be pickled.)"""
+
+
 @dataclass(frozen=True)
 class Family:
     """How one kind of module is read and spoken for.
@@ -71,7 +75,7 @@ class Family:
     describe: Callable[[Any], Source]
     read: Callable[[Any, dict[str, Any]], Call]
     answer: Callable[[Any, dict[str, Any], Tensor, Tensor], Any]
-    placed: Callable[[nn.Module], None] = lambda module: None
+    placed: Callable[[nn.Module], None] = _nothing
 
     @staticmethod
     def arguments(module: nn.Module) -> tuple[str, ...]:
@@ -196,12 +200,28 @@ def _pair(_: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
     return y, weights
 
 
+class Recorder:
+    """A forward hook that lets output_attentions find a module: transformers looks for modules of
+    the classes it knows. Its own hook is a local function: pickled, this one makes it anew."""
+
+    def __init__(self) -> None:
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        install = getattr(capturing, "install_output_capuring_hook", None)
+        apart = nn.Module()
+        if install is not None:
+            install(apart, "attentions", 1)
+        self.hooks = list(apart._forward_hooks.values())
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        for hook in self.hooks:
+            hook(module, args, output)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Recorder, ()
+
+
 def _record(module: nn.Module) -> None:
-    """Let output_attentions find it, which looks for modules of the classes it knows."""
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    install = getattr(capturing, "install_output_capuring_hook", None)
-    if install is not None:
-        install(module, "attentions", 1)
+    module.register_forward_hook(Recorder())
 
 
 # -- timm ------------------------------------------------------------------------------------------
@@ -261,7 +281,10 @@ def _multihead(module: Any) -> Source:
 def _read_multihead(module: Any, given: dict[str, Any]) -> Call:
     x = given["query"]
     if given["key"] is not x or given["value"] is not x:
-        raise ValueError("key: got another tensor than query, want self-attention")
+        raise ValueError(
+            f"{module.name}: key: got another tensor than query, want self-attention; leave this "
+            "one out when converting (layers=)"
+        )
     if x.ndim != 3:
         raise ValueError(f"query: got shape {tuple(x.shape)}, want a batch (three axes)")
     x = x if module.batch_first else x.transpose(0, 1)

@@ -1,0 +1,101 @@
+"""Where the tokens of a model of another library stand, as far as it says so."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .resizing import check_sizes
+
+__all__ = ["embedding_of", "geometry_of"]
+
+TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
+BUCKETS = 8  # of texts: few matrices, and inputs of any length
+
+
+def embedding_of(model: nn.Module) -> nn.Conv2d | None:
+    """What makes patches of an image, where the model has one."""
+    ends = ("patch_embeddings.projection", "patch_embed.proj")
+    found = [
+        module
+        for name, module in model.named_modules()
+        if _ends(name, ends) and isinstance(module, nn.Conv2d)
+    ]
+    if len(found) > 1:
+        raise ValueError(f"model: got {len(found)} patch embeddings, want one: convert its parts")
+    return found[0] if found else None
+
+
+def geometry_of(
+    model: Any, embedding: nn.Conv2d | None, grid: Any, prefix: int | None, buckets: Any
+) -> tuple[tuple[int, ...], int, Any]:
+    """grid, prefix and buckets, from the model where they are not given.
+
+    Raises:
+        ValueError: what is given contradicts the model, or is needed.
+    """
+    if embedding is not None:
+        dropping = [m for n, m in model.named_modules() if _ends(n, ("patch_drop",))]
+        if not all(isinstance(m, nn.Identity) for m in dropping):
+            raise ValueError("patch_drop: the model drops patches in training, want all of them")
+        holder = _holder(model, embedding)
+        host = _holder(model, holder)
+        return _patches(holder, host, embedding, grid), _prefix(model, host, prefix), buckets
+    prefix = 0 if prefix is None else prefix
+    if grid is not None:
+        axes = 2 if isinstance(grid, Sequence) and len(grid) != 1 else 1
+        return check_sizes(grid, axes), prefix, buckets
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is None:
+        raise ValueError("grid: got None, but the model does not say it; want tokens per axis")
+    return (most,), prefix, BUCKETS if buckets is None else buckets
+
+
+def _ends(name: str, ends: tuple[str, ...]) -> bool:
+    return f".{name}".endswith(tuple(f".{end}" for end in ends))
+
+
+def _holder(model: nn.Module, part: nn.Module) -> nn.Module:
+    """The module that has this one as an attribute; the model itself has none."""
+    return next((m for m in model.modules() if part in m.children()), part)
+
+
+def _patches(
+    holder: nn.Module, host: nn.Module, embedding: nn.Conv2d, grid: Any
+) -> tuple[int, ...]:
+    """The patch grid: the one that an image model was made for, or another that it can take."""
+    made: Any = getattr(holder, "grid_size", None)
+    image: Any = getattr(holder, "image_size", None)
+    if made is None and image is not None:
+        image = (image, image) if isinstance(image, int) else image
+        steps = zip(image, embedding.kernel_size, strict=True)
+        made = tuple(pixels // step for pixels, step in steps)
+    if grid is None and made is None:
+        raise ValueError("grid: got None, but the model does not say it; want rows and columns")
+    sizes = check_sizes(made if grid is None else grid, 2)
+    one_size = "interpolate_pos_encoding" in inspect.signature(host.forward).parameters
+    one_size = getattr(holder, "strict_img_size", one_size)
+    if made is not None and one_size and any(a < b for a, b in zip(sizes, made, strict=True)):
+        raise ValueError(
+            f"grid: got {sizes}, but the model's images have {tuple(made)} patches; want no fewer "
+            "(for smaller images, resize_offsets afterwards)"
+        )
+    return sizes
+
+
+def _prefix(model: nn.Module, host: nn.Module, prefix: int | None) -> int:
+    """The tokens before the patches; what another module than transformers' and timm's own adds
+    to those that are found, only the caller knows."""
+    tokens = {n: p.shape[1] for n, p in model.named_parameters() if _ends(n, TOKENS)}
+    found = sum(tokens.values())
+    if prefix is None:
+        return found
+    whole = type(host).__module__.partition(".")[0] in ("transformers", "timm")
+    if not isinstance(prefix, int) or (prefix != found if whole else prefix < found):
+        told = f" ({', '.join(tokens)})" if tokens else ""
+        want = found if whole else f"at least {found}"
+        raise ValueError(f"prefix: got {prefix!r}, but the model has {found}{told}; want {want}")
+    return found if whole else prefix
