@@ -224,7 +224,8 @@ def test_what_ships(models):
     assert {path.name for path in SHIPPED.iterdir()} == {planned.name for planned in training.PLAN}
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) <= 8_000_000
     assert [m.moved for m in models.digits] == [True] * 6 + [False] * 3
-    assert [m.mixer for m in models.text] == ["attention", "rotary", "alpha", "translution"]
+    assert [m.mixer for m in models.text] == ["translution", "alpha", "attention", "rotary"]
+    assert [m.mixer for m in models.digits[:3]] == ["translution", "alpha", "acmix"]
     for planned in training.PLAN:
         about = read_about(SHIPPED / planned.name)
         config = load(Config, training.RECIPES / planned.recipe, planned.changes)
@@ -271,11 +272,19 @@ def test_a_long_prompt_is_cut_to_the_context(models):
     for model in models.text:
         assert len(model.answer("word " * 500).tokens) == model.model.config.context
 
+    for prompt, unread in (("word " * 500, True), ("word", False)):
+        answer = models.text[0].answer(prompt)
+        assert bool(answer.unread) == unread
+        told = f"Only the last {len(answer.tokens)} of {len(answer.tokens) + answer.unread} tokens"
+        assert (told in text_card(models.text[0], answer, Look(), None)) == unread
 
-def test_half_a_character_has_a_name(models):
-    model = models.text[0]
-    for token in model.tokenizer.encode("é☃").ids:
-        assert model.text(token)
+
+def test_bytes_of_a_character_are_told_as_such(models):
+    for model in models.text:
+        for text in ("é☃", "\xa0\x80 \U0001f600"):
+            names = [model.text(token) for token in model.tokenizer.encode(text).ids]
+            values = re.findall("⟨([0-9A-F]{2})⟩", "".join(names))
+            assert bytes.fromhex("".join(values)) == text.replace(" ", "").encode()
 
 
 # -- runs of the user's --------------------------------------------------------------------------
@@ -356,6 +365,7 @@ def test_a_run_whose_description_is_broken(tmp_path):
     [
         (["nowhere", "--port=0"], "nowhere is no folder"),
         (["--host=nowhere.invalid"], "host: got 'nowhere.invalid', want an address"),
+        (["--host=192.0.2.7", "--port=0"], "host: got '192.0.2.7', want an address of this"),
     ],
 )
 def test_the_command_says_what_is_wrong(monkeypatch, capsys, arguments, said):
@@ -368,10 +378,13 @@ def test_the_command_says_what_is_wrong(monkeypatch, capsys, arguments, said):
 
 
 @pytest.mark.parametrize(
-    ("host", "warned"),
-    [("0.0.0.0", "0.0.0.0 can be reached from other machines"), ("127.0.0.1", "")],
+    ("host", "warned", "told", "seen_at"),
+    [
+        ("0.0.0.0", "0.0.0.0 can be reached from other machines", "<this machine>", "localhost"),
+        ("127.0.0.1", "", "127.0.0.1", "127.0.0.1"),
+    ],
 )
-def test_other_addresses_are_warned_of(monkeypatch, capsys, host, warned):
+def test_other_addresses_are_warned_of(monkeypatch, capsys, host, warned, told, seen_at):
     opened, served = [], []
     monkeypatch.setattr(server, "open_in_browser", opened.append)
     monkeypatch.setattr(server, "serve", lambda *given: served.append(given) or given[2]())
@@ -381,8 +394,11 @@ def test_other_addresses_are_warned_of(monkeypatch, capsys, host, warned):
     said = capsys.readouterr()
     assert ended.value.code == 0
     assert len(served[0][0].digits) == 9
-    assert opened[0].startswith(f"http://{host}:")
-    assert said.out == f"translution demo: {opened[0]} (Ctrl-C ends it)\n"
+    port = served[0][1].getsockname()[1] if served[0][1].fileno() >= 0 else opened[0].split(":")[2]
+    assert opened == [f"http://{seen_at}:{port}"]
+    starting, running = said.out.splitlines()
+    assert starting == "translution demo: starting"
+    assert running == f"translution demo: http://{told}:{port} (Ctrl-C ends it)"
     assert len(said.err.splitlines()) == bool(warned)
     assert warned in said.err
 
@@ -431,7 +447,7 @@ def test_the_last_layer_answers_for_the_class_token(models):
 def test_layers_and_heads_that_are_not_there(models):
     assert "no layer 9, mean of heads here" in card(models, look=Look(8))
     assert "no layer 1, head 5 here" in card(models, look=Look(0, 4))
-    assert "no attention weights" in card(models, "convolution")
+    assert "whatever they show" in card(models, "convolution")
 
 
 def test_without_a_label_nothing_is_right_or_wrong(models):

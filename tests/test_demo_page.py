@@ -60,6 +60,7 @@ def server(browser):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
+        assert process.stdout.readline() == "translution demo: starting\n"
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, line + process.stderr.read()
@@ -134,30 +135,61 @@ def strokes(page, *lines):
 def test_a_test_digit_is_answered_by_all_mixers(page):
     expect(page.locator(CARDS)).to_have_count(6)
     expect(page.locator("[data-said]:visible")).to_have_count(6)
-    expect(status(page)).to_contain_text("test digit 0 at row 10, column 10. attention")
+    told = r"test image 0 \(a 7\) at row 11, column 11: \d of 6 right. Patch \(4, 4\) is chosen."
+    expect(status(page)).to_have_text(re.compile(told))
     expect(page.locator(f"{CARDS} .bars tr")).to_have_count(60)
-    number = page.get_by_role("spinbutton", name="Test digit")
+    number = page.get_by_role("spinbutton", name="Test image, 0 to 359")
     number.fill("7")
     number.press("Enter")
-    expect(status(page)).to_contain_text("test digit 7 at")
     label = int(load_digits().test_labels[7])
+    expect(status(page)).to_contain_text(f"test image 7 (a {label}) at")
     expect(page.get_by_role("combobox", name="The digit is a")).to_have_value(str(label))
     expect(page.locator(".verdict:visible")).to_have_count(6)
+
+
+@pytest.mark.parametrize("number", ["360", "-1", "3.5"])
+def test_a_number_of_no_test_image_is_told(page, number):
+    field = page.get_by_role("spinbutton", name="Test image")
+    field.fill(number)
+    told = f"Test image: got {number}, want a whole number from 0 to 359; this is still the test"
+    problem = page.get_by_role("alert").filter(has_text=told)
+    expect(problem).to_be_visible()
+    field.press("Tab")
+    expect(field).to_have_value("0")
+    expect(problem).to_be_visible()
+    page.get_by_role("button", name="Any").click()
+    expect(problem).to_have_count(0)
+    expect(field).not_to_have_value("0")
+
+
+def test_it_is_told_where_a_digit_comes_to_rest(page):
+    expect(status(page)).to_contain_text("row 11, column 11")
+    page.evaluate("""() => {
+      window.told = [];
+      const line = document.querySelector('[data-name="answers"]');
+      const all = { childList: true, characterData: true, subtree: true };
+      new MutationObserver(() => window.told.push(line.textContent)).observe(line, all);
+    }""")
+    for _ in range(6):
+        pad(page).press("ArrowLeft")
+    expect(status(page)).to_contain_text("row 11, column 5")
+    assert len(page.evaluate("window.told")) <= 2
 
 
 def test_keys_move_the_digit_and_choose_the_patch(page):
     pad(page).focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
         page.keyboard.press(key)
-    expect(status(page)).to_contain_text("row 9, column 12")
+    expect(status(page)).to_contain_text("row 10, column 13")
     for key in ("Shift+ArrowLeft", "Shift+ArrowDown"):
         page.keyboard.press(key)
-    expect(page.locator('.look[data-look="30"]')).to_have_count(5)  # row 4, column 2, from 0
+    expect(page.locator('.look[data-look="30"]')).to_have_count(5)
+    expect(status(page)).to_contain_text("Patch (5, 3) is chosen")
     for _ in range(15):
         page.keyboard.press("ArrowRight")
-    expect(status(page)).to_contain_text("row 9, column 20")  # the border
+    expect(status(page)).to_contain_text("row 10, column 21")  # the border
     page.get_by_role("button", name="Centre").click()
-    expect(status(page)).to_contain_text("row 10, column 10")
+    expect(status(page)).to_contain_text("row 11, column 11")
 
 
 def test_the_pointer_drags_the_digit_and_chooses_the_patch(page):
@@ -172,10 +204,10 @@ def test_the_pointer_drags_the_digit_and_chooses_the_patch(page):
     page.mouse.move(*at(10, 9), steps=4)
     page.mouse.move(*at(5, 8), steps=4)
     page.mouse.up()
-    expect(status(page)).to_contain_text("row 1, column 4")
+    expect(status(page)).to_contain_text("row 2, column 5")
     page.mouse.move(*at(27, 27))
     expect(page.locator('.look[data-look="48"]')).to_have_count(5)
-    expect(status(page)).to_contain_text("row 1, column 4")  # let go
+    expect(status(page)).to_contain_text("row 2, column 5")  # let go
 
 
 def test_touch_drags_too(window):
@@ -194,24 +226,43 @@ def test_touch_drags_too(window):
     touch("touchMove", (16, 18))
     touch("touchMove", (20, 20))
     touch("touchEnd")
-    expect(status(page)).to_contain_text("row 16, column 16")
+    expect(status(page)).to_contain_text("row 17, column 17")
 
 
 def test_drawing(page):
     strokes(page, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)])
-    expect(status(page)).to_contain_text("drawn digit at row 10")
+    expect(status(page)).to_contain_text("drawn digit at row 11")
     expect(page.locator(".verdict:visible")).to_have_count(0)  # nobody knows what it is
     page.get_by_role("button", name="All places").click()
-    expect(page.get_by_role("alert").first).to_have_text("All places: say first which digit it is.")
+    told = page.get_by_role("alert").filter(has_text="All places: say first which digit it is.")
+    expect(told).to_be_visible()
     option(page, "The digit is a", "1")
     expect(page.locator(".verdict:visible")).to_have_count(6)
     page.get_by_role("button", name="Clear").click()
+    expect(status(page)).to_contain_text("test image 0 (a 7)")
+    assert inked(page) == 0
     strokes(page, [(0.2, 0.2), (0.8, 0.2), (0.4, 0.8)])
     expect(page.locator(".verdict:visible")).to_have_count(0)
-    number = page.get_by_role("spinbutton", name="Test digit")
+    number = page.get_by_role("spinbutton", name="Test image")
     expect(number).to_have_value("")
     number.fill("0")
-    expect(status(page)).to_contain_text("test digit 0")
+    expect(page.locator(".verdict:visible")).to_have_count(6)
+    expect(status(page)).to_contain_text("test image 0")
+    assert inked(page) == 0
+
+
+def test_what_is_drawn_outside_leaves_no_ink(page):
+    strokes(page, [(0.5, 0.5), (0.6, 0.5), (1.5, 0.5), (1.5, 1.5), (0.5, 1.5), (0.5, 0.6)])
+    expect(status(page)).to_contain_text("drawn digit")
+    assert 0 < inked(page) < 0.06
+
+
+def inked(page):
+    """The share of the sketch's pixels that are light."""
+    return page.get_by_role("img", name="Square to draw").evaluate("""(canvas) => {
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      return data.filter((v, i) => i % 4 === 0 && v > 127).length / (data.length / 4);
+    }""")
 
 
 def test_models_layers_and_heads_are_chosen(page):
@@ -226,10 +277,14 @@ def test_models_layers_and_heads_are_chosen(page):
     option(page, "Head", "head 2")
     caption = page.get_by_role("article", name="Translution", exact=True).locator(".look")
     expect(caption).to_contain_text("layer 2, head 2: patch (4, 4) looks most at")
-    option(page, "Layer", "layer 3")
+    option(page, "Layer", "layer 3 (class token alone asks)")
     expect(caption).to_contain_text("class token (it alone asks here)")
     convolution = page.get_by_role("article", name="convolution 3×3").locator(".look")
     expect(convolution).to_contain_text("A convolution has no attention weights")
+    for name in page.get_by_role("checkbox").all():
+        name.click()
+    expect(page.locator(CARDS)).to_have_count(0)
+    expect(status(page)).to_contain_text("No mixer is chosen.")
 
 
 def test_answers_by_place(page):
@@ -239,7 +294,7 @@ def test_answers_by_place(page):
     rotary = page.get_by_role("article", name="attention, rotary positions")
     expect(rotary).to_contain_text("this session: 1 of 1 right (100 %)")
     page.get_by_role("button", name="All places").click()
-    expect(status(page)).to_contain_text("All places. attention, learned positions")
+    expect(status(page)).to_contain_text("All places, right: attention, learned positions")
     expect(rotary.get_by_role("img", name="this digit, all places")).to_be_visible()
     expect(rotary).to_contain_text(re.compile(r"all places: \d+ of 441 right"))
     pad(page).press("ArrowUp")
@@ -252,11 +307,11 @@ def test_answers_by_place(page):
 
 def test_reloading_begins_anew(page):
     pad(page).press("ArrowUp")
-    expect(status(page)).to_contain_text("row 9, column 10")
+    expect(status(page)).to_contain_text("row 10, column 11")
     page.reload()
-    expect(status(page)).to_contain_text("row 10, column 10")
+    expect(status(page)).to_contain_text("row 11, column 11")
     pad(page).press("ArrowDown")
-    expect(status(page)).to_contain_text("row 11, column 10")
+    expect(status(page)).to_contain_text("row 12, column 11")
 
 
 def test_two_windows_are_independent(window):
@@ -264,8 +319,8 @@ def test_two_windows_are_independent(window):
     pad(one).press("ArrowUp")
     pad(other).press("ArrowDown")
     one.get_by_role("radio", name="centred digits").click()
-    expect(status(one)).to_contain_text("row 9, column 10")
-    expect(status(other)).to_contain_text("row 11, column 10")
+    expect(status(one)).to_contain_text("row 10, column 11")
+    expect(status(other)).to_contain_text("row 12, column 11")
     expect(one.locator(CARDS)).to_have_count(3)
     expect(other.locator(CARDS)).to_have_count(6)
 
@@ -276,22 +331,26 @@ def upload(page, name, content):
     chooser.value.set_files({"name": name, "mimeType": "image/png", "buffer": content})
 
 
-def test_uploads(page):
-    problem = page.get_by_role("alert").first
+def test_uploads(window):
+    page = window(viewport={"width": 1280, "height": 900})
+    problem = page.locator('[role=alert]:near(:text("Upload an image"), 20)').first
     upload(page, "words.png", b"no image at all")
     expect(problem).to_have_text("words.png: not an image, or of an unknown format")
+    box = problem.bounding_box()
+    assert page.evaluate("scrollY") == 0
+    assert box["y"] + box["height"] <= 900
     upload(page, "large.png", b"0" * (5 * 2**20 + 1))
     expect(problem).to_contain_text("The file is refused: want an image of at most 5,242,880 bytes")
     file = io.BytesIO()
     Image.new("L", (5000, 5000)).save(file, "PNG")
     upload(page, "wide.png", file.getvalue())
     expect(problem).to_contain_text("wide.png: it has 5000×5000 pixels, want at most 16,000,000")
-    expect(status(page)).to_contain_text("test digit 0")  # still there
+    expect(status(page)).to_contain_text("test image 0")  # still there
     ink, file = np.full((90, 60), 255, np.uint8), io.BytesIO()
     ink[10:80, 25:35] = 0
     Image.fromarray(ink).save(file, "PNG")
     upload(page, "<b>one.png", file.getvalue())
-    expect(status(page)).to_contain_text("uploaded <b>one.png at row 10")
+    expect(status(page)).to_contain_text("uploaded <b>one.png at row 11")
     expect(problem).to_have_text("")
 
 
@@ -306,13 +365,19 @@ def test_text(page):
     tokens = cards.first.locator(".tokens button")
     expect(tokens.last).to_have_attribute("aria-pressed", "true")
     tokens.first.click()
+    expect(tokens.first).to_be_focused()
     expect(tokens.first).to_have_attribute("aria-pressed", "true")
     expect(cards.last.locator(".tokens button").first).to_have_attribute("aria-pressed", "true")
     expect(cards.first.locator(".told")).to_contain_text("'imp' looks most at 'imp', 100.0 %")
+    expect(tokens.first).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(tokens.nth(1)).to_have_attribute("aria-pressed", "true")
+    expect(tokens.nth(1)).to_be_focused()
     option(page, "Layer", "layer 2")
     expect(cards.first.locator(".told")).to_contain_text("layer 2")
     option(page, "Who writes", "Translution")
-    likeliest = cards.last.locator(".bars th").first.inner_text()
+    likeliest = cards.first.locator(".bars th").first.inner_text()
     page.get_by_role("button", name="Append likeliest").click()
     expect(prompt).not_to_have_value("import sys<img src=x>")
     added = prompt.input_value().removeprefix("import sys<img src=x>")
@@ -323,8 +388,25 @@ def test_text(page):
     assert prompt.input_value().startswith(before)
     prompt.fill("")
     expect(cards.first).to_contain_text("Type something.")
+    expect(status(page, "tokens")).to_have_text("Type something.")
     page.get_by_role("button", name="Append likeliest").click()
     expect(page.get_by_role("alert").last).to_have_text("Append: want a prompt with a token.")
+
+
+def test_only_a_mixer_that_is_chosen_writes(page):
+    page.get_by_role("tab", name="Text").click()
+    writer = page.get_by_role("combobox", name="Who writes")
+    boxes = page.get_by_role("region", name="Text").get_by_role("checkbox")
+    expect(writer).to_have_value("Translution")
+    boxes.first.click()
+    expect(writer).to_have_value("α-Translution")
+    for box in boxes.all()[1:]:
+        box.click()
+    expect(status(page, "tokens")).to_have_text("No mixer is chosen.")
+    page.get_by_role("button", name="Append likeliest").click()
+    expect(page.get_by_role("alert").last).to_have_text("Append: No mixer is chosen.")
+    boxes.last.click()
+    expect(writer).to_have_value("attention, rotary positions")
 
 
 # -- for everyone --------------------------------------------------------------------------------
@@ -356,7 +438,7 @@ def test_everything_has_a_name(page):
 
 def test_all_controls_are_reached_with_the_tab_key(page):
     """In the order that they are read in."""
-    wanted = ["Digits", "digits anywhere", "Translution", "Layer", "Canvas", "Test digit", "Any",
+    wanted = ["Digits", "digits anywhere", "Translution", "Layer", "Canvas", "Test image", "Any",
               "Centre", "Upload", "Clear", "The digit is a", "All places", "Forget"]  # fmt: skip
     told = """() => { const e = document.activeElement;
         return e.getAttribute("aria-label") || e.labels?.[0]?.innerText || e.innerText
@@ -380,18 +462,98 @@ def test_a_phone_shows_all_and_texts_can_be_read(window, scheme):
         assert page.evaluate(CONTRAST) == []
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_focus_is_seen_on_every_control(window, scheme):
+    page = window(color_scheme=scheme)
+    seen, faint = set(), []
+    for tab in ("Digits", "Text"):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(CARDS).first).to_be_visible()
+        expect(page.locator(".q-tab-panel")).to_have_count(1)  # the other one has gone
+        for _ in range(26):
+            page.keyboard.press("Tab")
+            kind, problem = page.evaluate(RING)
+            seen.add(kind)
+            faint += [(kind, problem)] if problem else []
+    assert faint == []
+    assert seen > {"q-tab", "q-radio", "q-checkbox", "q-field", "q-btn", "pad", "token"}
+
+
+# the control with the focus, and what is wrong with its ring
+RING = r"""async () => {
+  await new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)));
+  const e = document.activeElement;
+  if (e === document.body) return ["body", ""];
+  const ringed = e.closest(".q-field") || e;
+  const kind = ["q-tab", "q-radio", "q-checkbox", "q-field", "q-btn", "pad"].find(
+    (name) => ringed.classList.contains(name)) || (e.dataset.start ? "token" : e.tagName);
+  const style = getComputedStyle(ringed);
+  const width = parseFloat(style.outlineWidth), out = parseFloat(style.outlineOffset) + width;
+  if (style.outlineStyle !== "solid" || width < 3) return [kind, `no ring: ${style.outline}`];
+  const light = (text) => {
+    const [r, g, b] = text.match(/[\d.]+/g).map(Number).map(
+      (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const both = [style.outlineColor, getComputedStyle(document.body).backgroundColor].map(light);
+  const contrast = (Math.max(...both) + .05) / (Math.min(...both) + .05);
+  if (contrast < 3) return [kind, `contrast ${contrast}`];
+  const box = ringed.getBoundingClientRect();
+  for (let p = ringed.parentElement; p !== document.body; p = p.parentElement) {
+    if (getComputedStyle(p).overflow === "visible") continue;
+    const around = p.getBoundingClientRect();
+    if (box.left - out < around.left - .5 || box.right + out > around.right + .5 ||
+        box.top - out < around.top - .5 || box.bottom + out > around.bottom + .5)
+      return [kind, `clipped by ${p.className}`];
+  }
+  return [kind, ""];
+}"""
+
+
+def test_who_wants_little_motion_gets_none(window):
+    page = window(reduced_motion="reduce")
+    moving = """() => [...document.querySelectorAll("*")].filter((e) => {
+      const style = getComputedStyle(e);
+      return Math.max(...`${style.transitionDuration}, ${style.animationDuration}`.split(",")
+        .map(parseFloat)) > .001; }).map((e) => e.className)"""
+    assert page.evaluate(moving) == []
+    page.get_by_role("tab", name="Text").click()
+    expect(page.locator(CARDS)).to_have_count(4)
+    option(page, "Layer", "layer 2")
+
+
+def test_a_thing_has_one_colour(page):
+    border = page.locator(".swatch.chosen").evaluate("(e) => getComputedStyle(e).borderColor")
+    stroke = page.locator(".asks").first.evaluate("(e) => getComputedStyle(e).stroke")
+    assert border == stroke
+    pixels = (
+        pad(page)
+        .locator("canvas")
+        .evaluate("""(canvas) => {
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      const found = new Set();
+      for (let i = 0; i < data.length; i += 4) found.add(`rgb(${data.slice(i, i + 3).join(", ")})`);
+      return [...found];
+    }""")
+    )
+    assert border in pixels
+    filled = [page.locator(f".{name}").first for name in ("swatch.looks", "weights rect")]
+    looks = filled[0].evaluate("(e) => getComputedStyle(e).backgroundColor")
+    assert looks == filled[1].evaluate("(e) => getComputedStyle(e).fill")
+    assert page.locator(CARDS).first.get_by_role("heading").inner_text() == "Translution"
+
+
 # texts whose contrast to what is behind them is below 4.5, and the contrast
 CONTRAST = """() => {
-  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const parse = (text) => text.match(/[\\d.]+/g).map(
+    (n, i) => n * (text.startsWith("color(srgb") && i < 3 ? 255 : 1));
   const light = (c) => {
     const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
     return .2126 * r + .7152 * g + .0722 * b;
   };
   const behind = (e) => {
     for (; e; e = e.parentElement) {
-      const c = getComputedStyle(e).backgroundColor;
-      if (c.startsWith("color(srgb")) return parse(c.slice(10)).slice(0, 3).map((v) => 255 * v);
-      const [r, g, b, a = 1] = parse(c);
+      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
       if (a > 0.5) return [r, g, b];
     }
     return [255, 255, 255];

@@ -14,10 +14,21 @@ from torch import Tensor
 
 from .models import Answer, DigitModel, Map, TextAnswer, TextModel
 
-__all__ = ["Look", "Tally", "digit_card", "picture", "text_card", "visible"]
+__all__ = ["COLOURS", "Look", "Tally", "digit_card", "named", "picture", "text_card", "visible"]
 
-RIGHT, WRONG, ABSENT = (58, 134, 214, 255), (226, 110, 40, 255), (0, 0, 0, 0)
-NO_WEIGHTS = "A convolution has no attention weights: each patch takes in its neighbours alike."
+# one for each thing; page.css and pad.js have them as variables, such as --chosen
+COLOURS = {
+    "chosen": "#ff5fc8",  # the patch that asks
+    "frame": "#ffffff",  # the digit's
+    "looks": "#ffc21a",  # attention
+    "right": "#3a86d6",
+    "wrong": "#d9482b",
+}
+ABSENT = (0, 0, 0, 0)
+NO_WEIGHTS = (
+    "A convolution has no attention weights: it takes its neighbours in the same way everywhere, "
+    "whatever they show."
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look)
         return f'<figure class="look" data-look="none">{svg}<figcaption>{why}</figcaption></figure>'
     prefix, across = model.prefix, canvas // model.patch
     ask = prefix + look.patch
-    patch, who = look.patch, f"patch {_named(look.patch, across)}"
+    patch, who = look.patch, f"patch {named(look.patch, across)}"
     if ask >= len(weights):  # the last layer answers for the class token alone
         ask, patch, who = 0, -1, "class token (it alone asks here)"
     row = weights[ask, prefix:]
@@ -153,13 +164,14 @@ def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look)
         for i, w in enumerate(row)
     )
     mark = _box(patch, across, model.patch, 'class="asks"') if patch >= 0 else ""
-    told = f"{look}: {who} looks most at {_named(best, across)}, {percent(most)} %"
+    told = f"{look}: {who} looks most at {named(best, across)}, {percent(most)} %"
     told += f"; at the class token {percent(float(weights[ask, 0]))} %" if prefix else ""
     svg = f'{head}"{told}">{whole}<g class="weights">{boxes}</g>{mark}</svg>'
     return f'<figure class="look" data-look="{patch}">{svg}<figcaption>{told}</figcaption></figure>'
 
 
-def _named(patch: int, across: int) -> str:
+def named(patch: int, across: int) -> str:
+    """A patch, row-major, by its row and column, from 1."""
     return f"({patch // across + 1}, {patch % across + 1})"
 
 
@@ -171,7 +183,7 @@ def _box(patch: int, across: int, side: int, more: str) -> str:
 def _places(title: str, tally: Tally, place: tuple[int, int]) -> str:
     """Right and wrong by place; where answers differ, what most of them were."""
     good = 2 * tally.right >= np.maximum(tally.all, 1)
-    colours = np.where(good[..., None], RIGHT, WRONG).astype(np.uint8)
+    colours = np.where(good[..., None], _rgba("right"), _rgba("wrong")).astype(np.uint8)
     colours[tally.all == 0] = ABSENT
     side, (row, column) = tally.side, place
     return (
@@ -180,6 +192,10 @@ def _places(title: str, tally: Tally, place: tuple[int, int]) -> str:
         f'height="{side}"/><rect x="{column - 0.5}" y="{row - 0.5}" width="2" height="2"/></svg>'
         f"<figcaption>{title}: {str(tally).replace(' %', '&nbsp;%')}</figcaption></figure>"
     )
+
+
+def _rgba(name: str) -> tuple[int, ...]:
+    return *bytes.fromhex(COLOURS[name][1:]), 255
 
 
 # -- text ----------------------------------------------------------------------------------------
@@ -211,9 +227,12 @@ def text_card(model: TextModel, answer: TextAnswer | None, look: Look, start: in
             f"{look}: {visible(tokens[ask].text)!r} looks most at "
             f"{visible(tokens[best].text)!r}, {percent(shares[best])} %"
         )
+    total = answer.unread + len(tokens)
+    cut = f"Only the last {len(tokens)} of {total} tokens are read." if answer.unread else ""
     return (
         f"{_title(model.name)}"
         f"{_bars('Likeliest next tokens, in percent', rows)}"
+        f"{f'<p class=told>{cut}</p>' if cut else ''}"
         f'<div class="tokens" role="group" aria-label="Tokens of the prompt">{buttons}</div>'
         f'<p class="told">{escape(told)}</p>'
     )

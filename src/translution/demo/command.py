@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,21 +33,22 @@ def demo(
 
     Only this machine can reach it unless another address is given.
     """
-    import nicegui  # noqa: F401  (what is missing is told before anything is read)
-    import torch
+    typer.echo("translution demo: starting")  # what comes now takes seconds
+    with ExitStack() as stack:
+        with _ended_quietly():
+            import nicegui  # noqa: F401  (what is missing is told before anything is read)
+            import torch
 
-    from .listening import is_loopback, listen
+            from .listening import address_of, is_loopback, listen
 
-    with listen(host, port) as listening:
-        from .models import open_models
-        from .server import open_in_browser, serve
+            listening = stack.enter_context(listen(host, port))
+            from .models import open_models
+            from .server import open_in_browser, serve
 
-        models = open_models(runs or [])
+            models = open_models(runs or [])
         torch.set_num_threads(1)  # small models: more threads would only wait for each other
-        address, port = listening.getsockname()[:2]
-        name = f"[{address}]" if ":" in address else address
-        url = f"http://{name}:{port}"
         if not is_loopback(listening):
+            address = listening.getsockname()[0]
             typer.echo(
                 f"translution: {address} can be reached from other machines, and whoever does can "
                 "use the page; there is no password",
@@ -50,8 +56,24 @@ def demo(
             )
 
         def started() -> None:
+            url = address_of(listening, "<this machine>")
             typer.echo(f"translution demo: {url} (Ctrl-C ends it)")
             if show:
-                open_in_browser(url)
+                open_in_browser(address_of(listening, "localhost"))
 
         serve(models, listening, started)
+
+
+@contextmanager
+def _ended_quietly() -> Iterator[None]:
+    """Ctrl-C ends the process at once: in the middle of imports it would leave a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield
+        return
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nicegui import ui
@@ -10,7 +11,12 @@ from nicegui import ui
 from .cards import Look
 from .models import DigitModel, Map, TextModel
 
-__all__ = ["Chosen", "Heads", "Pad", "Sketch", "live_region"]
+__all__ = [
+    "NONE_CHOSEN", "Card", "Chosen", "Heads", "Pad", "Sketch", "Status", "legend", "problem",
+]  # fmt: skip
+
+NONE_CHOSEN = "No mixer is chosen."
+REST = 0.5  # seconds
 
 
 class Pad(ui.element, component="pad.js"):  # type: ignore[call-arg]
@@ -40,9 +46,48 @@ class Sketch(ui.element, component="sketch.js"):  # type: ignore[call-arg]
         self.update()
 
 
-def live_region(name: str) -> ui.label:
-    """A line that is read out when it changes."""
-    return ui.label().classes("status").props(f'role=status aria-live=polite data-name="{name}"')
+class Card(ui.element, component="card.js"):  # type: ignore[call-arg]
+    """What a model answers; see card.js."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self._props["aria-label"] = label
+
+    def show(self, content: str) -> None:
+        self._props["content"] = content
+        self.update()
+
+
+class Status:
+    """A line that is read out. It changes once nothing new was said for half a second: who moves a
+    digit hears where it came to rest."""
+
+    def __init__(self, name: str) -> None:
+        self.label = ui.label().classes("status")
+        self.label.props(f'role=status aria-live=polite data-name="{name}"')
+        self.waiting: asyncio.TimerHandle | None = None
+
+    def say(self, text: str) -> None:
+        self.stop()
+        loop = asyncio.get_running_loop()
+        self.waiting = loop.call_later(REST, self.label.set_text, text)
+
+    def stop(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+
+
+def problem() -> ui.label:
+    """A line for what went wrong, read out at once."""
+    return ui.label().classes("status problem").props("role=alert")
+
+
+def legend(names: Mapping[str, str], more: str) -> None:
+    """What each colour means. names: of `COLOURS`."""
+    with ui.element("p").classes("legend help"):
+        for colour, name in names.items():
+            ui.html(f'<i class="swatch {colour}"></i>{name}', sanitize=False, tag="span")
+        ui.html(more, sanitize=False, tag="span")
 
 
 class Chosen:
@@ -54,7 +99,7 @@ class Chosen:
     def __init__(self, label: str, change: Callable[[], None]):
         self.change = change
         self.off = set[Any]()
-        self.cards = dict[Any, ui.html]()
+        self.cards = dict[Any, Card]()
         self.models: Sequence[Any] = []
         with ui.element("fieldset").classes("boxes"):
             with ui.element("legend"):
@@ -87,14 +132,12 @@ class Chosen:
         self.cards = {}
         with self.grid:
             for model in self.ticked:
-                card = ui.html("", sanitize=False, tag="article").classes("card")
-                card.props["aria-label"] = model.name
-                self.cards[model] = card
+                self.cards[model] = Card(model.name)
 
     def show(self, model: Any, content: str) -> None:
         """Put content into a model's card, if there is one (it may have been unticked since)."""
         if (card := self.cards.get(model)) is not None:
-            card.content = content
+            card.show(content)
 
 
 class Heads:
@@ -108,7 +151,12 @@ class Heads:
         """All layers and heads that any of the models has."""
         layers = max((len(one) for one in maps), default=1) or 1
         heads = max((len(m) for one in maps for m in one if m is not None), default=0)
-        self._set(self.layer, {i: f"layer {i + 1}" for i in range(layers)})
+        alone = {  # one asks, many answer
+            i for one in maps for i, m in enumerate(one)
+            if m is not None and m.shape[-2] == 1 < m.shape[-1]
+        }  # fmt: skip
+        told = {i: " (class token alone asks)" if i in alone else "" for i in range(layers)}
+        self._set(self.layer, {i: f"layer {i + 1}{told[i]}" for i in range(layers)})
         names = {-1: "mean of heads"} | {i: f"head {i + 1}" for i in range(heads)}
         self._set(self.head, names)
 

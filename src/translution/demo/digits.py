@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +15,8 @@ from nicegui import events, ui
 from torch import Tensor
 
 from ..data.digits import load_digits, place
-from .cards import Tally, digit_card
-from .controls import Chosen, Heads, Pad, Sketch, live_region
+from .cards import Tally, digit_card, named
+from .controls import NONE_CHOSEN, Chosen, Heads, Pad, Sketch, Status, legend, problem
 from .live import Newest, computed
 from .models import Answer, DigitModel
 from .sketch import MOST_BYTES, from_image, from_lines
@@ -23,21 +24,30 @@ from .sketch import MOST_BYTES, from_image, from_lines
 __all__ = ["DigitsView"]
 
 HELP = (
-    "Drag the digit (dashed frame), or move it with the arrow keys. The patch under the pointer "
-    "(orange; Shift and arrow keys) is the one whose attention is shown."
+    "Drag the digit or move it with the arrow keys; point at a patch, or Shift and arrow keys, to "
+    "see where it looks."
 )
+KEY = {
+    "chosen": "chosen patch",
+    "frame": "the digit's frame",
+    "looks": "attention (brightest: the largest weight, which the caption tells)",
+    "right": "right",
+    "wrong": "wrong",
+}
 SOME = 63  # places asked at once
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A digit [8, 8] and its label, if known. stamp: another one for each digit."""
+    """A digit [8, 8] and its label, if known. stamp: another one for each digit. number: of a test
+    image."""
 
     digit: Tensor
     label: int | None
     name: str
     stamp: int
+    number: int | None = None
 
 
 class Request(NamedTuple):
@@ -55,7 +65,8 @@ class DigitsView:
         self.stamps = itertools.count()
         self.canvas = models[0].canvas
         self.row = self.column = self.most // 2
-        self.scene = self._test(0)
+        self.scene, self.last = self._test(0), 0  # the last test image
+        self.told = ""  # of the newest answers
         self.shown: Request | None = None  # what the answers are to
         self.answers = dict[DigitModel, Answer]()
         self.session = {m: Tally(m.canvas - 7) for m in models}
@@ -84,6 +95,11 @@ class DigitsView:
                 self.trained.on_value_change(lambda event: self._offer(event.value))
             self.chosen = Chosen("Mixers", self.ask)
             self.heads = Heads(self.draw)
+            ui.label(
+                "Head: one of the attentions that a layer has side by side. Class token: an extra "
+                "token that gathers what the answer is made from."
+            ).classes("help grow")
+        legend(KEY, "Rows, columns and patches count from 1.")
         with ui.element("div").classes("stage"):
             with ui.element("section").classes("side").props('aria-label="The digit"'):
                 self._build_side()
@@ -94,15 +110,17 @@ class DigitsView:
         self.pad = Pad("Canvas with the digit")
         self.pad.on("moved", self._moved)
         self.pad.on("looked", self._looked)
-        self.status = live_region("answers")
+        self.status = Status("answers")
         ui.label(HELP).classes("help").props("id=pad-help")
         with ui.row().classes("items-end gap-2 no-wrap"):
             self.number = ui.number(
-                "Test digit", value=0, min=0, max=len(self.digits.test) - 1, precision=0,
+                f"Test image, 0 to {len(self.digits.test) - 1}", value=0, step=1,
                 on_change=lambda event: self._take_test(event.value),
-            ).classes("grow")  # fmt: skip
+            ).classes("grow").props("debounce=300")  # fmt: skip
+            self.number.on("blur", self._agree)
             ui.button("Any", on_click=self._any).props("outline")
             ui.button("Centre", on_click=self._centre).props("outline")
+        self.no_number = problem()
         with ui.row().classes("items-start gap-3 no-wrap"):
             self.sketch = Sketch("Square to draw a digit in, with mouse, finger or pen")
             self.sketch.on("drawn", self._drawn)
@@ -115,7 +133,8 @@ class DigitsView:
                 ui.button("Upload an image").props("outline").on(
                     "click", js_handler=f"() => getElement({upload.id}).$refs.qRef.pickFiles()"
                 )
-                ui.button("Clear", on_click=self.sketch.clear_lines).props("outline")
+                self.refused = problem()
+                ui.button("Clear", on_click=self._clear).props("outline")
                 self.upload = upload
         names = {UNKNOWN: "not told"} | {i: str(i) for i in range(10)}
         self.label = ui.select(
@@ -124,7 +143,7 @@ class DigitsView:
         with ui.row().classes("gap-2"):
             ui.button("All places", on_click=self._start_everywhere)
             ui.button("Forget answers", on_click=self._forget).props("outline")
-        self.message = ui.label().classes("status problem").props("role=alert")
+        self.message = problem()
 
     # -- what the user does ------------------------------------------------------------------
 
@@ -147,23 +166,45 @@ class DigitsView:
 
     def _test(self, n: int) -> Scene:
         label = int(self.digits.test_labels[n])
-        return Scene(self.digits.test[n], label, f"test digit {n}", next(self.stamps))
+        return Scene(self.digits.test[n], label, f"test image {n}", next(self.stamps), n)
 
-    def _take(self, scene: Scene) -> None:
+    def _take(self, scene: Scene, keep_lines: bool = False) -> None:
         self.scene = scene
-        self.message.text = ""
+        self.message.text = self.refused.text = self.no_number.text = ""
+        if not keep_lines:
+            self.sketch.clear_lines()
+        if scene.number is not None:
+            self.last = scene.number
+        self._agree()
         self.label.set_value(UNKNOWN if scene.label is None else scene.label)
         self._stop_everywhere()
         self._show_pad()
         self.ask()
 
     def _take_test(self, number: float | None) -> None:
-        if number is not None and 0 <= number < len(self.digits.test):
+        if number is None or number == self.scene.number:
+            return
+        most = len(self.digits.test) - 1
+        if float(number).is_integer() and 0 <= number <= most:
             self._take(self._test(int(number)))
+        else:
+            self.no_number.text = (
+                f"Test image: got {number:g}, want a whole number from 0 to {most}; this is still "
+                f"the {self.scene.name}"
+            )
+
+    def _agree(self) -> None:
+        """The field tells the image that is shown."""
+        self.number.value = self.scene.number
 
     def _any(self) -> None:
-        now = self.number.value
-        self.number.value = random.choice([n for n in range(len(self.digits.test)) if n != now])
+        others = [n for n in range(len(self.digits.test)) if n != self.scene.number]
+        self._take(self._test(random.choice(others)))
+
+    def _clear(self) -> None:
+        self.sketch.clear_lines()
+        if self.scene.number is None:
+            self._take(self._test(self.last))
 
     def _centre(self) -> None:
         self.row = self.column = self.most // 2
@@ -182,6 +223,7 @@ class DigitsView:
         across = self.canvas // self.step if self.step else 1
         self.patch = min(max(int(event.args["patch"]), 0), across * across - 1)
         self.draw()
+        self._tell()
 
     def _drawn(self, event: events.GenericEventArguments) -> None:
         if event.args["blank"] != self.sketch.blank:
@@ -189,11 +231,10 @@ class DigitsView:
         try:
             digit = from_lines(event.args["lines"])
         except (ValueError, TypeError) as error:
-            self.message.text = f"The drawing: {error}"
+            self.refused.text = f"The drawing: {error}"
             return
         if digit is not None:
-            self._take(Scene(digit, None, "drawn digit", next(self.stamps)))
-            self.number.value = None
+            self._take(Scene(digit, None, "drawn digit", next(self.stamps)), keep_lines=True)
 
     async def _uploaded(self, event: events.UploadEventArguments) -> None:
         self.upload.reset()
@@ -203,19 +244,17 @@ class DigitsView:
                 raise ValueError(f"it has {event.file.size():,} bytes, want at most {MOST_BYTES:,}")
             digit = await asyncio.to_thread(from_image, await event.file.read())
         except ValueError as error:
-            self.message.text = f"{name}: {error}"
+            self.refused.text = f"{name}: {error}"
             return
         self._take(Scene(digit, None, f"uploaded {name}", next(self.stamps)))
-        self.number.value = None
 
     def _rejected(self) -> None:
-        self.message.text = f"The file is refused: want an image of at most {MOST_BYTES:,} bytes."
+        self.refused.text = f"The file is refused: want an image of at most {MOST_BYTES:,} bytes."
 
     def _named(self, event: events.ValueChangeEventArguments) -> None:
         label = None if event.value == UNKNOWN else int(event.value)
         if label != self.scene.label:
-            scene = self.scene
-            self.scene = Scene(scene.digit, label, scene.name, next(self.stamps))
+            self.scene = replace(self.scene, label=label, stamp=next(self.stamps))
             self._stop_everywhere()
             self.ask()
 
@@ -242,13 +281,22 @@ class DigitsView:
                 self.session[model].add(request.row, request.column, right)
         self.heads.offer([answer.maps for answer in answers.values()])
         self.draw()
-        said = ", ".join(
-            f"{m.name}: {np.argmax(a.probabilities)} ({100 * max(a.probabilities):.0f} %)"
-            for m, a in answers.items()
-        )
-        where = f"row {request.row}, column {request.column}"
-        self.status.text = f"{scene.name} at {where}. {said or 'No mixer is chosen.'}"
-        self.pad.show(alt=f"{scene.name} at {where}")
+        said = Counter(int(np.argmax(answer.probabilities)) for answer in answers.values())
+        known = "" if scene.label is None else f" (a {scene.label})"
+        where = f"{scene.name}{known} at row {request.row + 1}, column {request.column + 1}"
+        if not answers:
+            self.told = f"{where}. {NONE_CHOSEN}"
+        elif scene.label is not None:
+            self.told = f"{where}: {said[scene.label]} of {len(answers)} right."
+        else:
+            each = ", ".join(f"{n} say {digit}" for digit, n in said.most_common())
+            self.told = f"{where}: {each}."
+        self._tell()
+        self.pad.show(alt=where)
+
+    def _tell(self) -> None:
+        patch = f" Patch {named(self.patch, self.canvas // self.step)} is chosen."
+        self.status.say(self.told + (patch if self.step else ""))
 
     def _failed(self, error: Exception) -> None:
         self.message.text = f"No answer: {error}"
@@ -289,6 +337,9 @@ class DigitsView:
         if self.scene.label is None:
             self.message.text = "All places: say first which digit it is."
             return
+        if not self.chosen.ticked:
+            self.message.text = f"All places: {NONE_CHOSEN}"
+            return
         self.message.text = ""
         self.everywhere_task = asyncio.get_running_loop().create_task(self._everywhere())
 
@@ -309,14 +360,19 @@ class DigitsView:
                     tally.add(row, column, found == scene.label)
             self.everywhere[model] = tally
             self.draw()
-        self.status.text = "All places. " + ", ".join(
-            f"{model.name}: {tally}" for model, tally in self.everywhere.items()
+        self.status.say(
+            "All places, right: "
+            + ", ".join(
+                f"{model.name} {100 * tally.right.sum() / tally.all.sum():.0f} %"
+                for model, tally in self.everywhere.items()
+            )
         )
 
     def stop(self) -> None:
         """The window is closed."""
         self._stop_everywhere()
         self.newest.stop()
+        self.status.stop()
 
 
 def _answers(request: Request) -> dict[Any, Answer]:

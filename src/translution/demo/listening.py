@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
 
-__all__ = ["is_loopback", "listen"]
+__all__ = ["address_of", "is_loopback", "listen"]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -29,6 +30,10 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(128)
     except OSError as error:
         listening.close()
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(
+                f"host: got {host!r}, want an address of this machine ({error.strerror})"
+            ) from None
         raise ValueError(
             f"port: cannot listen on {host}, port {port} ({error.strerror}); --port takes another, "
             "0 any that is free"
@@ -39,3 +44,11 @@ def listen(host: str, port: int) -> socket.socket:
 def is_loopback(listening: socket.socket) -> bool:
     """Whether only this machine reaches it."""
     return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def address_of(listening: socket.socket, everywhere: str) -> str:
+    """Where a browser finds it. everywhere: the name to tell where it listens on all addresses."""
+    address, port = listening.getsockname()[:2]
+    if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
+        address = everywhere
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

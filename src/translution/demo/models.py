@@ -30,15 +30,19 @@ __all__ = [
 
 SHIPPED = Path(__file__).parent / "weights"
 TITLES = {
+    "translution": "Translution",
+    "alpha": "α-Translution",
+    "acmix": "ACmix",
     "attention": "attention, learned positions",
     "rotary": "attention, rotary positions",
     "bias": "attention, relative bias",
     "convolution": "convolution 3×3",
-    "acmix": "ACmix",
-    "alpha": "α-Translution",
-    "translution": "Translution",
 }
 TOP = 10  # tokens that are told
+# byte-level tokenizers name bytes by characters: printable ones by themselves, others from 256 on
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
 
 Map = Tensor | None  # weights [heads, queries, keys] of a layer; None: it has none
 
@@ -59,12 +63,14 @@ class Token(NamedTuple):
 
 class TextAnswer(NamedTuple):
     """Of one prompt: the tokens that the model saw, the likeliest next ones with their
-    probabilities, the probabilities of all, and the attention of each layer."""
+    probabilities, the probabilities of all, the attention of each layer, and how many tokens stood
+    before what the model reads."""
 
     tokens: list[Token]
     top: list[tuple[str, float]]
     probabilities: Tensor
     maps: list[Map]
+    unread: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +136,19 @@ class TextModel:
         best = probabilities.topk(min(TOP, len(probabilities)))
         tokens = [Token(self.text(i), o[0]) for i, o in zip(ids, offsets, strict=True)]
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return TextAnswer(tokens, [(self.text(i), p) for i, p in found], probabilities, maps)
+        top = [(self.text(i), p) for i, p in found]
+        return TextAnswer(tokens, top, probabilities, maps, len(encoded.ids) - len(ids))
 
     def text(self, token: int) -> str:
-        """A token's text; a special one's, and a part of a character's, by its name."""
+        """A token's text; a special one's by its name; bytes of a part of a character as ⟨C3⟩."""
         text = self.tokenizer.decode([token], skip_special_tokens=True)
-        return text if text and "\ufffd" not in text else self.tokenizer.id_to_token(token) or ""
+        if text and "\ufffd" not in text:
+            return text
+        name = self.tokenizer.id_to_token(token) or ""
+        if not text or not all(symbol in BYTES for symbol in name):
+            return name
+        values = [BYTES[symbol] for symbol in name]
+        return "".join(chr(b) if b < 128 else f"⟨{b:02X}⟩" for b in values)
 
     def continued(self, prompt: str, token: int) -> str:
         """The prompt with a token after it."""
@@ -200,7 +213,7 @@ def open_models(runs: Sequence[Path | str] = ()) -> Models:
 
 
 def _rank(path: Path) -> tuple[bool, int, str]:
-    """Moved digits first, and mixers in the order of their titles."""
+    """Moved digits first, and mixers in the order of their titles: Translution is seen first."""
     mixer = path.name.rpartition("-")[2]
     return "centred" in path.name, list(TITLES).index(mixer) if mixer in TITLES else 99, path.name
 

@@ -55,13 +55,14 @@ export default {
         context.moveTo(0, i); context.lineTo(this.pixels, i);
       }
       context.stroke();
-      context.strokeStyle = "#6cb6ff";
+      const colours = getComputedStyle(this.$refs.canvas);
+      context.strokeStyle = colours.getPropertyValue("--frame");
       context.lineWidth = 2;
       context.setLineDash([6, 4]);
       context.strokeRect(this.column * SCALE, this.row * SCALE, side * SCALE, side * SCALE);
       context.setLineDash([]);
       if (step) {
-        context.strokeStyle = "#ff9a4d";
+        context.strokeStyle = colours.getPropertyValue("--chosen");
         context.lineWidth = 3;
         const [y, x] = [Math.floor(this.at / this.across), this.at % this.across];
         context.strokeRect(x * step + 1.5, y * step + 1.5, step - 3, step - 3);

@@ -13,13 +13,15 @@ import uvicorn
 from fastapi import FastAPI
 from nicegui import ui
 
+from .cards import COLOURS
 from .digits import DigitsView
 from .models import Models
 from .text import TextView
 
 __all__ = ["open_in_browser", "page", "serve"]
 
-STYLE = (Path(__file__).parent / "page.css").read_text("utf-8")
+VARIABLES = "".join(f"--{name}: {colour}; " for name, colour in COLOURS.items())
+STYLE = f":root {{ {VARIABLES}}}\n" + (Path(__file__).parent / "page.css").read_text("utf-8")
 INTRO = (
     "The same small models but for how tokens mix: what they say of a digit that moves, and of a "
     "text, and where they look."

@@ -1,4 +1,5 @@
 // A square to draw a digit in. The server gets all lines ("drawn"), points as (x, y) from 0 to 1.
+// A line that leaves the square ends there; another begins where it comes back.
 const SIDE = 256;
 const PAUSE = 80; // milliseconds between two messages
 
@@ -26,7 +27,7 @@ export default {
       context.fillRect(0, 0, SIDE, SIDE);
       [context.strokeStyle, context.lineWidth] = ["#fff", SIDE / 8];
       [context.lineCap, context.lineJoin] = ["round", "round"];
-      for (const line of this.lines) {
+      for (const line of this.drawn()) {
         context.beginPath();
         context.moveTo(line[0][0] * SIDE, line[0][1] * SIDE);
         for (const [x, y] of line) context.lineTo(x * SIDE, y * SIDE);
@@ -35,19 +36,22 @@ export default {
     },
     add(event) {
       const box = this.$refs.canvas.getBoundingClientRect();
-      const share = (value) => Math.round(1000 * Math.min(Math.max(value, 0), 1)) / 1000;
-      for (const one of event.getCoalescedEvents?.() || []) this.point(one, box, share);
-      this.point(event, box, share);
+      for (const one of event.getCoalescedEvents?.() || []) this.point(one, box);
+      this.point(event, box);
       this.draw();
+      if (this.drawn().length === 0) return;
       this.timer ??= setTimeout(() => {
         this.timer = null;
-        this.$emit("drawn", { lines: this.lines, blank: this.blank });
+        this.$emit("drawn", { lines: this.drawn(), blank: this.blank });
       }, PAUSE);
     },
-    point(event, box, share) {
+    point(event, box) {
       const point = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-      this.lines.at(-1).push(point.map(share));
+      const inside = point.every((value) => value >= 0 && value <= 1);
+      if (inside) this.lines.at(-1).push(point.map((value) => Math.round(1000 * value) / 1000));
+      else if (this.lines.at(-1).length) this.lines.push([]);
     },
+    drawn() { return this.lines.filter((line) => line.length); },
     down(event) {
       this.$refs.canvas.setPointerCapture(event.pointerId);
       this.drawing = true;

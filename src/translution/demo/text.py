@@ -9,7 +9,7 @@ import torch
 from nicegui import events, ui
 
 from .cards import text_card
-from .controls import Chosen, Heads, live_region
+from .controls import NONE_CHOSEN, Chosen, Heads, Status, legend, problem
 from .live import Newest
 from .models import TextAnswer, TextModel
 
@@ -37,29 +37,40 @@ class TextView:
         self.start: int | None = None
         self.newest = Newest(_answers, self._answered, self._failed)
         with ui.element("section").classes("controls").props('aria-label="Models"'):
-            self.chosen = Chosen("Mixers", self.ask)
+            self.chosen = Chosen("Mixers", self._ticked)
             self.heads = Heads(self.draw)
+            ui.label("Head: one of the attentions that a layer has side by side.").classes(
+                "help grow"
+            )
+        legend(
+            {"looks": "attention (brightest: the card's largest weight, which its caption tells)"},
+            "␣ is a space, ⏎ a new line, ⟨C3⟩ a byte of a character that has several tokens.",
+        )
         self.prompt = ui.textarea("Prompt", value=PROMPT, on_change=self._changed).classes("prompt")
         self.prompt.props(f"outlined autogrow maxlength={MOST} debounce=150")
         with ui.row().classes("items-end gap-2"):
-            names = {model: model.name for model in models}
-            self.writer = ui.select(names, value=models[0], label="Who writes")
+            self.writer = ui.select(_names(models), value=models[0], label="Who writes")
             ui.button("Append likeliest", on_click=lambda: self._append(_likeliest))
             ui.button("Append sampled", on_click=lambda: self._append(_sampled)).props("outline")
         ui.label(
-            "Choose a token in a card to see where it looks; else it is the last one. ␣ is a "
-            "space, ⏎ a new line."
+            "Choose a token in a card to see where it looks; else it is the last one."
         ).classes("help")
-        self.status = live_region("tokens")
-        self.message = ui.label().classes("status problem").props("role=alert")
+        self.status = Status("tokens")
+        self.message = problem()
         self.chosen.place_cards()
         self.chosen.grid.on("click", self._clicked, js_handler=CLICKED)
         self.chosen.offer(models)
         self.ask()
 
     def ask(self) -> None:
-        models = list(dict.fromkeys([*self.chosen.ticked, self.writer.value]))
-        self.newest.ask(Request(models, self.prompt.value or ""))
+        self.newest.ask(Request(self.chosen.ticked, self.prompt.value or ""))
+
+    def _ticked(self) -> None:
+        """Only who is ticked may write."""
+        ticked = self.chosen.ticked
+        value = self.writer.value if self.writer.value in ticked else next(iter(ticked), None)
+        self.writer.set_options(_names(ticked), value=value)
+        self.ask()
 
     def _changed(self) -> None:
         self.start = None
@@ -71,6 +82,9 @@ class TextView:
 
     def _append(self, choose: Callable[[torch.Tensor], int]) -> None:
         model = self.writer.value
+        if model is None:
+            self.message.text = f"Append: {NONE_CHOSEN}"
+            return
         request = Request([model], self.prompt.value or "")
 
         def done(_: Request, answers: dict[Any, TextAnswer | None]) -> None:
@@ -89,11 +103,15 @@ class TextView:
         self.message.text = ""
         self.heads.offer([answer.maps for answer in answers.values() if answer])
         self.draw()
-        self.status.text = "Likeliest next. " + ", ".join(
+        said = ", ".join(
             f"{m.name}: {a.top[0][0].strip() or 'white space'} ({100 * a.top[0][1]:.0f} %)"
             for m, a in answers.items()
-            if a and m in self.chosen.ticked
+            if a
         )
+        if not answers:
+            self.status.say(NONE_CHOSEN)
+        else:
+            self.status.say(f"Likeliest next. {said}" if said else "Type something.")
 
     def _failed(self, error: Exception) -> None:
         self.message.text = f"No answer: {error}"
@@ -108,6 +126,11 @@ class TextView:
     def stop(self) -> None:
         """The window is closed."""
         self.newest.stop()
+        self.status.stop()
+
+
+def _names(models: list[TextModel]) -> dict[TextModel, str]:
+    return {model: model.name for model in models}
 
 
 def _answers(request: Request) -> dict[Any, TextAnswer | None]:
