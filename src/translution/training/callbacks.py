@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..files import write_whole
 from ..measuring import matmul_rate
-from .checkpoints import Folders, is_whole
+from .checkpoints import Folders
 from .config import TrainOptions
 from .data import Part
 from .tasks import Task
@@ -118,6 +118,7 @@ class Keeper(Checkpoint):
         self.options = meter.options
         self.least = math.inf
         self.interrupted = False
+        self.saved: dict[str, int] = {}  # the step of each kind
 
     def on_train_start(self, trainer: Trainer, task: Any) -> None:
         # where several processes get Ctrl-C, each may be at another step: they can't save together
@@ -170,9 +171,11 @@ class Keeper(Checkpoint):
             raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer, kind: str) -> None:
-        path = self.folder / f"{kind}-{trainer.global_step:06d}"
-        if is_whole(path):
+        step = trainer.global_step
+        if self.saved.get(kind) == step:  # not by a look at the files: ranks must agree on it
             return
+        self.saved[kind] = step
+        path = self.folder / f"{kind}-{step:06d}"
         before = [p for p in self.folder.glob(f"{kind}-*") if p != path]
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:

@@ -51,6 +51,13 @@ class Sharded(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        # Lightning's refuses a folder that is there, as it is for a rank that comes after the first
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         return self.checkpoint_io.load_checkpoint(Path(self.broadcast(checkpoint_path)))
 
