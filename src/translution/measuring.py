@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from . import functional  # noqa: F401  (registers the operators)
 from .layouts import Layout
 
 __all__ = [
+    "commit_here",
     "copy_rate",
     "held_bytes",
     "machine",
@@ -168,6 +170,21 @@ def _no_native_log() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def commit_here() -> str | None:
+    """The commit this code is at, where it runs from a checkout of its own."""
+    here = Path(__file__).resolve()
+    try:
+        for command in ("ls-files --error-unmatch", "describe --always --dirty --abbrev=10"):
+            named = [here.name] if command.startswith("ls-files") else []
+            told = subprocess.run(
+                ["git", *command.split(), *named],
+                cwd=here.parent, capture_output=True, text=True, timeout=10, check=True,
+            )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip() or None
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ..files import write_whole
-from ..measuring import machine
+from ..measuring import commit_here, machine
 from ..models.blocks import choose
 from ..modules.attention import check_relative
 from .cases import OPERATORS, Case
@@ -27,7 +26,6 @@ __all__ = [
     "DTYPES",
     "bench",
     "check_json",
-    "commit_here",
     "device_named",
     "ints",
     "keep",
@@ -253,21 +251,6 @@ def told_machine(about: dict[str, Any]) -> str:
     told = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
     commit = about.get("commit")
     return f"{told}, translution {about['translution']}" + (f" ({commit})" if commit else "")
-
-
-def commit_here() -> str | None:
-    """The commit this code is at, where it runs from a checkout of its own."""
-    here = Path(__file__).resolve()
-    try:
-        for command in ("ls-files --error-unmatch", "describe --always --dirty --abbrev=10"):
-            named = [here.name] if command.startswith("ls-files") else []
-            told = subprocess.run(
-                ["git", *command.split(), *named],
-                cwd=here.parent, capture_output=True, text=True, timeout=10, check=True,
-            )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.stdout.strip() or None
 
 
 def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..measuring import copy_rate, machine, seconds_in_turn
+from ..measuring import commit_here, copy_rate, machine, seconds_in_turn
 from ..models import GPT, gpt
 from ..models.blocks import IMAGE_MIXERS, MIXERS, choose
 from ..models.generation import generate
@@ -25,7 +25,7 @@ from ..modules import RelativeLinear
 from ..modules.attention import check_relative
 from ..modules.cache import Cache
 from ..modules.positions import RelativeBias
-from .command import check_json, commit_here, device_named, keep, told_machine
+from .command import check_json, device_named, keep, told_machine
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]
 

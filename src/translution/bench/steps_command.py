@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ..measuring import machine
+from ..measuring import commit_here, machine
 from ..models.blocks import CHECKPOINTS, choose
 from ..modules.attention import check_relative
-from .command import DTYPES, check_json, commit_here, device_named, ints, keep, told_machine
+from .command import DTYPES, check_json, device_named, ints, keep, told_machine
 from .steps import Step, measure_step
 
 __all__ = ["bench_step"]

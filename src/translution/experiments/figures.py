@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .config import MEASURES
-from .report import TITLES, Column, Results
+from .report import Column, Results
 
 __all__ = ["draw"]
 
@@ -29,9 +29,7 @@ def draw(results: Results, path: Path) -> None:
     for panel, column in zip(panels, columns, strict=False):
         panel.spines[["top", "right"]].set_visible(False)
         (_over if e.axis else _beside)(panel, results, column)
-        where = " → ".join(part for part in (column.regime, column.test) if part)
-        named = (where, TITLES[column.budget] if several else "")
-        panel.set_title(", ".join(part for part in named if part), fontsize=10)
+        panel.set_title(column.title(several), fontsize=10)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110, format="png")
 

@@ -48,10 +48,10 @@ class Column(NamedTuple):
     budget: BudgetName
     measure: Measure
 
-    def title(self, several: bool) -> str:
-        """several: there are columns of other budgets too."""
+    def title(self, several: bool, measure: str = "") -> str:
+        """several: there are columns of other budgets too. measure: to be named between."""
         where = " → ".join(part for part in (self.regime, self.test) if part)
-        named = (where, self.measure.title, TITLES[self.budget] if several else "")
+        named = (where, measure, TITLES[self.budget] if several else "")
         return ", ".join(part for part in named if part)
 
 
@@ -101,7 +101,7 @@ class Results:
         """Markdown: a line per row of the experiment, the best of each column in bold."""
         columns = self.columns()
         several = any(column.budget != "steps" for column in columns)
-        heads = ["", *(column.title(several) for column in columns)]
+        heads = ["", *(column.title(several, column.measure.title) for column in columns)]
         heads += ["parameters", "time of a step", "learning rate"]
         lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
         best = {column: self.best(column) for column in columns}

@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from ..data.images import Images
 from ..files import write_whole
-from ..measuring import machine, seconds_in_turn
+from ..measuring import commit_here, machine, seconds_in_turn
 from ..models import create_model
 from ..training.checkpoints import latest
 from ..training.config import Config
@@ -55,7 +54,7 @@ class Runs:
 
     def __post_init__(self) -> None:
         self._known = {run["identity"]: run for run in self.known.get("runs", [])}
-        self.source = source_of(Path.cwd())
+        self.source = source()
         self._facts: dict[str, Any] | None = None
         self._more: dict[Arm, dict[str, Any]] = {}
 
@@ -252,16 +251,10 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def source_of(folder: Path) -> dict[str, Any]:
-    """The commit that is checked out here, where this is known, and the machine."""
-    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True)
-        commit: str | None = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+def source() -> dict[str, Any]:
+    """The commit of the library, where this is known, and the machine."""
     about = machine(pick_device("auto"))
-    return {"commit": commit, "machine": {k: about[k] for k in about if k != "threads"}}
+    return {"commit": commit_here(), "machine": {k: about[k] for k in about if k != "threads"}}
 
 
 _OPEN: dict[str, Any] = {}  # training parts, by the options they were opened with
