@@ -222,6 +222,24 @@ def test_moved_digits_move_with_the_epoch_in_training_alone():
     assert (ink.sum((0, 1)) > 0).float().mean() > 0.85  # of the canvas; digits have empty corners
 
 
+def test_digits_move_by_whole_steps_from_the_centre():
+    """8 pixels on 23: the centre begins at 7, so steps of 3 begin at 1, 4, ... 13."""
+    still = open_images(ImageOptions(format="digits", canvas=23), "test", 0)
+    moved = open_images(ImageOptions(format="digits", canvas=23, moved=3), "test", 0)
+    seen = set()
+    for i in range(200):
+        at = [
+            [
+                s
+                for s in range(-6, 7)
+                if torch.equal(still[0, i][0].roll((r, s), (1, 2)), moved[0, i][0])
+            ]
+            for r in range(-6, 7)
+        ]
+        seen |= {(r - 6, s) for r, found in enumerate(at) for s in found}
+    assert seen == {(r, s) for r in range(-6, 7, 3) for s in range(-6, 7, 3)}
+
+
 def idx(array: np.ndarray) -> bytes:
     head = b"\x00\x00\x08" + bytes([array.ndim])
     return gzip.compress(

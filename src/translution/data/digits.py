@@ -185,8 +185,11 @@ def centre(n: int, size: int, canvas: int) -> Tensor:
     return torch.full((n, 2), (canvas - size) // 2)
 
 
-def anywhere(n: int, size: int, canvas: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(canvas - size + 1, (n, 2), generator=generator)
+def anywhere(n: int, size: int, canvas: int, generator: torch.Generator, step: int = 1) -> Tensor:
+    """step: the places are away from the centre by multiples of so many pixels."""
+    first = (canvas - size) // 2 % step
+    count = (canvas - size - first) // step + 1
+    return first + step * torch.randint(count, (n, 2), generator=generator)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class ImageOptions(Options):
     name, subset, revision: of a data set on the hub. folder: MNIST's four files.
     image_column, label_column, classes: the columns, and names for labels that have none.
     image_size: pixels, a side or [h, w]. channels: 1 or 3.
-    canvas, moved: digits are put on a canvas of this side, in the centre or anywhere.
+    canvas, moved: digits are put on a canvas of this side, in the centre, anywhere (true), or away
+        from the centre by multiples of so many pixels, down and across.
     crop: share of the short side that evaluation sees (of images that have the size already, all).
     train_limit, valid_limit, test_limit: at most so many, drawn at random.
     mean, std: per channel, of values from 0 to 1.
@@ -89,7 +90,7 @@ class ImageOptions(Options):
     image_size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
     channels: Literal[1, 3]
     canvas: PositiveInt | None = None
-    moved: bool = False
+    moved: bool | PositiveInt = False
     crop: float = Field(gt=0, le=1)
     resample: Literal["bilinear", "bicubic"] = "bicubic"
     train_limit: PositiveInt | None = None
@@ -262,7 +263,10 @@ class Images(torch.utils.data.Dataset):
         digit = self._source.images[self._rows[index]]
         size, canvas = len(digit), self.options.canvas or len(digit)
         moved = self.options.moved
-        where = anywhere(1, size, canvas, generator) if moved else centre(1, size, canvas)
+        if moved:
+            where = anywhere(1, size, canvas, generator, step=int(moved))
+        else:
+            where = centre(1, size, canvas)
         image = Image.fromarray(place(digit[None].float(), canvas, where)[0, 0].byte().numpy())
         return image if self.channels == 1 else image.convert("RGB")
 

@@ -230,7 +230,9 @@ def _open(path: Path, name: str) -> DigitModel | TextModel:
     if isinstance(data, ImageOptions) and data.format == "digits" and data.channels == 1:
         canvas = data.canvas or 8
         if data.image_size == (canvas, canvas):
-            return DigitModel(name, mixer, model, data, canvas, data.moved, checkpoint.metrics)
+            return DigitModel(
+                name, mixer, model, data, canvas, bool(data.moved), checkpoint.metrics
+            )
     told = f"{config.model.name!r} on {getattr(data, 'format', data.kind)!r}"
     raise ValueError(
         f"run: {path} is {told}, want one on scikit-learn's digits (data.format: digits, in one "
