@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -26,7 +27,7 @@ from ..measuring import commit_here, machine, seconds_in_turn
 from ..models import create_model
 from ..training.checkpoints import latest
 from ..training.config import Config
-from ..training.data import Data
+from ..training.data import Data, Parts
 from ..training.engine import pick_device
 from ..training.run import evaluate, model_of, train
 from .config import MEASURES, Arm, Budget, Experiment, Run
@@ -218,7 +219,9 @@ def make_run(
     ):
         config = run.config
         try:
-            valid: dict[str, float] | None = train(config, folder / "run", resume=True)
+            valid: dict[str, float] | None = train(
+                config, folder / "run", resume=True, parts=parts_of(config)
+            )
         except ValueError as error:
             if not str(error).startswith("loss: is "):
                 raise
@@ -228,7 +231,8 @@ def make_run(
             at = latest(folder / "run" / "checkpoints")
             assert at is not None
             for test in experiment.tests:
-                tests[test] = evaluate(at, "test", experiment.tested(run.arm, run.seed, test))
+                tested = experiment.tested(run.arm, run.seed, test)
+                tests[test] = evaluate(at, "test", tested, parts_of(tested))
     result |= {
         "steps": data_of(config).steps,
         "dim": config.model.given.get("dim"),
@@ -243,7 +247,7 @@ def make_run(
     write_whole(folder / RESULT, lambda to: to.write_text(text, "utf-8"))
     if not keep:
         shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
-    gc.collect()  # a trainer and its data are a cycle, and hold more than the collector can see
+    gc.collect()  # a trainer and its data are a cycle, and hold more than the collector sees
     return result
 
 
@@ -257,16 +261,18 @@ def source() -> dict[str, Any]:
     return {"commit": commit_here(), "machine": {k: about[k] for k in about if k != "threads"}}
 
 
-_OPEN: dict[str, Any] = {}  # training parts, by the options they were opened with
+@functools.lru_cache(4)
+def _parts(data: str) -> Parts:
+    """Those that are open of the data with these options, for all runs that have the same."""
+    return {}
+
+
+def parts_of(config: Config) -> Parts:
+    return _parts(f"{config.seed} {config.data.model_dump_json()}")
 
 
 def data_of(config: Config) -> Data:
-    """The data of a run, opened once for all runs that have the same."""
-    key = f"{config.seed} {config.data.model_dump_json()}"
-    if key not in _OPEN:
-        _OPEN.clear()
-        _OPEN[key] = Data(config).part("train")
-    return Data(config, parts={"train": _OPEN[key]})
+    return Data(config, parts=parts_of(config))
 
 
 def model_on(config: Config, device: str) -> tuple[torch.nn.Module, Data]:

@@ -16,9 +16,10 @@ from ..data.order import InOrder, Shuffled
 from ..data.text import Windows, open_text
 from .config import Config
 
-__all__ = ["Data", "Part"]
+__all__ = ["Data", "Part", "Parts"]
 
 Part = Literal["train", "valid", "test"]
+Parts = dict[Part, Images | Windows]
 
 
 class Data(LightningDataModule):
@@ -30,13 +31,13 @@ class Data(LightningDataModule):
         self,
         config: Config,
         tokenizer: Tokenizer | None = None,
-        parts: dict[Part, Images | Windows] | None = None,
+        parts: Parts | None = None,
     ):
         """tokenizer: in place of that of the configuration, such as a checkpoint's. parts: those
-        that are open already."""
+        that are open already; takes in those that this one opens."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self._open: dict[Part, Images | Windows] = parts or {}
+        self._open: Parts = {} if parts is None else parts
 
     def part(self, name: Part) -> Images | Windows:
         if name not in self._open:

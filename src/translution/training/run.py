@@ -35,7 +35,7 @@ from .checkpoints import (
     read_about,
 )
 from .config import Config, TrainOptions
-from .data import Data, Part
+from .data import Data, Part, Parts
 from .engine import interruptible, pick_device, quiet
 from .strategies import Offset, Sharded
 from .tasks import Classification, LanguageModel, Task
@@ -53,20 +53,24 @@ FREE = {
 }  # fmt: skip
 
 
-def train(config: Config, folder: Path, resume: bool = False) -> dict[str, float]:
+def train(
+    config: Config, folder: Path, resume: bool = False, parts: Parts | None = None
+) -> dict[str, float]:
     """Train into a folder; returns the metrics of the last validation.
+
+    parts: of the data, kept open for other runs on the same.
 
     Raises:
         ValueError: a configuration that does not fit the data, the machine or an earlier run there.
         OSError: a folder or checkpoint that cannot be written, data that cannot be read.
     """
     with _alone(folder) if leads() else nullcontext():
-        return _train(config, folder, resume)
+        return _train(config, folder, resume, parts)
 
 
-def _train(config: Config, folder: Path, resume: bool) -> dict[str, float]:
+def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> dict[str, float]:
     check_folder(config, folder, resume)
-    data = Data(config)
+    data = Data(config, parts=parts)
     name, options = model_of(config, data)
     at = latest(folder / "checkpoints")
     about: dict[str, Any] = {"step": 0} if at is None else read_about(at)
@@ -131,14 +135,18 @@ def _train(config: Config, folder: Path, resume: bool) -> dict[str, float]:
     return io.metrics
 
 
-def evaluate(path: Path | str, part: Part, config: Config) -> dict[str, float]:
+def evaluate(
+    path: Path | str, part: Part, config: Config, parts: Parts | None = None
+) -> dict[str, float]:
     """The metrics of a checkpoint on a part of the data that the configuration names.
+
+    parts: of the data, kept open for other runs on the same.
 
     Raises:
         ValueError: no checkpoint, or data that do not fit its model.
     """
     checkpoint = open_checkpoint(path)
-    data = Data(config, checkpoint.tokenizer)
+    data = Data(config, checkpoint.tokenizer, parts)
     samples = data.part(part)
     if isinstance(samples, Images) and samples.classes != checkpoint.classes:
         raise ValueError(
