@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .report import Column, Results
 __all__ = ["draw"]
 
 INK, ACCENT, SOFT = "#333333", "#e0663c", "#7a869a"
+ACROSS = 3  # panels
 
 
 def draw(results: Results, path: Path) -> None:
@@ -22,14 +24,20 @@ def draw(results: Results, path: Path) -> None:
     e = results.experiment
     columns = [c for c in results.columns() if c.measure is MEASURES[e.measures[0]]]
     several = any(c.budget != "steps" for c in columns)
+    across = min(ACROSS, max(1, len(columns)))
+    down = max(1, math.ceil(len(columns) / across))
     height = 1.1 + 0.34 * len(e.rows) if e.axis is None else 3.2
-    width = 2.2 + 3.0 * max(1, len(columns))
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, max(1, len(columns)), sharey=e.axis is None, squeeze=False)[0]
-    for panel, column in zip(panels, columns, strict=False):
+    figure = Figure(
+        figsize=(2.2 + 3.0 * across, height * down), layout="constrained", facecolor="white"
+    )
+    panels = figure.subplots(down, across, sharey=e.axis is None, squeeze=False)
+    free = iter(panels.flat)
+    for column, panel in zip(columns, free, strict=False):
         panel.spines[["top", "right"]].set_visible(False)
         (_over if e.axis else _beside)(panel, results, column)
         panel.set_title(column.title(several), fontsize=10)
+    for panel in free:
+        panel.set_axis_off()
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110, format="png")
 
