@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 
 from translution import cli
 from translution.compare import training
-from translution.compare.measure import attention_maps, peak_of_a_step, table_norms
+from translution.compare.measure import peak_of_a_step, table_norms
 from translution.compare.options import Options
 from translution.compare.results import load_checkpoint
 from translution.compare.runs import run_all
@@ -247,20 +247,6 @@ def test_viewer_data(finished):
 
 
 # -- measurements --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "mixer", ["attention", "bias", "alpha", "translution", "convolution", "acmix"]
-)
-def test_attention_maps_are_those_of_the_model(mixer):
-    model = tiny(mixers=(mixer,)).resolved().model(mixer).eval()
-    maps = attention_maps(model, torch.rand(1, 12, 12))
-    assert len(maps) == 2
-    if mixer == "convolution":
-        assert maps == [None, None]
-        return
-    assert [tuple(m.shape) for m in maps] == [(2, 10, 10), (2, 1, 10)]
-    assert all(torch.allclose(m.sum(-1), torch.ones(())) for m in maps)
 
 
 def test_table_norms_are_arranged_over_the_offset():

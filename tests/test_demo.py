@@ -22,7 +22,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from translution import cli, create_model
-from translution.compare.measure import attention_maps
 from translution.config import load
 from translution.data.digits import load_digits, place
 from translution.demo import server
@@ -30,7 +29,7 @@ from translution.demo import train as training
 from translution.demo.cards import Look, Tally, digit_card, text_card, visible
 from translution.demo.listening import is_loopback, listen
 from translution.demo.live import Newest
-from translution.demo.models import SHIPPED, open_models, seen
+from translution.demo.models import SHIPPED, open_models
 from translution.demo.sketch import (
     MOST_BYTES,
     SIDE,
@@ -39,7 +38,6 @@ from translution.demo.sketch import (
     from_lines,
     reduced,
 )
-from translution.models.blocks import IMAGE_MIXERS, MIXERS
 from translution.models.pretrained import ABOUT, FORMAT, WEIGHTS, read_about
 from translution.training.config import Config
 
@@ -173,51 +171,6 @@ def test_a_bitmap_of_nothing():
 
 
 # -- models --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_what_an_image_model_saw(mixer, pool):
-    if mixer == "convolution" and pool == "cls":
-        pytest.skip("a convolution has no class token")
-    model = create_model(
-        "vit", mixer=mixer, image_size=12, patch_size=4, channels=1, num_classes=10, dim=16,
-        depth=2, heads=2, pool=pool,
-    ).eval()  # fmt: skip
-    x = torch.randn(1, 1, 12, 12)
-    with torch.inference_mode():
-        logits, maps = seen(model, x)
-        assert torch.equal(logits, model(x))
-    wanted = attention_maps(model, x[0])
-    assert len(maps) == len(wanted) == 2
-    for found, want in zip(maps, wanted, strict=True):
-        if mixer == "convolution":
-            assert found is want is None
-        else:
-            assert torch.allclose(found, want)
-            assert torch.allclose(found.sum(-1), torch.ones(()))
-    assert not any(block.mixer._forward_pre_hooks for block in model.blocks)
-
-
-@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in IMAGE_MIXERS])
-def test_what_a_language_model_saw(mixer):
-    model = create_model(
-        "gpt", mixer=mixer, context=9, vocab_size=20, dim=16, depth=2, heads=2
-    ).eval()
-    ids = torch.randint(20, (1, 7))
-    with torch.inference_mode():
-        logits, maps = seen(model, ids)
-        assert torch.equal(logits, model(ids))
-    for weights in maps:
-        assert weights.shape == (2, 7, 7)
-        assert torch.allclose(weights.sum(-1), torch.ones(()))
-        assert (weights.triu(1) == 0).all()
-
-
-def test_models_of_other_kinds_have_no_maps():
-    model = create_model("resnet26", width=8, num_classes=10, in_channels=1).eval()
-    with torch.inference_mode():
-        assert seen(model, torch.randn(1, 1, 32, 32))[1] == []
 
 
 def test_what_ships(models):

@@ -1,4 +1,4 @@
-"""Peak memory, attention weights and table norms of a model."""
+"""Peak memory and table norms of a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..measuring import held_bytes, peak_bytes
 from ..models import ViT
 from ..modules.projections import RelativeLinear
-from ..modules.reduced import ReducedAttention2d
 
-__all__ = ["MEMORY", "attention_maps", "peak_of_a_step", "table_norms"]
+__all__ = ["MEMORY", "peak_of_a_step", "table_norms"]
 
 # How the peak was measured, by device.
 MEMORY = {
@@ -43,34 +42,6 @@ def peak_of_a_step(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     step()
     optimizer.zero_grad()
     return held_bytes(model, optimizer) + peak_bytes(step, torch.device("cpu"))
-
-
-@torch.inference_mode()
-def attention_maps(model: ViT, image: Tensor) -> list[Tensor | None]:
-    """For each block the weights [heads, queries, keys] on one image [1, canvas, canvas].
-
-    None for a mixer that has no weights. The last block of a model with a class token has that one
-    query only.
-    """
-    x = image[None].to(next(model.parameters()).device)
-    grid = model.config.grid
-    x = model.embed(x)
-    if model.positions is not None:
-        x = x + model.positions.flatten(1, 2)
-    if model.cls_token is not None:
-        x = torch.cat([model.cls_token, x], 1)
-    found: list[Tensor | None] = []
-    for block in model.blocks:
-        mixer: Any = block.mixer
-        if hasattr(mixer, "layout"):
-            _, weights = mixer(block.norm1(x), grid=grid, return_weights=True)
-            found.append(weights[0].float().cpu())
-        elif isinstance(mixer, ReducedAttention2d):
-            found.append(mixer.weights(block.norm1(x), grid)[0].float().cpu())
-        else:
-            found.append(None)
-        x = block(x, grid)
-    return found
 
 
 @torch.no_grad()

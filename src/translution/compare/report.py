@@ -11,8 +11,9 @@ import torch
 
 from ..data.digits import Digits, centre, place
 from ..files import write_whole
+from ..models import attention_weights
 from .figures import COLOURS, curves, distances, norms
-from .measure import attention_maps, table_norms
+from .measure import table_norms
 from .options import REGIMES
 from .results import MEASURES, load_checkpoint
 
@@ -86,15 +87,15 @@ def _viewer(
     for run in runs:
         model = load_checkpoint(folder / run["checkpoint"])
         with torch.inference_mode():
-            guesses = model(images).argmax(1).tolist()
+            logits, weights = attention_weights(model, images)
         maps = [
-            [None if m is None else (1000 * m).round().int().tolist() for m in found]
-            for found in (attention_maps(model, image) for image in images)
+            [None if w is None else (1000 * w[i]).round().int().tolist() for w in weights]
+            for i in range(len(images))
         ]
         sets.append(
             {
                 "mixer": run["mixer"], "regime": run["regime"], "seed": run["seed"],
-                "prefix": model.prefix, "guesses": guesses, "maps": maps,
+                "prefix": model.prefix, "guesses": logits.argmax(1).tolist(), "maps": maps,
             }
         )  # fmt: skip
     middle = (canvas - data.size) // 2

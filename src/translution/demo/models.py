@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -18,14 +18,13 @@ from ..config import parse
 from ..data.digits import place
 from ..data.images import ImageOptions
 from ..data.text import TextOptions
-from ..models import GPT, ViT
-from ..modules.reduced import ReducedAttention2d
+from ..models import GPT, ViT, attention_weights
 from ..training.checkpoints import Checkpoint, open_checkpoint
 from ..training.config import Config
 
 __all__ = [
     "SHIPPED", "Answer", "DigitModel", "Models", "TextAnswer", "TextModel", "Token", "normalised",
-    "open_models", "seen",
+    "open_models",
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -103,8 +102,12 @@ class DigitModel:
     def answer(self, digit: Tensor, row: int, column: int) -> Answer:
         """digit: [8, 8], values 0 to 1; its upper left pixel at (row, column) of the canvas."""
         image = place(digit[None], self.canvas, torch.tensor([[row, column]]))
-        logits, maps = seen(self.model, normalised(image, self.options))
-        return Answer(logits[0].softmax(-1).tolist(), maps)
+        x = normalised(image, self.options)
+        if isinstance(self.model, ViT):
+            logits, weights = attention_weights(self.model, x)
+        else:
+            logits, weights = self.model(x), []
+        return Answer(logits[0].softmax(-1).tolist(), _first(weights))
 
     @torch.inference_mode()
     def answers(self, digit: Tensor, places: Tensor) -> Tensor:
@@ -131,13 +134,13 @@ class TextModel:
         ids, offsets = encoded.ids[last], encoded.offsets[last]
         if not ids:
             return None
-        logits, maps = seen(self.model, torch.tensor([ids]))
+        logits, weights = attention_weights(self.model, torch.tensor([ids]))
         probabilities = logits[0, -1].float().softmax(-1)
         best = probabilities.topk(min(TOP, len(probabilities)))
         tokens = [Token(self.text(i), o[0]) for i, o in zip(ids, offsets, strict=True)]
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         top = [(self.text(i), p) for i, p in found]
-        return TextAnswer(tokens, top, probabilities, maps, len(encoded.ids) - len(ids))
+        return TextAnswer(tokens, top, probabilities, _first(weights), len(encoded.ids) - len(ids))
 
     def text(self, token: int) -> str:
         """A token's text; a special one's by its name; bytes of a part of a character as ⟨C3⟩."""
@@ -170,30 +173,9 @@ def normalised(images: Tensor, options: ImageOptions) -> Tensor:
     return (images - mean) / std
 
 
-def seen(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Map]]:
-    """The logits, and for each block of a `ViT` or `GPT` the attention weights [heads, queries,
-    keys] on the first sample. Not for two threads at once."""
-    blocks: Any = model.blocks if isinstance(model, ViT | GPT) else []
-    given: list[tuple[Any, Any, Any]] = []
-
-    def note(mixer: nn.Module, arguments: Any, keywords: Any) -> None:
-        given.append((mixer, arguments, keywords))
-
-    hooks = [b.mixer.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
-    try:
-        logits = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, [_weights(*one) for one in given]
-
-
-def _weights(mixer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Map:
-    if hasattr(mixer, "layout"):
-        return mixer(*arguments, **keywords, return_weights=True)[1][0].float()
-    if isinstance(mixer, ReducedAttention2d):
-        return mixer.weights(*arguments, **keywords)[0].float()
-    return None
+def _first(weights: list[Tensor | None]) -> list[Map]:
+    """Of the one sample that there is."""
+    return [None if w is None else w[0] for w in weights]
 
 
 # -- opening -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Models made of the modules, each read top to bottom in one file."""
 
+from .attention_weights import attention_weights
 from .backbone import Backbone
 from .gpt import GPT, GPTConfig, gpt
 from .pretrained import Pretrained
@@ -25,6 +26,7 @@ __all__ = [
     "SwinConfig",
     "ViT",
     "ViTConfig",
+    "attention_weights",
     "create_model",
     "gpt",
     "list_models",
