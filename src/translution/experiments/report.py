@@ -158,9 +158,16 @@ class Results:
             told.append(f"{m.get('gpu') or m['cpu']}, {m['cores']} cores, torch {m['torch']}")
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        rates = _listed(self.experiment.rates)
+        for name, budget in (
+            ("time", self.experiment.time),
+            ("parameters", self.experiment.parameters),
+        ):
+            if budget and budget.rates and any(run["budget"] == name for run in self.runs):
+                rates += f" (with {TITLES[name]}: of {_listed(budget.rates)})"
         return (
             f"Test part, mean ± standard deviation over {n} seeds, {_listed(steps)} steps. Each "
-            f"row's learning rate is the best of {_listed(self.experiment.rates)} on validation "
+            f"row's learning rate is the best of {rates} on validation "
             f"data with seed 0. {'; '.join(told)}; {when}; commit {', '.join(commits)}."
         )
 
