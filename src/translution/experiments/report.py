@@ -165,10 +165,15 @@ class Results:
         ):
             if budget and budget.rates and any(run["budget"] == name for run in self.runs):
                 rates += f" (with {TITLES[name]}: of {_listed(budget.rates)})"
+        if len(self.experiment.rates) == 1:
+            tried = f"The learning rate is {rates}."
+        else:
+            tried = (
+                f"Each row's learning rate is the best of {rates} on validation data with seed 0."
+            )
         return (
-            f"Test part, mean ± standard deviation over {n} seeds, {_listed(steps)} steps. Each "
-            f"row's learning rate is the best of {rates} on validation "
-            f"data with seed 0. {'; '.join(told)}; {when}; commit {', '.join(commits)}."
+            f"Test part, mean ± standard deviation over {n} seeds, {_listed(steps)} steps. {tried} "
+            f"{'; '.join(told)}; {when}; commit {', '.join(commits)}."
         )
 
     def as_dict(self) -> dict[str, Any]:
