@@ -159,10 +159,8 @@ class Results:
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         rates = _listed(self.experiment.rates)
-        for name, budget in (
-            ("time", self.experiment.time),
-            ("parameters", self.experiment.parameters),
-        ):
+        for name in BUDGETS[1:]:
+            budget = getattr(self.experiment, name)
             if budget and budget.rates and any(run["budget"] == name for run in self.runs):
                 rates += f" (with {TITLES[name]}: of {_listed(budget.rates)})"
         if len(self.experiment.rates) == 1:
