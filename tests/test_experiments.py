@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("lightning")
 
-from translution.config import load, parse
-from translution.experiments.config import BUDGETS, MEASURES, Arm, Experiment
+from translution.config import parse
+from translution.experiments.config import BUDGETS, MEASURES, Arm, Experiment, load_experiment
 from translution.experiments.report import Results, write_results
 from translution.experiments.runs import Runs, parameters_of, results_of, widened
 
@@ -288,7 +288,7 @@ def test_errors(changes, message):
     "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_the_experiments_here_are_whole(path):
-    found = load(Experiment, path)
+    found = load_experiment(path)
     assert found.seeds >= 3
     assert found.arms(BUDGETS)
 
@@ -296,8 +296,32 @@ def test_the_experiments_here_are_whole(path):
 def test_the_experiment_of_the_docs_is_whole(tmp_path):
     text = (ROOT / "docs" / "experiments.md").read_text().split("```yaml\n")[1].split("```")[0]
     (tmp_path / "mine.yaml").write_text(text)
-    found = load(Experiment, tmp_path / "mine.yaml")
+    found = load_experiment(tmp_path / "mine.yaml")
     assert len(found.arms(BUDGETS)) == 3 + 2 + 2
+
+
+def test_a_file_extends_another(tmp_path):
+    import yaml
+
+    def write(name, content):
+        (tmp_path / name).write_text(yaml.safe_dump(content))
+        return tmp_path / name
+
+    write("one.yaml", CONTENT)
+    own = {key: value for key, value in CONTENT.items() if key != "base"}
+    two = write("two.yaml", own | {"extends": "one.yaml", "base": {"train": {"steps": 5}}})
+    three = write("three.yaml", own | {"extends": "two.yaml"})
+    for path in (two, three):
+        base = load_experiment(path, ["--base.model.depth=2"]).base
+        assert base["train"] == {"steps": 5, "batch_size": 8, "validate_every": 1000}
+        assert base["model"] == CONTENT["base"]["model"] | {"depth": 2}
+    write("one.yaml", CONTENT | {"extends": "three.yaml"})
+    with pytest.raises(ValueError, match="which extends this one"):
+        load_experiment(three)
+    with pytest.raises(ValueError, match=r"extends: got 'none.yaml', want a file in"):
+        load_experiment(write("four.yaml", own | {"extends": "none.yaml"}))
+    with pytest.raises(ValueError, match="extends: got 3"):
+        load_experiment(write("four.yaml", CONTENT | {"extends": 3}))
 
 
 def translution(*arguments):

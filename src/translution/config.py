@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .words import some
 
-__all__ = ["Options", "as_yaml", "load", "parse"]
+__all__ = ["Options", "as_yaml", "load", "parse", "read"]
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -32,11 +32,20 @@ def load(kind: type[O], path: Path | str, changes: Sequence[str] = ()) -> O:
         ValueError: naming the file (or the command line), the key, what came and what is allowed.
         OSError: a file that cannot be read.
     """
-    path = Path(path)
-    content = _read(path.read_text("utf-8"), str(path))
+    return parse(kind, read(path), str(path), changes)
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The content of a YAML file, as it stands there.
+
+    Raises:
+        ValueError: naming the file: not YAML, or not keys and values.
+        OSError: a file that cannot be read.
+    """
+    content = _read(Path(path).read_text("utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, want keys and values")
-    return parse(kind, content, str(path), changes)
+    return content
 
 
 def parse(

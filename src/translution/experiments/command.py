@@ -36,13 +36,12 @@ def experiment(
 
     from rich.console import Console
 
-    from ..config import load
-    from .config import BUDGETS, Experiment
+    from .config import BUDGETS, load_experiment
     from .report import Results, write_results
     from .runs import Runs, results_of
 
     console = Console(highlight=False)
-    found = load(Experiment, file, context.args)
+    found = load_experiment(file, context.args)
     chosen = rows.split(";") if rows is not None else list(found.rows)
     wanted = budgets.split(",")
     for name, values, have in (("--rows", chosen, found.rows), ("--budgets", wanted, BUDGETS)):

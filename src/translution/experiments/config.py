@@ -7,15 +7,25 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from ..config import Options, as_yaml, parse
+from ..config import Options, as_yaml, parse, read
 from ..training.config import Config
 
-__all__ = ["BUDGETS", "MEASURES", "Arm", "Budget", "Experiment", "Measure", "Run"]
+__all__ = [
+    "BUDGETS",
+    "MEASURES",
+    "Arm",
+    "Budget",
+    "Experiment",
+    "Measure",
+    "Run",
+    "load_experiment",
+]
 
 Changes = dict[str, Any]  # of a configuration, such as {"model.mixer": "alpha"}
 BudgetName = Literal["steps", "time", "parameters"]
@@ -65,6 +75,8 @@ class Experiment(Options):
     """Rows trained with equal steps, each at its own learning rate, over several seeds.
 
     title, asks: of its part in the results.
+    extends: another experiment's file, named from this one's folder; its base stands wherever this
+        one's has nothing else.
     base: a run's configuration; the rest are changes of it, {"model.mixer": "alpha"}.
     rows: what is compared. regimes: ways to train each of them. tests: what each is tested on.
     rates: learning rates. Each row runs with all of them and seed 0, and with the best by the
@@ -77,6 +89,7 @@ class Experiment(Options):
 
     title: str
     asks: str
+    extends: str | None = None
     base: dict[str, Any]
     rows: dict[str, Changes] = Field(min_length=1)
     regimes: dict[str, Changes] = Field({"": {}}, min_length=1)
@@ -141,6 +154,38 @@ class Experiment(Options):
 
     def _parse(self, name: str, changes: Changes) -> Config:
         return parse(Config, self.base, name, changes)
+
+
+def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
+    """The experiment in a YAML file, with changes such as "base.train.steps=100".
+
+    Raises:
+        ValueError: naming the file, the key, what came and what is allowed.
+        OSError: a file that cannot be read.
+    """
+    return parse(Experiment, _extended(path), str(path), changes)
+
+
+def _extended(path: Path, behind: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's content, its `base` filled up from the file that it extends."""
+    content = read(path)
+    named = content.get("extends")
+    if not isinstance(named, str):
+        return content
+    if path.resolve() in behind:
+        raise ValueError(f"{path}: extends: got {named!r}, which extends this one")
+    under = path.parent / named
+    if not under.is_file():
+        raise ValueError(f"{path}: extends: got {named!r}, want a file in {path.parent}")
+    base = _extended(under, (*behind, path.resolve())).get("base")
+    return content | {"base": _over(content.get("base", {}), base)}
+
+
+def _over(own: Any, under: Any) -> Any:
+    """`under` with the keys of `own` put over its own."""
+    if not isinstance(own, dict) or not isinstance(under, dict):
+        return own
+    return under | {key: _over(value, under.get(key)) for key, value in own.items()}
 
 
 @dataclass(frozen=True)
