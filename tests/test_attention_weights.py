@@ -9,7 +9,7 @@ from translution.models.blocks import IMAGE_MIXERS, MIXERS
 
 def vit(mixer, **options):
     return create_model(
-        "vit", mixer=mixer, image_size=12, patch_size=4, channels=1, num_classes=10, dim=16,
+        "vit", mixer=mixer, image_size=12, patch_size=4, in_channels=1, num_classes=10, dim=16,
         depth=2, heads=2, **options,
     ).eval()  # fmt: skip
 

@@ -32,7 +32,7 @@ def bare(make):
 class Known(nn.Module):
     """Counted by hand."""
 
-    config = type("Config", (), {"mixer": "attention", "channels": 3, "image_size": (4, 4)})
+    config = type("Config", (), {"mixer": "attention", "in_channels": 3, "image_size": (4, 4)})
 
     def __init__(self):
         super().__init__()

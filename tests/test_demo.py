@@ -277,7 +277,7 @@ def test_a_model_without_patches(tmp_path):
     assert "no attention to show" in text
 
 
-SMALL = {"channels": 1, "num_classes": 10, "dim": 8, "depth": 1, "heads": 2}
+SMALL = {"in_channels": 1, "num_classes": 10, "dim": 8, "depth": 1, "heads": 2}
 
 
 def test_a_run_of_ones_own(tmp_path):

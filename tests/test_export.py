@@ -36,7 +36,7 @@ from translution.functional import (
 )
 from translution.neighborhoods import Neighborhood
 
-VIT = {"image_size": 12, "patch_size": 4, "channels": 1, "num_classes": 5}
+VIT = {"image_size": 12, "patch_size": 4, "in_channels": 1, "num_classes": 5}
 GPT = {"context": 9, "vocab_size": 11}
 TINY = {"dim": 16, "depth": 2, "heads": 2}
 STAGES = {"in_channels": 1, "num_classes": 5}

@@ -15,7 +15,9 @@ TINY = {"dim": 16, "depth": 2, "heads": 2, "head_dim": 8}
 
 
 def tiny_vit(mixer, **more):
-    return vit(mixer=mixer, image_size=12, patch_size=4, num_classes=5, channels=1, **TINY | more)
+    return vit(
+        mixer=mixer, image_size=12, patch_size=4, num_classes=5, in_channels=1, **TINY | more
+    )
 
 
 def tiny_gpt(mixer, **more):
@@ -180,7 +182,7 @@ def test_checkpointing_forgets_and_gives_the_same(mixer):
     for checkpoint in ("none", "selective", "full"):
         torch.manual_seed(0)
         model = vit(
-            mixer=mixer, image_size=24, patch_size=4, num_classes=5, channels=1, depth=4, dim=32,
+            mixer=mixer, image_size=24, patch_size=4, num_classes=5, in_channels=1, depth=4, dim=32,
             heads=2, head_dim=16, checkpoint=checkpoint, pool="mean",
         )  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_every_recipe_builds_its_model(path):
     assert path.read_text().startswith("# ")
     options = config.model.given | FACTS[config.data.kind]
     if config.data.kind == "images":
-        options |= {"image_size": config.data.image_size, "channels": config.data.channels}
+        options |= {"image_size": config.data.image_size, "in_channels": config.data.channels}
     else:
         options |= {"context": config.data.context}
     with torch.device("meta"):

@@ -231,7 +231,7 @@ def _build(
     with torch.device("meta"):
         kind = type(create_model(name))
     of_vit = kind is ViT
-    options["channels" if of_vit else "in_channels"] = in_chans
+    options["in_channels"] = in_chans
     if img_size is not None and kind in (ViT, PVT):  # the others are for images of any size
         options["image_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
     if drop_path_rate is not None and kind in (Swin, PVT):

@@ -92,7 +92,7 @@ def _run(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
         model = case.build().to(case.weights).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
     height, width = model.config.image_size
-    images = torch.randn(case.batch, model.config.channels, height, width, device=device)
+    images = torch.randn(case.batch, model.config.in_channels, height, width, device=device)
     labels = torch.randint(model.config.num_classes, (case.batch,), device=device)
     images = images.to(case.weights)
 

@@ -93,8 +93,7 @@ def _entry(name: str, model: nn.Module) -> Entry:
     if isinstance(model, GPT):
         shape: tuple[int, ...] = (config.context,)
     else:
-        channels = getattr(model, "in_channels", None) or config.channels
-        shape = (channels, *getattr(config, "image_size", (224, 224)))
+        shape = (config.in_channels, *getattr(config, "image_size", (224, 224)))
     count = sum(p.numel() for p in model.parameters())
     return Entry(name, type(model).__name__.lower(), config.mixer, count, shape)
 

@@ -103,7 +103,7 @@ class Options:
         if self.dim is None or self.heads is None:
             raise ValueError("options: want resolved() ones")
         return {
-            "mixer": mixer, "image_size": self.canvas, "patch_size": self.patch, "channels": 1,
+            "mixer": mixer, "image_size": self.canvas, "patch_size": self.patch, "in_channels": 1,
             "num_classes": 10, "dim": self.dim, "depth": self.depth, "heads": self.heads,
             "head_dim": self.dim // self.heads, "init": self.init,
         }  # fmt: skip

@@ -327,7 +327,7 @@ def _stepper(config: Config, device: torch.device) -> Callable[[], object]:
     size = config.train.batch_size // config.train.accumulate
     if isinstance(data.part("train"), Images):
         facts = data.facts
-        x = torch.randn(size, facts["channels"], *facts["image_size"], device=device)
+        x = torch.randn(size, facts["in_channels"], *facts["image_size"], device=device)
         y = torch.zeros(size, dtype=torch.int64, device=device)
     else:
         x = torch.zeros(size, data.facts["context"], dtype=torch.int64, device=device)

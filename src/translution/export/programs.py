@@ -26,8 +26,7 @@ def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
         shape = batch, size or config.context
         return torch.randint(config.vocab_size, shape, device=device)
     image = (size, size) if size else getattr(config, "image_size", (224, 224))
-    channels = getattr(model, "in_channels", None) or config.channels
-    return torch.randn(batch, channels, *image, device=device, dtype=dtype)
+    return torch.randn(batch, config.in_channels, *image, device=device, dtype=dtype)
 
 
 def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgram:

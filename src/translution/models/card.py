@@ -83,8 +83,7 @@ def _cost(plain: Any) -> tuple[str, int]:
             x, said = torch.zeros(1, c.context, dtype=torch.int64), f"a text of {c.context} tokens"
         else:
             height, width = getattr(c, "image_size", (224, 224))
-            channels = getattr(c, "in_channels", None) or c.channels
-            x, said = torch.zeros(1, channels, height, width), f"an image of {height}×{width}"
+            x, said = torch.zeros(1, c.in_channels, height, width), f"an image of {height}×{width}"
         return said, multiply_adds(lambda: plain.eval()(x))
 
 

@@ -27,7 +27,7 @@ class ViTConfig(Mixing):
 
     image_size: Any = 224
     patch_size: Any = 16
-    channels: int = 3
+    in_channels: int = 3
     num_classes: int = 1000
     dim: int = 192
     depth: int = 6
@@ -51,7 +51,7 @@ class ViTConfig(Mixing):
                     f"image_size: got {self.image_size}, want a multiple of patch_size "
                     f"{self.patch_size}"
                 )
-        for name in ("channels", "num_classes", "dim", "depth", "heads"):
+        for name in ("in_channels", "num_classes", "dim", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
         self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
@@ -68,15 +68,15 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 class PatchEmbedding(nn.Module):
-    """Image [batch, channels, height, width] -> tokens [batch, patches, dim].
+    """Image [batch, in_channels, height, width] -> tokens [batch, patches, dim].
 
     The pixels of a patch in the order (row, column, channel), LayerNorm, Linear, LayerNorm.
     """
 
-    def __init__(self, channels: int, patch: tuple[int, int], dim: int):
+    def __init__(self, in_channels: int, patch: tuple[int, int], dim: int):
         super().__init__()
         self.patch = patch
-        pixels = channels * patch[0] * patch[1]
+        pixels = in_channels * patch[0] * patch[1]
         self.norm1 = nn.LayerNorm(pixels)
         self.proj = nn.Linear(pixels, dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -98,7 +98,7 @@ class ViT(Pretrained):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = c = config
-        self.embed = PatchEmbedding(c.channels, c.patch_size, c.dim)
+        self.embed = PatchEmbedding(c.in_channels, c.patch_size, c.dim)
         self.prefix = 1 if c.pool == "cls" else 0
         self.cls_token: nn.Parameter | None = None
         if self.prefix:
@@ -122,7 +122,7 @@ class ViT(Pretrained):
         """Logits [batch, num_classes].
 
         Args:
-            image: [batch, channels, height, width]; smaller ones than made for are fine.
+            image: [batch, in_channels, height, width]; smaller ones than made for are fine.
 
         Raises:
             ValueError: other channels, or a size that is not of whole patches, or too large.
@@ -156,7 +156,7 @@ class ViT(Pretrained):
         """Patches per axis of an image, which is checked."""
         c = self.config
         (ph, pw), most = c.patch_size, c.image_size
-        fits = image.ndim == 4 and image.shape[1] == c.channels
+        fits = image.ndim == 4 and image.shape[1] == c.in_channels
         if fits:
             height, width = int(image.shape[2]), int(image.shape[3])
             fits = height % ph == 0 and width % pw == 0 and height > 0 and width > 0
@@ -164,7 +164,7 @@ class ViT(Pretrained):
                 fits = fits and height <= most[0] and width <= most[1]
         if not fits:
             raise ValueError(
-                f"image: got shape {tuple(image.shape)}, want (batch, {c.channels}, {most[0]}, "
+                f"image: got shape {tuple(image.shape)}, want (batch, {c.in_channels}, {most[0]}, "
                 f"{most[1]}), or smaller by whole patches of {ph}×{pw}"
             )
         return height // ph, width // pw

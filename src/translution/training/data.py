@@ -57,7 +57,6 @@ class Data(LightningDataModule):
         return {
             "num_classes": len(train.classes),
             "image_size": train.options.image_size,
-            "channels": train.channels,
             "in_channels": train.channels,
         }
 

@@ -314,7 +314,7 @@ def _cost(name: str, options: dict[str, Any], data: Data) -> Cost:
         model = create_model(name, **options)
         if isinstance(data.part("train"), Images):
             facts = data.facts
-            units, x = 1, torch.zeros(1, facts["channels"], *facts["image_size"])
+            units, x = 1, torch.zeros(1, facts["in_channels"], *facts["image_size"])
         else:
             units, x = data.facts["context"], torch.zeros(1, data.facts["context"]).long()
     parameters = sum(p.numel() for p in model.parameters())
