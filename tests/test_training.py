@@ -27,9 +27,9 @@ from translution import cli
 from translution.config import load, parse
 from translution.training import callbacks, checkpoints
 from translution.training.checkpoints import latest, open_checkpoint
-from translution.training.config import Config, TrainOptions
+from translution.training.config import Config
 from translution.training.run import evaluate, train
-from translution.training.tasks import learning_rate
+from translution.training.tasks import Classification, learning_rate
 
 TINY = {
     "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 16, "depth": 1,
@@ -319,11 +319,22 @@ def test_bad_configurations(tmp_path, change, told):
 
 
 def test_learning_rate():
-    options = TrainOptions(steps=100, warmup=9, learning_rate=1.0, min_learning_rate=0.1)
-    rates = [learning_rate(step, 100, options) for step in range(101)]
+    rates = [learning_rate(step, 100, 9, least=0.1) for step in range(101)]
     assert rates[:9] == pytest.approx([0.1 * (i + 1) for i in range(9)])
     assert max(rates) == rates[9] == 1.0
     assert rates[100] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
-    flat = TrainOptions(steps=10, schedule="constant")
-    assert learning_rate(9, 10, flat) == 1.0
+    assert learning_rate(9, 10, 0, "constant") == 1.0
+
+
+def test_the_optimizer_follows_the_schedule_of_the_options():
+    options = config("train.min_learning_rate=3e-4", "train.clip=null")
+    task = Classification(torch.nn.Linear(2, 2), options, 6, classes=2, image_size=(1, 2))
+    made = task.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    for step in range(7):
+        wanted = 3e-3 * learning_rate(step, 6, warmup=2, least=0.1)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(wanted)
+        optimizer.step()
+        schedule.step()

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..data.digits import Digits, Ring, place, rings, train_batches
 from ..training.engine import interruptible, pick_device, quiet
+from ..training.tasks import learning_rate
 from .options import Options
 
 __all__ = [
@@ -73,17 +74,14 @@ class Classifier(LightningModule):
         optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.learning_rate, weight_decay=WEIGHT_DECAY
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        warm = max(1, round(self.steps * WARM_UP))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(step, self.steps, warm)
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-    def _rate(self, step: int) -> float:
-        warm = max(1, round(self.steps * WARM_UP))
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))) / 2
 
 
 class Batches(IterableDataset):

@@ -18,21 +18,22 @@ from ..data.augment import Augment
 from ..data.images import ImageBatch
 from ..data.order import seed_of
 from ..data.text import Windows
-from .config import Config, TrainOptions
+from .config import Config
 from .data import Data, Part
 from .strategies import Offset, Sharded, shard
 
 __all__ = ["Classification", "LanguageModel", "Task", "learning_rate"]
 
 
-def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """Of a step, counted from 0, as a part of the peak."""
-    if step < options.warmup:
-        return (step + 1) / (options.warmup + 1)
-    if options.schedule == "constant":
+def learning_rate(
+    step: int, steps: int, warmup: int, schedule: str = "cosine", least: float = 0.0
+) -> float:
+    """Of a step, counted from 0, as a part of the peak; `least` is that of the end."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
         return 1.0
-    done = (step - options.warmup) / max(1, steps - options.warmup)
-    least = options.min_learning_rate / options.learning_rate
+    done = (step - warmup) / max(1, steps - warmup)
     return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
@@ -132,8 +133,9 @@ class Task(LightningModule):
             [group for group in groups if group["params"]],
             lr=options.learning_rate, betas=options.betas,
         )  # fmt: skip
+        rates = options.warmup, options.schedule, options.min_learning_rate / options.learning_rate
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate(step, self.steps, options)
+            optimizer, lambda step: learning_rate(step, self.steps, *rates)
         )
         return {
             "optimizer": optimizer,
