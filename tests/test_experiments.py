@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,10 +184,20 @@ def test_table(runs):
     attention, translution = table[2:]
     assert attention.startswith("| attention | 51.0 ± 1.0 |")
     assert "51.0 ± 1.0 (9 steps)" in attention
-    assert "(width " in attention
-    assert attention.endswith("| 100 | ×1.0 | 0.003, 0.003 |")
+    assert re.search(r"\(width \d+, rate 0.001\)", attention)
+    assert attention.endswith("| 100 | ×1.0 | centred 0.003, moved 0.003 |")
     assert "**76.0 ± 1.0**" in translution
-    assert translution.endswith("| 900 | ×4.5 | 0.003, 0.003 |")
+    assert "**" not in attention
+    assert translution.endswith("| 900 | ×4.5 | centred 0.003, moved 0.003 |")
+
+
+def test_what_looks_the_same_as_the_best_is_bold_too(runs):
+    arm = Arm("attention", "centred", "steps")
+    for row, score in (("attention", 0.50004), ("Translution", 0.50001)):
+        for run in of(runs, replace(arm, row=row)):
+            finish(runs, run, run.rate, score)
+    attention, translution = results(runs).table().splitlines()[2:]
+    assert attention.count("**50.0**") == translution.count("**50.0**") == 2
 
 
 def test_a_part_of_the_runs_is_a_part_of_the_table(runs):

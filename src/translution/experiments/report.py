@@ -110,7 +110,7 @@ class Results:
         for row in self.experiment.rows:
             cells = [self._cell(column, row, best[column]) for column in columns]
             rates = [
-                f"{rate:g}"
+                f"{regime} {rate:g}".strip()
                 for regime in self.experiment.regimes
                 if (rate := self.chosen.get(Arm(row, regime, "steps"))) is not None
             ]
@@ -125,12 +125,15 @@ class Results:
         cell = self.at(column, row)
         if cell is None:
             return "–"
-        text = cell.text(column.measure)
-        text = f"**{text}**" if row == best else text
+        measure = column.measure
+        text = cell.text(measure)
+        top = best and self.at(column, best)
+        if top and measure.text(cell.mean) == measure.text(top.mean):  # looks the same
+            text = f"**{text}**"
         if column.budget == "time":
             return f"{text} ({cell.steps:,} steps)"
         if column.budget == "parameters" and cell.dim is not None:
-            return f"{text} (width {cell.dim})"
+            return f"{text} (width {cell.dim}, rate {cell.rate:g})"
         return text
 
     def best(self, column: Column) -> str | None:
