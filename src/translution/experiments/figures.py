@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .config import MEASURES
 from .report import Column, Results
@@ -55,13 +56,14 @@ def _beside(panel: Axes, results: Results, column: Column) -> None:
         panel.plot([cell.mean] * 2, [place - 0.28, place + 0.28], color=colour, lw=2.2)
     panel.set_yticks(range(len(rows)), rows)
     panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.xaxis.set_major_locator(MaxNLocator(5))
     panel.set_xlabel(column.measure.title)
     panel.grid(axis="x", color="#00000018")
 
 
 def _over(panel: Axes, results: Results, column: Column) -> None:
     """Rows whose name begins with a number over it; the others as lines across."""
-    points = []
+    points, lines = [], []
     for row in results.experiment.rows:
         cell = results.at(column, row)
         if cell is None:
@@ -70,11 +72,15 @@ def _over(panel: Axes, results: Results, column: Column) -> None:
         if number:
             points.append((int(number[0]), cell))
         else:
-            panel.axhline(cell.mean, color=SOFT, ls="--", lw=1.2)
-            panel.annotate(
-                row, (1.0, cell.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                fontsize=8, color=INK,
-            )  # fmt: skip
+            lines.append((cell.mean, cell.std or 0.0, row))
+    for mean, std, row in lines:
+        panel.axhline(mean, color=SOFT, ls="--", lw=1.2)
+        panel.axhspan(mean - std, mean + std, color=SOFT, alpha=0.12, lw=0)
+        below = len(lines) > 1 and mean == min(lines)[0]  # so that the names of two don't collide
+        panel.annotate(
+            row, (1.0, mean), xycoords=("axes fraction", "data"), ha="right",
+            va="top" if below else "bottom", fontsize=8, color=INK,
+        )  # fmt: skip
     points.sort(key=lambda point: point[0])
     places = range(len(points))
     panel.plot(places, [cell.mean for _, cell in points], color=ACCENT, lw=2)
