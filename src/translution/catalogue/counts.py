@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..measuring import multiply_adds
 from ..models import GPT, create_model
+from ..models.blocks import input_shape
 
 __all__ = ["Costs", "Entry", "costs", "entry"]
 
@@ -90,12 +91,8 @@ def _made(name: str) -> nn.Module:
 
 def _entry(name: str, model: nn.Module) -> Entry:
     config: Any = model.config
-    if isinstance(model, GPT):
-        shape: tuple[int, ...] = (config.context,)
-    else:
-        shape = (config.in_channels, *getattr(config, "image_size", (224, 224)))
     count = sum(p.numel() for p in model.parameters())
-    return Entry(name, type(model).__name__.lower(), config.mixer, count, shape)
+    return Entry(name, type(model).__name__.lower(), config.mixer, count, input_shape(config))
 
 
 def _input(model: nn.Module, of: Entry) -> Tensor:

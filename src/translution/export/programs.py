@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from ..models import GPT
+from ..models.blocks import input_shape
 from .plain import PLAIN
 
 __all__ = ["Difference", "difference", "example", "portable"]
@@ -22,11 +23,11 @@ def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
     config: Any = getattr(model, "config", None)
     device = next(model.parameters()).device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    shape = input_shape(config)
     if isinstance(model, GPT):
-        shape = batch, size or config.context
-        return torch.randint(config.vocab_size, shape, device=device)
-    image = (size, size) if size else getattr(config, "image_size", (224, 224))
-    return torch.randn(batch, config.in_channels, *image, device=device, dtype=dtype)
+        return torch.randint(config.vocab_size, (batch, size or shape[0]), device=device)
+    image = (size, size) if size else shape[1:]
+    return torch.randn(batch, shape[0], *image, device=device, dtype=dtype)
 
 
 def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgram:

@@ -35,6 +35,7 @@ __all__ = [
     "Size",
     "choose",
     "head_dim_of",
+    "input_shape",
     "mixers_of_layers",
 ]
 
@@ -77,6 +78,14 @@ def choose(name: str, value: str, known: Sequence[str]) -> str:
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, want one of {list(known)}")
     return value
+
+
+def input_shape(config: Any) -> tuple[int, ...]:
+    """Of one sample of a model: (context,) of a text, else (in_channels, height, width), for 224
+    pixels where a model is for images of any size."""
+    if hasattr(config, "context"):
+        return (config.context,)
+    return (config.in_channels, *getattr(config, "image_size", (224, 224)))
 
 
 def head_dim_of(dim: int, heads: int, head_dim: int | None) -> int:

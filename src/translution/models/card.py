@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..measuring import multiply_adds
+from .blocks import input_shape
 
 __all__ = ["model_card"]
 
@@ -77,13 +78,12 @@ def model_card(
 
 def _cost(plain: Any) -> tuple[str, int]:
     """What one call was counted for, and its multiply-adds."""
-    c = plain.config
+    shape = input_shape(plain.config)
     with torch.device("meta"), torch.no_grad():
-        if hasattr(c, "context"):
-            x, said = torch.zeros(1, c.context, dtype=torch.int64), f"a text of {c.context} tokens"
+        if len(shape) == 1:
+            x, said = torch.zeros(1, *shape, dtype=torch.int64), f"a text of {shape[0]} tokens"
         else:
-            height, width = getattr(c, "image_size", (224, 224))
-            x, said = torch.zeros(1, c.in_channels, height, width), f"an image of {height}×{width}"
+            x, said = torch.zeros(1, *shape), f"an image of {shape[1]}×{shape[2]}"
         return said, multiply_adds(lambda: plain.eval()(x))
 
 
