@@ -51,7 +51,7 @@ def _beside(panel: Axes, results: Results, column: Column) -> None:
         cell = results.at(column, row)
         if cell is None:
             continue
-        colour = ACCENT if row == best else SOFT
+        colour = ACCENT if row in best else SOFT
         panel.plot(cell.values, [place] * len(cell.values), "o", color=colour, alpha=0.55, ms=6)
         panel.plot([cell.mean] * 2, [place - 0.28, place + 0.28], color=colour, lw=2.2)
     panel.set_yticks(range(len(rows)), rows)
@@ -73,10 +73,10 @@ def _over(panel: Axes, results: Results, column: Column) -> None:
             points.append((int(number[0]), cell))
         else:
             lines.append((cell.mean, cell.std or 0.0, row))
-    for mean, std, row in lines:
+    for place, (mean, std, row) in enumerate(sorted(lines)):
         panel.axhline(mean, color=SOFT, ls="--", lw=1.2)
         panel.axhspan(mean - std, mean + std, color=SOFT, alpha=0.12, lw=0)
-        below = len(lines) > 1 and mean == min(lines)[0]  # so that the names of two don't collide
+        below = place == 0 < len(lines) - 1  # so that the names of two don't collide
         panel.annotate(
             row, (1.0, mean), xycoords=("axes fraction", "data"), ha="right",
             va="top" if below else "bottom", fontsize=8, color=INK,

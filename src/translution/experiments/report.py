@@ -108,7 +108,7 @@ class Results:
         facts = self.facts["rows"]
         first = facts[next(iter(self.experiment.rows))]["step_ms"]
         for row in self.experiment.rows:
-            cells = [self._cell(column, row, best[column]) for column in columns]
+            cells = [self._cell(column, row, row in best[column]) for column in columns]
             rates = [
                 f"{regime} {rate:g}".strip()
                 for regime in self.experiment.regimes
@@ -121,27 +121,26 @@ class Results:
             lines.append("| " + " | ".join([row, *cells]) + " |")
         return "\n".join(lines)
 
-    def _cell(self, column: Column, row: str, best: str | None) -> str:
+    def _cell(self, column: Column, row: str, best: bool) -> str:
         cell = self.at(column, row)
         if cell is None:
             return "–"
-        measure = column.measure
-        text = cell.text(measure)
-        top = best and self.at(column, best)
-        if top and measure.text(cell.mean) == measure.text(top.mean):  # looks the same
-            text = f"**{text}**"
+        text = cell.text(column.measure)
+        text = f"**{text}**" if best else text
         if column.budget == "time":
             return f"{text} ({cell.steps:,} steps)"
         if column.budget == "parameters" and cell.dim is not None:
             return f"{text} (width {cell.dim}, rate {cell.rate:g})"
         return text
 
-    def best(self, column: Column) -> str | None:
-        """Of at least two rows."""
-        cells = {row: cell.mean for row in self.experiment.rows if (cell := self.at(column, row))}
-        if len(cells) < 2:
-            return None
-        return (max if column.measure.higher else min)(cells, key=lambda row: cells[row])
+    def best(self, column: Column) -> set[str]:
+        """Of at least two rows, those with the best mean, to the digits that are shown."""
+        measure = column.measure
+        means = {row: cell.mean for row in self.experiment.rows if (cell := self.at(column, row))}
+        if len(means) < 2:
+            return set()
+        top = measure.text((max if measure.higher else min)(means.values()))
+        return {row for row, mean in means.items() if measure.text(mean) == top}
 
     def about(self) -> str:
         """What the numbers are, and where they come from."""
