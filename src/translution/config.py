@@ -42,7 +42,7 @@ def read(path: Path | str) -> dict[str, Any]:
         ValueError: naming the file: not YAML, or not keys and values.
         OSError: a file that cannot be read.
     """
-    content = _read(Path(path).read_text("utf-8"), str(path))
+    content = _yaml(Path(path).read_text("utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, want keys and values")
     return content
@@ -66,7 +66,7 @@ def parse(
         if not equals or not key:
             raise ValueError(f"command line: got {change!r}, want --key=value such as --seed=1")
         where = f"command line: {change!r}"
-        _put(content, key.split("."), _read(text, f"command line: {key}"), where)
+        _put(content, key.split("."), _yaml(text, f"command line: {key}"), where)
         given.add(key)
     try:
         return kind.model_validate(content)
@@ -81,7 +81,7 @@ def as_yaml(options: Options) -> str:
     return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read(text: str, source: str) -> Any:
+def _yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
