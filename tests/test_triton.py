@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from translution import Layout, Translution2d, backends
-from translution.backends import grouped
+from translution.backends import triton as backend
+from translution.backends.triton import offset, support
 from translution.functional import offset_mix, offset_scores
 
 pytest.importorskip("triton")
@@ -91,15 +92,15 @@ def test_rows_in_parts(room, monkeypatch):
     """Class by class, or as many classes as fit the room of the scores."""
     layout = Layout((2, 2))
     tensors = leaves(layout, torch.float32)
-    monkeypatch.setattr(grouped, "ROOM", float("inf"))
+    monkeypatch.setattr(offset, "ROOM", float("inf"))
     whole = run(layout, tensors, "triton")
-    monkeypatch.setattr(grouped, "ROOM", room)
+    monkeypatch.setattr(offset, "ROOM", room)
     for a, b in zip(run(layout, tensors, "triton"), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_cover_the_classes():
-    problem = grouped._Problem(Layout((3, 3)), torch.zeros(2, 9, 4, device=DEVICE), 2, 6)
+    problem = offset._Problem(Layout((3, 3)), torch.zeros(2, 9, 4, device=DEVICE), 2, 6)
     for row_bytes in (1, 48, 10**9):
         chunks = list(problem.chunks(row_bytes))
         assert chunks[0].start == 0
@@ -145,7 +146,7 @@ def test_tables_wider_than_the_tokens():
 
 
 def test_modules_run_on_it(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "torch", grouped)
+    monkeypatch.setitem(backends.BACKENDS, "torch", backend)
     layer = Translution2d(6, (2, 2), heads=2, prefix=1, bias=True).to(DEVICE)
     x = torch.randn(2, 5, 6, device=DEVICE, requires_grad=True)
     mine = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
@@ -178,16 +179,16 @@ except ValueError as error:
 
 def test_why_a_gpu_is_passed_over(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(grouped, "interpreted", lambda: False)
+    monkeypatch.setattr(support, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0" in grouped.unavailable(cuda, torch.float32)
+    assert "compute capability 8.0" in backend.unavailable(cuda, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert grouped.unavailable(cuda, torch.float32) is None
-    assert backends.choose("auto", cuda, torch.float32) is grouped
-    assert "not torch.float64" in grouped.unavailable(cuda, torch.float64)
+    assert backend.unavailable(cuda, torch.float32) is None
+    assert backends.choose("auto", cuda, torch.float32) is backend
+    assert "not torch.float64" in backend.unavailable(cuda, torch.float64)
     assert backends.choose("auto", cuda, torch.float64) is backends.BACKENDS["torch"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert grouped.unavailable(cuda, torch.float32) == "triton is not installed"
+    assert backend.unavailable(cuda, torch.float32) == "triton is not installed"
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

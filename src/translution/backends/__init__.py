@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
+from torch import device as Device
+from torch import dtype as Dtype
 
-from . import eager, grouped
+# within this package the names `torch` and `triton` are those of the backends
+from . import torch, triton
 
 __all__ = ["BACKENDS", "choose", "explain"]
 
-BACKENDS: dict[str, ModuleType] = {"torch": eager, "triton": grouped}
+BACKENDS: dict[str, ModuleType] = {"torch": torch, "triton": triton}
 
 
-def explain(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def explain(device: Device, dtype: Dtype) -> dict[str, str | None]:
     """Why each backend can't serve this device and dtype; None for one that can."""
     return {name: backend.unavailable(device, dtype) for name, backend in BACKENDS.items()}
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def choose(name: str, device: Device, dtype: Dtype) -> ModuleType:
     """The backend of this name; never falls back. "auto" is Triton on CUDA where it can serve, else
     plain torch.
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layouts import Layout
+from ...layouts import Layout
 
-__all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
+__all__ = ["mix", "mix_backward", "scores", "scores_backward"]
 
 # Numbers (rows x channels) computed at once: enough that the steps around the matrix products cost
 # little, few enough that they stay in the cache. Never fewer rows than the second, at which a
@@ -30,10 +30,6 @@ ROWS = 512
 # classes in a call. Those are first copied side by side, which in full precision would not pay:
 # there two are read in place.
 HALF_TIMES = 4
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if dtype.is_floating_point else f"it computes in floating point, not {dtype}"
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,14 @@
+"""The backend in plain torch: it computes every operator on every device."""
+
+from __future__ import annotations
+
+import torch
+
+from .offset import mix, mix_backward, scores, scores_backward
+
+__all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot compute with `dtype` on `device`; None where it can."""
+    return None if dtype.is_floating_point else f"it computes in floating point, not {dtype}"
