@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
+from paths import PATHS, backend_of
 from test_layouts import layouts
 from translution import Layout, backends
 from translution.functional import masked_softmax, offset_mix, offset_scores
 
 SUBSETS = ["".join(s) for n in range(4) for s in itertools.combinations("qkv", n)]
 KINDS = ("table", "matrix", "none")
-BACKENDS = list(backends.BACKENDS)
 
 
 def tensors(layout, kind, channels, inner, tokens, batch=2, bias=False, dtype=torch.float64):
@@ -57,7 +57,7 @@ def close(got, want, rtol=1e-9):
         assert ((g.double() - w.double()).abs() <= rtol * scale).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", PATHS)
 @given(
     layouts(most=3),
     st.sampled_from(KINDS),
@@ -68,7 +68,7 @@ def close(got, want, rtol=1e-9):
     st.integers(1, 3),
     st.booleans(),
 )
-def test_scores_are_the_oracles(backend, case, kq, kk, heads, head_dim, channels, batch, bias):
+def test_scores_are_the_oracles(path, case, kq, kk, heads, head_dim, channels, batch, bias):
     keywords, input_grid = case
     layout = Layout(**keywords).at(input_grid)
     inner = heads * head_dim
@@ -86,10 +86,11 @@ def test_scores_are_the_oracles(backend, case, kq, kk, heads, head_dim, channels
     def slow(xq, xk, wq, wk, bq, bk):
         return oracle.scores(xq, xk, wq, wk, layout.index, heads, bq, bk, 0.3)
 
-    close(run_scores(fast, leaves, present), run_scores(slow, leaves, present))
+    with backend_of(path) as backend:
+        close(run_scores(fast, leaves, present), run_scores(slow, leaves, present))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", PATHS)
 @given(
     layouts(most=3),
     st.sampled_from(KINDS),
@@ -99,20 +100,21 @@ def test_scores_are_the_oracles(backend, case, kq, kk, heads, head_dim, channels
     st.integers(1, 3),
     st.booleans(),
 )
-def test_mix_is_the_oracles(backend, case, kind, heads, head_dim, channels, batch, bias):
+def test_mix_is_the_oracles(path, case, kind, heads, head_dim, channels, batch, bias):
     keywords, input_grid = case
     layout = Layout(**keywords).at(input_grid)
     x, w, b = tensors(layout, kind, channels, heads * head_dim, layout.n_keys, batch, bias)
     a = torch.randn(batch, heads, layout.n_queries, layout.n_keys, dtype=torch.float64)
     up = torch.randn(batch, layout.n_queries, heads * head_dim, dtype=torch.float64)
     results = []
-    for function in (
-        lambda a, x, w, b: offset_mix(a, x, w, layout, bias_value=b, backend=backend),
-        lambda a, x, w, b: oracle.mix(a, x, w, layout.index, b),
-    ):
-        leaves = graded([a, x, w, b])
-        y = function(*leaves)
-        results.append([y, *gradients(y, up, leaves)])
+    with backend_of(path) as backend:
+        for function in (
+            lambda a, x, w, b: offset_mix(a, x, w, layout, bias_value=b, backend=backend),
+            lambda a, x, w, b: oracle.mix(a, x, w, layout.index, b),
+        ):
+            leaves = graded([a, x, w, b])
+            y = function(*leaves)
+            results.append([y, *gradients(y, up, leaves)])
     close(*results)
 
 

@@ -1,20 +1,41 @@
-"""Neighbourhoods, attention over them and mixing by given weights, against a slow twin."""
+"""Neighbourhoods, attention over them and mixing by given weights, against a slow twin.
+
+What a backend computes is tested for each of them, Triton's in its interpreter where there is no
+GPU, on maps that are small enough for it.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from translution.bench.flex import flex_neighborhood
 from translution.functional import neighborhood_attention, neighborhood_mix
 from translution.measuring import peak_bytes
 from translution.neighborhoods import Neighborhood, reflect
 
 HALVES = [torch.bfloat16, torch.float16]
+CUDA = torch.cuda.is_available()
+TRITON = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is not installed"
+    ),
+)
+BACKENDS = ["torch", TRITON]
 
 
 def twos(values):
@@ -22,9 +43,9 @@ def twos(values):
 
 
 @st.composite
-def areas(draw):
+def areas(draw, most=12):
     return Neighborhood(
-        draw(twos(st.integers(1, 12))),
+        draw(twos(st.integers(1, most))),
         draw(twos(st.sampled_from([1, 3, 5, 7]))),
         draw(twos(st.integers(1, 3))),
         draw(twos(st.integers(1, 3))),
@@ -97,6 +118,35 @@ def test_tiles_hold_each_query_once_and_each_pair_as_often_as_it_is(area):
     assert torch.equal(tiles.query_index[slots], torch.arange(len(slots)))
 
 
+@pytest.mark.parametrize("side", ["queries", "keys"])
+@given(areas(), st.sampled_from([1, 4, 16]), st.sampled_from([1, 16]))
+def test_blocks_hold_each_place_once_and_each_pair_as_often_as_it_is(side, area, rows, step):
+    blocks = area.blocks(side, rows, step)
+    assert blocks.rows.shape[1] <= rows
+    assert blocks.times.shape == (*blocks.rows.shape, blocks.others.shape[1])
+    queries, places = area.out[0] * area.out[1], area.size[0] * area.size[1]
+    want = torch.zeros(queries, places)
+    want.scatter_add_(1, area.index, torch.ones_like(area.index, dtype=torch.float32))
+    want = want if side == "queries" else want.T
+    times, met = torch.zeros_like(want), []
+    for tile, row in (blocks.rows >= 0).nonzero().tolist():
+        place = int(blocks.rows[tile, row])
+        met.append(place)
+        times[place].index_add_(0, blocks.others[tile], blocks.times[tile, row])
+    assert sorted(met) == list(range(len(want)))
+    torch.testing.assert_close(times, want)
+
+
+@pytest.mark.parametrize("side", ["queries", "keys"])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 4), (2, 1), (2, 4)])
+def test_blocks_share_what_they_see(side, stride, dilation):
+    """A tile of 8×8 meets 10×10 of the other side, and more or fewer by the stride."""
+    blocks = Neighborhood.of(64, 3, stride, dilation).blocks(side, 64, 32)
+    step = stride // math.gcd(stride, dilation)
+    each = (8 + 2) * step if side == "queries" else (8 + 2) // step
+    assert blocks.others.shape[1] <= each**2
+
+
 # -- the operators --------------------------------------------------------------------------------
 
 
@@ -142,26 +192,73 @@ def run(call, leaves):
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     y = call(*leaves)
     up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [y, *torch.autograd.grad(y, leaves, up.to(y.dtype))]
+    return [y, *torch.autograd.grad(y, leaves, up.to(y))]
 
 
 def agree(got, want, rtol=1e-10):
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
         scale = float(w.detach().abs().max()) if w.numel() else 0.0
-        torch.testing.assert_close(g.to(w.dtype), w, rtol=0, atol=rtol * max(scale, 1))
+        torch.testing.assert_close(g.to(w), w, rtol=0, atol=rtol * max(scale, 1))
 
 
+class Kind(NamedTuple):
+    """An operator, its slow twin, what makes its inputs, and with what it computes here."""
+
+    operator: Any
+    slow: Any
+    make: Any
+    most: int  # places along a side of its maps
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+    rtol: float = 1e-10
+
+    def inputs(self, area, dtype=None, **shape):
+        return [x.to(self.device) for x in self.make(area, dtype=dtype or self.dtype, **shape)]
+
+    def agree(self, got, want, rtol=0.0):
+        agree(got, want, max(rtol, self.rtol))
+
+
+def attention_by(backend):
+    call = functools.partial(neighborhood_attention, backend=backend)
+    if backend == "torch":
+        return Kind(call, attention, attention_inputs, 12)
+    if CUDA:  # which it does not compute float64 on
+        return Kind(call, attention, attention_inputs, 12, "cuda", torch.float32, 1e-4)
+    return Kind(call, attention, attention_inputs, 6)
+
+
+KINDS = {
+    "attention": attention_by("torch"),
+    "attention by triton": attention_by("triton"),
+    "mix": Kind(neighborhood_mix, mix, mix_inputs, 12),
+}
+NAMES = ["attention", pytest.param("attention by triton", marks=TRITON.marks), "mix"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(
-    areas(), st.integers(0, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4),
+    st.data(), st.integers(0, 2), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4),
     st.sampled_from([None, 0.0, 1.5]),
 )  # fmt: skip
-def test_attention_is_the_oracle(area, batch, heads, dim, channels, scale):
-    leaves = attention_inputs(area, batch, heads, dim, channels)
-    fast = library(neighborhood_attention, area)
-    agree(
-        run(lambda *x: fast(*x, scale=scale), leaves),
+def test_attention_is_the_oracle(backend, data, batch, heads, dim, channels, scale):
+    kind = attention_by(backend)
+    area = data.draw(areas(kind.most))
+    leaves = kind.inputs(area, batch=batch, heads=heads, dim=dim, channels=channels)
+    kind.agree(
+        run(lambda *x: library(kind.operator, area)(*x, scale=scale), leaves),
         run(lambda *x: attention(*x, area, scale), leaves),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dim", "channels"), [(16, 32), (33, 5), (1, 64)])
+def test_heads_of_any_width(backend, dim, channels):
+    kind, area = attention_by(backend), Neighborhood((4, 5), (3, 3))
+    leaves = kind.inputs(area, batch=1, dim=dim, channels=channels)
+    kind.agree(
+        run(library(kind.operator, area), leaves), run(lambda *x: attention(*x, area), leaves)
     )
 
 
@@ -171,110 +268,144 @@ def test_mix_is_the_oracle(area, batch, groups, each):
     agree(run(library(neighborhood_mix, area), leaves), run(lambda *x: mix(*x, area), leaves))
 
 
-KINDS = {
-    "attention": (neighborhood_attention, attention, attention_inputs),
-    "mix": (neighborhood_mix, mix, mix_inputs),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("kind", KINDS)
-@given(area=areas())
-def test_low_precision_is_no_worse_than_eager(kind, dtype, area):
-    operator, slow, make = KINDS[kind]
-    leaves = make(area, dtype=dtype)
-    want = run(lambda *x: slow(*x, area), [x.double() for x in leaves])
-    eager = run(lambda *x: slow(*x, area), leaves)
-    got = run(library(operator, area), leaves)
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_low_precision_is_no_worse_than_eager(name, dtype, data):
+    kind = KINDS[name]
+    area = data.draw(areas(kind.most))
+    leaves = kind.inputs(area, dtype, batch=1)
+    want = run(lambda *x: kind.slow(*x, area), [x.double() for x in leaves])
+    eager = run(lambda *x: kind.slow(*x, area), leaves)
+    got = run(library(kind.operator, area), leaves)
     for g, e, w in zip(got, eager, want, strict=True):
         assert g.dtype == dtype
         off, allowed = ((x.double() - w).abs().max() for x in (g, e))
         # The result is rounded, and so is the output that the backward pass starts from. In float32
         # so are the terms of softmax's derivative, whose difference may be nothing (with one tap
-        # eager has it exactly); half precision computes them in float32.
-        roundings = 2 if dtype in HALVES else 20
+        # eager has it exactly); half precision computes them in float32. For its products Triton
+        # also rounds the weights and the scores' gradients, as flash attention does, and the
+        # largest terms may cancel.
+        roundings = 20 if dtype not in HALVES else 8 if "triton" in name else 2
         bound = roundings * torch.finfo(dtype).eps * w.abs().max().clamp(min=1)
         assert off <= allowed + bound, (off, allowed, bound)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast(kind):
-    operator, _, make = KINDS[kind]
-    area = Neighborhood((5, 4), (3, 3))
-    leaves = make(area, dtype=torch.float32)
-    want = library(operator, area)(*leaves)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = library(operator, area)(*leaves)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name):
+    kind, area = KINDS[name], Neighborhood((5, 4), (3, 3))
+    leaves = kind.inputs(area, torch.float32)
+    want = library(kind.operator, area)(*leaves)
+    with torch.autocast(kind.device, torch.bfloat16):
+        got = library(kind.operator, area)(*leaves)
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_strided_inputs(kind):
-    operator, _, make = KINDS[kind]
-    area = Neighborhood((6, 5), (5, 3), (2, 1), (1, 2))
-    leaves = make(area)
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_inputs(name):
+    kind, area = KINDS[name], Neighborhood((6, 5), (5, 3), (2, 1), (1, 2))
+    operator, leaves = kind.operator, kind.inputs(area)
     turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in leaves]
     spread = [x.repeat_interleave(2, 0)[::2] for x in leaves]
     want = run(library(operator, area), leaves)
     for other in (turned, spread):
         live = [x.detach().requires_grad_() for x in other]
         y = library(operator, area)(*live)
-        up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-        strided = up.transpose(-1, -2).contiguous().transpose(-1, -2)
-        agree([y, *torch.autograd.grad(y, live, strided)], want)
+        up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        strided = up.to(y).transpose(-1, -2).contiguous().transpose(-1, -2)
+        kind.agree([y, *torch.autograd.grad(y, live, strided)], want)
     # one number for all
     live = [x.detach().requires_grad_() for x in leaves]
     y = library(operator, area)(*live)
     ones = torch.ones_like(y)
-    agree(torch.autograd.grad(y.sum(), live, retain_graph=True), torch.autograd.grad(y, live, ones))
+    one_by_one = torch.autograd.grad(y.sum(), live, retain_graph=True)
+    kind.agree(one_by_one, torch.autograd.grad(y, live, ones))
 
 
+@pytest.mark.parametrize("numbers", [1, 30_000, 10**9])
 @pytest.mark.parametrize("size", [(20, 17), (3, 2)])
-def test_small_chunks_change_nothing(size, monkeypatch):
+def test_chunks_change_nothing(size, numbers, monkeypatch):
+    """From one sample at a time to all at once."""
     area = Neighborhood(size, (5, 7), (1, 2), (2, 1))
     leaves = attention_inputs(area, batch=3, heads=2)
     want = run(library(neighborhood_attention, area), leaves)
-    monkeypatch.setattr("translution.functional.neighborhood.NUMBERS", {"cpu": 1, "cuda": 1})
+    held = {"cpu": numbers, "cuda": numbers}
+    monkeypatch.setattr("translution.backends.torch.neighborhood.NUMBERS", held)
     agree(run(library(neighborhood_attention, area), leaves), want, 1e-12)
 
 
-def test_large_scores_do_not_overflow():
-    area = Neighborhood((9, 9), (5, 5))
-    leaves = attention_inputs(area)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_do_not_overflow(backend):
+    kind, area = attention_by(backend), Neighborhood((9, 9), (5, 5))
+    leaves = kind.inputs(area, batch=1)
     leaves[0] = leaves[0] * 1e4
-    agree(
-        run(library(neighborhood_attention, area), leaves),
-        run(lambda *x: attention(*x, area), leaves),
-        1e-7,  # scores of 1e4 have lost that many digits
-    )
+    got = run(library(kind.operator, area), leaves)
+    if kind.dtype == torch.float32:  # scores of 1e4 have lost too many digits to compare
+        assert all(x.isfinite().all() for x in got)
+    else:
+        agree(got, run(lambda *x: attention(*x, area), leaves), 1e-7)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck_and_opcheck(kind):
-    operator, _, make = KINDS[kind]
-    area = Neighborhood((3, 4), (3, 5), (2, 1), (1, 2))
-    leaves = [x.requires_grad_() for x in make(area, batch=1, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(library(operator, area), leaves)
-    raw = getattr(torch.ops.translution, operator.__name__).default
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_bits_on_every_run(backend, dtype):
+    kind, area = attention_by(backend), Neighborhood((7, 6), (5, 3), (1, 2))
+    leaves = kind.inputs(area, dtype)
+    first, second = (run(library(kind.operator, area), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_inputs(backend, wanted):
+    kind, area = attention_by(backend), Neighborhood((3, 4), (3, 3))
+    leaves = kind.inputs(area, batch=1)
+    _, *want = run(library(kind.operator, area), leaves)
+    live = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(leaves)]
+    y = library(kind.operator, area)(*live)
+    up = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y.backward(up.to(y))
+    for i, (x, w) in enumerate(zip(live, want, strict=True)):
+        if i in wanted:
+            kind.agree([x.grad], [w])
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_and_opcheck(name):
+    kind, area = KINDS[name], Neighborhood((3, 4), (3, 5), (2, 1), (1, 2))
+    leaves = [x.requires_grad_() for x in kind.inputs(area, batch=1)]
+    if kind.dtype == torch.float64:
+        call = library(kind.operator, area)
+        assert torch.autograd.gradcheck(call, leaves, fast_mode="triton" in name)
     more = [list(area.kernel), list(area.stride), list(area.dilation)]
-    torch.library.opcheck(raw, (*leaves, *more, *([0.7] if kind == "attention" else [])))
+    if name == "mix":
+        raw = torch.ops.translution.neighborhood_mix.default
+    else:
+        raw = torch.ops.translution.neighborhood_attention.default
+        more += [0.7, "triton" if "triton" in name else "torch"]
+    torch.library.opcheck(raw, (*leaves, *more))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_compile(kind):
+@pytest.mark.parametrize("name", NAMES)
+def test_compile(name):
     torch._dynamo.reset()
-    operator, _, make = KINDS[kind]
+    kind = KINDS[name]
     for size in ((6, 5), (4, 7)):
         area = Neighborhood(size, (3, 3), (2, 2))
-        leaves = make(area)
-        call = library(operator, area)
+        leaves = kind.inputs(area)
+        call = library(kind.operator, area)
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         agree(run(compiled, leaves), run(call, leaves), 1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_meta(kind):
-    operator, _, make = KINDS[kind]
+@pytest.mark.parametrize(
+    ("operator", "make"),
+    [(neighborhood_attention, attention_inputs), (neighborhood_mix, mix_inputs)],
+)
+def test_meta(operator, make):
     area = Neighborhood((5, 4), (3, 3), (2, 2))
     leaves = make(area)
     y = library(operator, area)(*leaves)
@@ -286,7 +417,7 @@ def test_no_copy_of_the_neighbourhoods():
     cpu = torch.device("cpu")
 
     def peak(kind):
-        operator, _, make = KINDS[kind]
+        operator, make = KINDS[kind].operator, KINDS[kind].make
         shape = {"heads": 4, "dim": 32, "channels": 32} if kind == "attention" else {"each": 64}
         leaves = [x.requires_grad_() for x in make(area, dtype=torch.float32, **shape)]
 
@@ -320,6 +451,7 @@ def test_no_copy_of_the_neighbourhoods():
         ({"stride": 0}, "stride: got 0, want an int of at least 1"),
         ({"dilation": (1, 2, 3)}, "dilation: got"),
         ({"dilation": 1.5}, "dilation: got 1.5"),
+        ({"backend": "fast"}, "backend: got 'fast' for torch.float32 on cpu: there is no such"),
     ],
 )
 def test_attentions_errors(change, message):
@@ -348,3 +480,128 @@ def test_mixes_errors(weights, value, message):
     value = torch.zeros(value) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=message):
         neighborhood_mix(torch.zeros(weights), value, 3)
+
+
+# -- Triton's kernels as they are compiled --------------------------------------------------------
+
+
+@TRITON.marks[0]
+@pytest.mark.parametrize(("rows", "others"), [(16, 16), (16, 64), (64, 32)])
+def test_other_block_sizes_change_nothing(rows, others, monkeypatch):
+    from translution.backends.triton import neighborhood
+
+    kind, area = attention_by("triton"), Neighborhood((9, 8), (5, 7), (1, 2), (2, 1))
+    leaves = kind.inputs(area, batch=1)
+    block = neighborhood.BlockSizes(rows, others, 4, 1)
+    monkeypatch.setattr(neighborhood, "block_sizes", lambda *_: block)
+    kind.agree(
+        run(library(kind.operator, area), leaves), run(lambda *x: attention(*x, area), leaves)
+    )
+
+
+@TRITON.marks[0]
+def test_many_reflections_count():
+    """More than a byte holds, on maps that are reflected again and again."""
+    kind, area = attention_by("triton"), Neighborhood((1, 2), (3, 131))
+    leaves = kind.inputs(area, batch=1)
+    kind.agree(
+        run(library(kind.operator, area), leaves), run(lambda *x: attention(*x, area), leaves)
+    )
+
+
+COMPILE = r"""
+import contextlib, io, json, re, sys
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from translution.backends.triton import neighborhood, neighborhood_kernels as kernels
+
+try:
+    get_ptxas(90).path
+except Exception as error:
+    sys.exit(print(json.dumps({"skip": f"Triton has no ptxas here: {error}"})))
+
+def compiled(name, width, dtype):
+    kernel, block = getattr(kernels, name), neighborhood.block_sizes(width, dtype)
+    fixed = {p.name for p in kernel.params if p.do_not_specialize}
+    assert fixed == set(kernels.SIZES) & set(kernel.arg_names), fixed
+    constants = {
+        "EVEN_DIM": True, "EVEN_CHANNELS": True, "DIM": width, "CHANNELS": width,
+        "ROWS": block.rows, "OTHERS": block.others, "SUMS": tl.float32, "PRECISION": "ieee",
+        "UPCAST": False,
+    }
+    types = dict.fromkeys(("logs", "along"), "*fp32") | dict.fromkeys(("rows", "others"), "*i32")
+    types |= dict.fromkeys(kernels.SIZES, "i32") | {"times": "*i8", "scale": "fp32"}
+    types |= {"factor": "fp32", "dim": "i32", "channels": "i32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    data = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    signature = {n: types.get(n, data) for n in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items())
+        if kind.startswith("*") or n in ("dim", "channels")
+    }
+    at = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        made = triton.compile(
+            ASTSource(kernel, signature, at, aligned), target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": block.warps, "num_stages": block.stages},
+        )
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    if not (spills and registers):
+        sys.exit(print(json.dumps({"skip": "this Triton does not show what ptxas says"})))
+    return {
+        "kernel": name, "width": width, "dtype": str(dtype), "registers": int(registers[1]),
+        "spills": int(spills[1]) + int(spills[2]), "shared": made.metadata.shared,
+    }
+
+for name in kernels.__all__:
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in map(int, sys.argv[1:]):
+            print(json.dumps(compiled(name, width, dtype)))
+"""
+
+
+@TRITON.marks[0]
+def test_compiled_for_an_h100_nothing_spills(tmp_path):
+    """Without a GPU: ptxas tells. Nothing is compiled for a size that differs between batches."""
+    told = {
+        "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_ALWAYS_COMPILE": "1",
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }  # fmt: skip
+    widths = ["16", "32", "64", "128"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *widths],
+        env=os.environ | told, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    if "skip" in rows[-1]:
+        pytest.skip(rows[-1]["skip"])
+    assert len(rows) == 3 * 2 * len(widths)
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] < 227 * 1024, row
+
+
+# -- what it is compared with ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [None, (2, 4)])
+@pytest.mark.parametrize(
+    "area",
+    [
+        Neighborhood((7, 9), (5, 3), (1, 2), (2, 1)),
+        Neighborhood((2, 3), (7, 7)),
+        Neighborhood((6, 5), (3, 3), (2, 2)),
+    ],
+    ids=["dilated", "tiny", "strided"],
+)
+def test_flex_attention_with_reflection_is_the_operator(area, tile):
+    leaves = attention_inputs(area, dim=16, channels=16, dtype=torch.float32)
+    want = library(neighborhood_attention, area)(*leaves)
+    torch.testing.assert_close(flex_neighborhood(*leaves, area, tile=tile), want)
+    want = library(neighborhood_attention, area)(*leaves, scale=0.7)
+    torch.testing.assert_close(flex_neighborhood(*leaves, area, 0.7, tile), want)

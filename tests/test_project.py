@@ -16,9 +16,10 @@ ROOT = Path(translution.__file__).parent
 
 # What each part may import from the library. A part not named here is a mistake.
 MAY_IMPORT = {
-    "layouts": set(),
-    "backends": {"layouts"},
-    "neighborhoods": set(),
+    "caches": set(),
+    "layouts": {"caches"},
+    "neighborhoods": {"caches"},
+    "backends": {"caches", "layouts", "neighborhoods"},
     "functional": {"layouts", "neighborhoods", "backends"},
     "modules": {"layouts", "neighborhoods", "functional"},
     "models": {"modules", "files", "measuring", "words"},
@@ -44,6 +45,7 @@ MAY_IMPORT = {
     "data": {"config", "files", "words"},
     "bench": {
         "layouts",
+        "neighborhoods",
         "backends",
         "functional",
         "modules",

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .caches import kept
+
 __all__ = ["Layout", "Pairs"]
 
 
@@ -372,12 +374,12 @@ def _part(layout: Layout, rank: int, ranks: int) -> Layout:
     return dataclasses.replace(layout, share=(rank, ranks))
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _index(layout: Layout, device: torch.device) -> Tensor:
     return layout._build() if device.type == "cpu" else _index(layout, _CPU).to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _pairs(layout: Layout, device: torch.device) -> Pairs:
     if device.type != "cpu":
         pairs = _pairs(layout, _CPU)

@@ -6,7 +6,6 @@ a stride or a dilation. Where it reaches over the border, the map is continued b
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Neighborhood", "Sizes", "Tiles", "pair", "reflect"]
+from .caches import kept
+
+__all__ = ["Blocks", "Neighborhood", "Sizes", "Tiles", "pair", "reflect"]
 
 Sizes = int | Sequence[int]
 
@@ -107,9 +108,32 @@ class Neighborhood:
         index = rows[:, None, :, None] * width + columns[None, :, None, :]
         return index.reshape(self.out[0] * self.out[1], self.taps)
 
+    def seen_from(self, axis: int, side: str) -> tuple[list[list[int]], int]:
+        """Of each query ("queries") the places that it sees on one axis, or of each place ("keys")
+        the queries that see it there, as often as they do; and how far apart queries (or places)
+        are that have some of them in common."""
+        spread = self.dilation[axis]
+        seen = [self.neighbors(axis, query) for query in range(self.out[axis])]
+        if side == "queries":
+            return seen, spread // math.gcd(self.stride[axis], spread)
+        seers: list[list[int]] = [[] for _ in range(self.size[axis])]
+        for query, places in enumerate(seen):
+            for place in places:
+                seers[place].append(query)
+        return seers, spread
+
     def tiles(self, device: torch.device, dtype: torch.dtype) -> Tiles:
         """The queries in tiles, cached; dtype is that of the scores."""
         return _tiles(self, device, dtype)
+
+    def blocks(self, side: str, rows: int, step: int) -> Blocks:
+        """The "queries", or the "keys", in tiles of at most `rows`, a power of two.
+
+        Of the shapes that a tile can have, the one is taken in which the fewest pairs are
+        multiplied when the other side comes `step` places at a time. It is computed anew at each
+        call, on the CPU.
+        """
+        return _blocks(self, side, rows, step)
 
 
 @dataclass(frozen=True)
@@ -144,9 +168,26 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """One side of the pairs, the queries or the keys, in equal tiles; each tile with the places of
+    the other side that it has pairs with, all there once.
+
+    Attributes:
+        rows: [tiles, rows] the places of this side, -1 where a tile has fewer.
+        others: [tiles, others] places of the other side; where there are fewer, one is repeated.
+        times: [tiles, rows, others] how often the query of the pair sees its key (by reflection it
+            may be several times), 0 where it does not.
+    """
+
+    rows: Tensor
+    others: Tensor
+    times: Tensor
+
+
+@dataclass(frozen=True)
 class _Line:
     """The tiles along one axis: [tiles, queries], [tiles, keys], times [tiles, queries, keys] and
-    for each place the (tile, slot) pairs that hold it as a key."""
+    for each place the (tile, slot) pairs that hold it as a key. (Or with the sides exchanged.)"""
 
     queries: Tensor
     keys: Tensor
@@ -154,22 +195,24 @@ class _Line:
     holders: list[list[tuple[int, int]]]
 
 
-def _line(area: Neighborhood, axis: int, tile: int) -> _Line:
+def _line(area: Neighborhood, axis: int, tile: int, side: str = "queries") -> _Line:
     """Queries of one tile have the same place modulo the dilation, so that they share keys."""
-    out, step, spread = area.out[axis], area.stride[axis], area.dilation[axis]
-    apart = spread // math.gcd(step, spread)  # queries this far apart share keys
+    all_seen, apart = area.seen_from(axis, side)
     tiles: list[list[int]] = []
-    for first in range(min(apart, out)):
-        alike = list(range(first, out, apart))
+    for first in range(min(apart, len(all_seen))):
+        alike = list(range(first, len(all_seen), apart))
         each = math.ceil(len(alike) / math.ceil(len(alike) / tile))
         tiles += [alike[i : i + each] for i in range(0, len(alike), each)]
-    seen = [[area.neighbors(axis, query) for query in queries] for queries in tiles]
-    keys = [sorted({place for places in tile for place in places}) for tile in seen]
+    seen = [[all_seen[query] for query in queries] for queries in tiles]
+    # a place that no query sees has no partner: its tile takes the first, no times
+    keys = [sorted({place for places in tile for place in places}) or [0] for tile in seen]
     most_queries, most_keys = max(map(len, tiles)), max(map(len, keys))
     query_table = torch.full((len(tiles), most_queries), -1)
-    key_table = torch.zeros(len(tiles), most_keys, dtype=torch.int64)
+    # unused keys repeat one of the tile: what is not finite elsewhere does not come in
+    key_table = torch.tensor([places[:1] for places in keys]).repeat(1, most_keys)
     times = torch.zeros(len(tiles), most_queries, most_keys)
-    holders: list[list[tuple[int, int]]] = [[] for _ in range(area.size[axis])]
+    across = area.size[axis] if side == "queries" else area.out[axis]
+    holders: list[list[tuple[int, int]]] = [[] for _ in range(across)]
     for i, (queries, places) in enumerate(zip(tiles, keys, strict=True)):
         query_table[i, : len(queries)] = torch.tensor(queries)
         key_table[i, : len(places)] = torch.tensor(places)
@@ -183,7 +226,35 @@ def _line(area: Neighborhood, axis: int, tile: int) -> _Line:
     return _Line(query_table, key_table, times, holders)
 
 
-@functools.lru_cache(maxsize=32)  # a large map has tens of MB
+def _flat(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """[tiles, slots] per axis -> [tiles, slots] of both, row-major places of a map that wide."""
+    both = rows[:, None, :, None] * width + columns[None, :, None, :]
+    return both.reshape(len(rows) * len(columns), -1)
+
+
+def _blocks(area: Neighborhood, side: str, rows: int, step: int) -> Blocks:
+    shapes = [(high, rows // high) for high in (1 << n for n in range(rows.bit_length()))]
+
+    def made(shape: tuple[int, int]) -> tuple[_Line, _Line]:
+        return _line(area, 0, shape[0], side), _line(area, 1, shape[1], side)
+
+    def cost(lines: tuple[_Line, _Line]) -> tuple[int, int]:
+        tiles, others = (math.prod(line.keys.shape[axis] for line in lines) for axis in (0, 1))
+        return tiles * math.ceil(others / step), tiles * others
+
+    down, right = min(map(made, shapes), key=cost)
+    own, other = (area.out, area.size) if side == "queries" else (area.size, area.out)
+    index = _flat(down.queries.clamp(min=0), right.queries.clamp(min=0), own[1])
+    none = _flat((down.queries < 0).long(), (right.queries < 0).long(), 1) > 0
+    times = down.times[:, None, :, None, :, None] * right.times[None, :, None, :, None, :]
+    return Blocks(
+        rows=index.masked_fill(none, -1),
+        others=_flat(down.keys, right.keys, other[1]),
+        times=times.reshape(*index.shape, -1),
+    )
+
+
+@kept
 def _tiles(area: Neighborhood, device: torch.device, dtype: torch.dtype) -> Tiles:
     # on large maps flat tiles waste less; on small ones whole ones have one halo
     tall = TILE if min(area.out) <= 2 * TILE else (TILE + 1) // 2
@@ -191,14 +262,9 @@ def _tiles(area: Neighborhood, device: torch.device, dtype: torch.dtype) -> Tile
     (ny, ty), (nx, tx), my, mx = (
         down.queries.shape, right.queries.shape, down.keys.shape[1], right.keys.shape[1],
     )  # fmt: skip
-
-    def flat(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-        """[tiles, slots] per axis -> one number per tile and slot of both."""
-        return (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(-1)
-
     out_width = area.out[1]
-    query_index = flat(down.queries.clamp(min=0), right.queries.clamp(min=0), out_width)
-    used = flat((down.queries >= 0).long() * 2, (right.queries >= 0).long(), 1) == 3
+    query_index = _flat(down.queries.clamp(min=0), right.queries.clamp(min=0), out_width).flatten()
+    used = _flat((down.queries >= 0).long() * 2, (right.queries >= 0).long(), 1).flatten() == 3
     query_slot = torch.empty(area.out[0] * area.out[1], dtype=torch.int64)
     query_slot[query_index[used]] = used.nonzero().flatten()
     times = down.times[:, None, :, None, :, None] * right.times[None, :, None, :, None, :]
@@ -215,7 +281,7 @@ def _tiles(area: Neighborhood, device: torch.device, dtype: torch.dtype) -> Tile
         queries=ty * tx,
         keys=keys,
         query_index=query_index.to(device),
-        key_index=flat(down.keys, right.keys, area.size[1]).to(device),
+        key_index=_flat(down.keys, right.keys, area.size[1]).flatten().to(device),
         used=None if bool(used.all()) else used[:, None].to(device, dtype),
         log_times=times.reshape(count, ty * tx, keys).to(dtype).log().to(device),
         query_slot=query_slot.to(device),

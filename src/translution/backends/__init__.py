@@ -1,7 +1,7 @@
 """What computes the primitives, and the one place that chooses.
 
 A backend is a module with `unavailable(device, dtype)`, which says in words why it can't serve (or
-None), and the four functions `scores`, `scores_backward`, `mix`, `mix_backward`.
+None), and the functions `scores`, `mix`, `neighborhood_attention` and the same with `_backward`.
 """
 
 from __future__ import annotations

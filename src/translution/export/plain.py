@@ -265,7 +265,7 @@ def _mix(a, x, w, b, layout, *_):  # type: ignore[no-untyped-def]
     return Mix(layout, a.shape[1], w.shape[-1], w.shape[-2] * w.shape[-1]), 4
 
 
-def _attention(query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
+def _attention(query, key, value, kernel, stride, dilation, scale, *_):  # type: ignore[no-untyped-def]
     area = Neighborhood(tuple(key.shape[2:4]), tuple(kernel), tuple(stride), tuple(dilation))
     return Attention(area, scale, _wide(query)), 3
 

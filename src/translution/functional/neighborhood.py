@@ -1,8 +1,8 @@
 """Attention, and mixing by given weights, over the k×k neighbourhood of each place of a map.
 
-Neither copies keys or values k² times. Attention works on tiles of queries: the few keys that a
-tile sees are gathered once, and scores, softmax and mix of a tile are small matrix products. The
-backward pass computes the scores again. Mixing walks the taps.
+Neither copies keys or values k² times, which is what the plain way costs. The attention is checked
+and registered with torch here and computed by a backend, tile by tile of queries. Mixing walks the
+taps: for each, the part of the map that all queries see there is a view.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..backends.torch.neighborhood import as_map, room
 from ..neighborhoods import Neighborhood, Sizes
-from .offset import HALF, autocast
+from .offset import HALF, autocast, check_backend
 
 __all__ = ["neighborhood_attention", "neighborhood_mix"]
-
-NUMBERS = {"cpu": 300_000, "cuda": 30_000_000}
-"""Numbers of a kind held at once, by device: on the CPU what its caches hold."""
 
 
 def neighborhood_attention(
@@ -27,6 +26,8 @@ def neighborhood_attention(
     stride: Sizes = 1,
     dilation: Sizes = 1,
     scale: float | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of each query over its k×k neighbourhood, reflected at the borders.
 
@@ -39,6 +40,7 @@ def neighborhood_attention(
         value: [batch, heads, height, width, value channels].
         kernel_size: odd; an int or (rows, columns), as `stride` and `dilation`.
         scale: of the scores; None is 1 / sqrt(head_dim).
+        backend: "auto", or the name of one in `translution.backends`.
 
     Returns:
         [batch, heads, out height, out width, value channels] in the dtype of the values; the scores
@@ -61,8 +63,9 @@ def neighborhood_attention(
     if value.shape[:4] != key.shape[:4]:
         raise ValueError(f"value: got shape {tuple(value.shape)}, want {tuple(key.shape[:4])}, any")
     factor = key.shape[4] ** -0.5 if scale is None else float(scale)
+    check_backend(backend, query)
     return torch.ops.translution.neighborhood_attention(
-        query, key, value, area.kernel, area.stride, area.dilation, factor
+        query, key, value, area.kernel, area.stride, area.dilation, factor, backend
     )
 
 
@@ -114,80 +117,11 @@ def _size(name: str, shape: torch.Size) -> tuple[int, int]:
     return height, width
 
 
-# -- attention on tiles ---------------------------------------------------------------------------
+# -- attention as torch knows it: a backend computes it ------------------------------------------
 
 
-class _Walk:
-    """The samples in chunks, and the gathers and sums of one head of a chunk.
-
-    Maps are [samples, places, heads, channels]: what is gathered holds all heads, and the matrix
-    products take one head of it where it lies.
-    """
-
-    def __init__(self, query: Tensor, key: Tensor, area: Neighborhood):
-        self.wide = torch.float32 if query.dtype in HALF else query.dtype
-        self.tiles = tiles = area.tiles(query.device, self.wide)
-        self.places, self.heads = key.shape[2] * key.shape[3], query.shape[1]
-        numbers = NUMBERS.get(query.device.type, NUMBERS["cuda"])
-        # the scores of a head, or what is gathered of all heads, whichever is more
-        gathered = tiles.count * tiles.keys * self.heads * key.shape[4]
-        step = min(query.shape[0], max(1, numbers // max(1, tiles.log_times.numel(), gathered)))
-        self.chunks = [
-            slice(i, min(i + step, query.shape[0])) for i in range(0, query.shape[0], step or 1)
-        ]
-        self.log_times = tiles.log_times.repeat(step, 1, 1) if step > 1 else tiles.log_times
-        size = tiles.count * tiles.keys
-        first = torch.arange(step, device=query.device)[:, None] * size
-        # a row of zeros comes before those of the tiles, for places that fewer tiles hold
-        slots = torch.where(tiles.key_slots == size, 0, 1 + first + tiles.key_slots)
-        self.slots = slots.view(step, self.places, tiles.copies).transpose(1, 2).contiguous()
-
-    def queries(self, x: Tensor) -> Tensor:
-        """[samples, places, heads, channels] -> [samples * tiles, queries, heads, channels]."""
-        picked = x.index_select(1, self.tiles.query_index).to(self.wide)
-        if self.tiles.used is not None:  # an unused place must add nothing to any gradient
-            picked *= self.tiles.used[:, None]
-        return picked.view(-1, self.tiles.queries, *x.shape[2:])
-
-    def keys(self, x: Tensor) -> Tensor:
-        picked = x.index_select(1, self.tiles.key_index).to(self.wide)
-        return picked.view(-1, self.tiles.keys, *x.shape[2:])
-
-    def softmax(self, query: Tensor, key: Tensor) -> Tensor:
-        """[samples * tiles, queries, keys]: each key's share, all its reflections together."""
-        s = torch.bmm(query, key.transpose(1, 2))
-        return torch.softmax(s.add_(self.log_times[: len(s)]), -1)
-
-    def to_queries(self, x: Tensor, out: Tensor) -> None:
-        """Tiles back to the queries of the map, out [samples, places, channels]."""
-        flat = x.view(len(out), -1, x.shape[-1])
-        out.copy_(flat.index_select(1, self.tiles.query_slot))
-
-    def to_keys(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """Sum leftᵀ right of every tile into the places of the map: gathered, so without races."""
-        t, channels = self.tiles, right.shape[-1]
-        held = right.new_empty(1 + len(out) * t.count * t.keys, channels)
-        held[0] = 0
-        torch.bmm(left.transpose(1, 2), right, out=held[1:].view(-1, t.keys, channels))
-        picked = held.index_select(0, self.slots[: len(out)].reshape(-1))
-        picked = picked.view(len(out), t.copies, self.places, channels)
-        out.copy_(picked.sum(1) if t.copies > 1 else picked[:, 0])
-
-
-def _places(x: Tensor) -> Tensor:
-    """[batch, heads, height, width, channels] -> [batch, places, heads, channels], contiguous."""
-    return x.permute(0, 2, 3, 1, 4).flatten(1, 2).contiguous()
-
-
-def _map(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The inverse of `_places`, as a view: channels last in memory, which suits convolutions."""
-    return x.unflatten(1, size).permute(0, 3, 1, 2, 4)
-
-
-def _empty(like: Tensor, channels: int) -> Tensor:
-    """Room for the places of a map."""
-    batch, heads, height, width, _ = like.shape
-    return like.new_empty(batch, height * width, heads, channels)
+def _area(size, kernel, stride, dilation) -> Neighborhood:  # type: ignore[no-untyped-def]
+    return Neighborhood(tuple(size), tuple(kernel), tuple(stride), tuple(dilation))
 
 
 @torch.library.custom_op("translution::neighborhood_attention", mutates_args=())
@@ -199,22 +133,16 @@ def _attention(
     stride: list[int],
     dilation: list[int],
     scale: float,
+    backend: str,
 ) -> Tensor:
-    walk = _Walk(query, key, _area(key.shape[2:4], kernel, stride, dilation))
-    y = _empty(query, value.shape[4])
-    q, k, v = _places(query), _places(key), _places(value)
-    for chunk in walk.chunks:
-        picked_q = walk.queries(q[chunk]).mul_(scale)
-        picked_k, picked_v = walk.keys(k[chunk]), walk.keys(v[chunk])
-        for head in range(walk.heads):
-            weights = walk.softmax(picked_q[:, :, head], picked_k[:, :, head])
-            walk.to_queries(torch.bmm(weights, picked_v[:, :, head]), y[chunk, :, head])
-    return _map(y, tuple(query.shape[2:4]))
+    chosen = backends.choose(backend, query.device, query.dtype)
+    area = _area(key.shape[2:4], kernel, stride, dilation)
+    return chosen.neighborhood_attention(query, key, value, area, scale)
 
 
 @_attention.register_fake
-def _(query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
-    return _map(_empty(query, value.shape[4]), tuple(query.shape[2:4]))
+def _(query, key, value, kernel, stride, dilation, scale, backend):  # type: ignore[no-untyped-def]
+    return as_map(room(query, value.shape[4]), tuple(query.shape[2:4]))
 
 
 @torch.library.custom_op("translution::neighborhood_attention_backward", mutates_args=())
@@ -228,54 +156,34 @@ def _attention_backward(
     stride: list[int],
     dilation: list[int],
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    walk = _Walk(query, key, _area(key.shape[2:4], kernel, stride, dilation))
-    gq, gk, gv = (_empty(x, x.shape[4]) for x in (query, key, value))
-    up, q, k, v = _places(grad), _places(query), _places(key), _places(value)
-    # Σ_j of softmax's backward, a_ij dy_i · v_j, is dy_i · y_i
-    along = (up.to(walk.wide) * _places(y)).sum(-1, keepdim=True)
-    for chunk in walk.chunks:
-        dy, dot = walk.queries(up[chunk]), walk.queries(along[chunk])
-        picked_q = walk.queries(q[chunk]).mul_(scale)
-        picked_k, picked_v = walk.keys(k[chunk]), walk.keys(v[chunk])
-        for head in range(walk.heads):
-            head_q, head_k, head_v = (x[:, :, head] for x in (picked_q, picked_k, picked_v))
-            weights = walk.softmax(head_q, head_k)
-            walk.to_keys(weights, dy[:, :, head], gv[chunk, :, head])
-            ds = torch.bmm(dy[:, :, head], head_v.transpose(1, 2))
-            ds = ds.sub_(dot[:, :, head]).mul_(weights)
-            walk.to_queries(torch.bmm(ds, head_k).mul_(scale), gq[chunk, :, head])
-            walk.to_keys(ds, head_q, gk[chunk, :, head])
-    sizes = [tuple(x.shape[2:4]) for x in (query, key, value)]
-    found = [_map(x, size) for x, size in zip((gq, gk, gv), sizes, strict=True)]
-    return found[0], found[1], found[2]
+    chosen = backends.choose(backend, query.device, query.dtype)
+    area = _area(key.shape[2:4], kernel, stride, dilation)
+    return chosen.neighborhood_attention_backward(grad, y, query, key, value, area, scale)
 
 
 @_attention_backward.register_fake
-def _(grad, y, query, key, value, kernel, stride, dilation, scale):  # type: ignore[no-untyped-def]
-    return tuple(_map(_empty(x, x.shape[4]), tuple(x.shape[2:4])) for x in (query, key, value))
+def _(grad, y, query, key, value, kernel, stride, dilation, scale, backend):  # type: ignore[no-untyped-def]
+    return tuple(as_map(room(x, x.shape[4]), tuple(x.shape[2:4])) for x in (query, key, value))
 
 
 def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.scale = inputs
+    *tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(output, *tensors)
 
 
 def _backward_attention(ctx, grad):  # type: ignore[no-untyped-def]
     grads = torch.ops.translution.neighborhood_attention_backward(
-        grad, *ctx.saved_tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.scale
+        grad, *ctx.saved_tensors, ctx.kernel, ctx.stride, ctx.dilation, ctx.scale, ctx.backend
     )
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 _attention.register_autograd(_backward_attention, setup_context=_save_attention)
 
 
 # -- mixing, tap by tap ---------------------------------------------------------------------------
-
-
-def _area(size, kernel, stride, dilation) -> Neighborhood:  # type: ignore[no-untyped-def]
-    return Neighborhood(tuple(size), tuple(kernel), tuple(stride), tuple(dilation))
 
 
 class _Taps:

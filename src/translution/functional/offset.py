@@ -8,6 +8,8 @@ both directions: nothing of size tokens² x channels is ever held.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,9 @@ def offset_scores(
         if s.dtype in HALF:
             s = s.float()
         return s if layout.full else s.masked_fill(_absent(s, layout), float("-inf"))
-    backends.choose(backend, x_query.device, x_query.dtype)
+    chosen = check_backend(backend, x_query)
+    if chosen is not None:
+        chosen.prepare_scores(x_query, x_key, wq, wk, bq, bk, heads, layout)
     return torch.ops.translution.offset_scores(
         x_query, x_key, wq, wk, bq, bk, heads, float(scale), layout.key, backend
     )
@@ -129,7 +133,9 @@ def offset_mix(
             a = a.masked_fill(_absent(a, layout), 0.0)
         v = x_value.unflatten(-1, (heads, -1)).transpose(1, 2)
         return (a.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    backends.choose(backend, x_value.device, x_value.dtype)
+    chosen = check_backend(backend, x_value)
+    if chosen is not None:
+        chosen.prepare_mix(a, x_value, w, b, layout)
     return torch.ops.translution.offset_mix(a, x_value, w, b, layout.key, backend)
 
 
@@ -162,6 +168,15 @@ def autocast(x: Tensor) -> Tensor:
     if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def check_backend(backend: str, x: Tensor) -> ModuleType | None:
+    """The backend that will serve; refused before anything runs if it cannot.
+
+    None while torch.compile traces, which cannot look for packages and devices: the operator then
+    chooses when it runs.
+    """
+    return None if torch.compiler.is_compiling() else backends.choose(backend, x.device, x.dtype)
 
 
 def _check_tokens(name: str, x: Tensor, tokens: int) -> None:

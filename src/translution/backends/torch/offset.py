@@ -9,7 +9,6 @@ dividing a small one, and in half precision the call itself costs as much as a s
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...caches import kept
 from ...layouts import Layout
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward"]
@@ -77,7 +77,7 @@ class Order(NamedTuple):
     """classes without a pair"""
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _order(layout: Layout, device: torch.device) -> Order:
     pairs = layout.pairs_on(device)
     sizes = [stop - start for start, stop in itertools.pairwise(pairs.starts)]

@@ -11,11 +11,23 @@ from typing import Any
 
 from .support import unavailable
 
-__all__ = ["mix", "mix_backward", "scores", "scores_backward", "unavailable"]
+__all__ = [
+    "mix",
+    "mix_backward",
+    "prepare_mix",
+    "prepare_scores",
+    "scores",
+    "scores_backward",
+    "unavailable",
+]
 
 MODULES = {
     "mix": "offset",
     "mix_backward": "offset",
+    "neighborhood_attention": "neighborhood",
+    "neighborhood_attention_backward": "neighborhood",
+    "prepare_mix": "ahead",
+    "prepare_scores": "ahead",
     "scores": "offset",
     "scores_backward": "offset",
 }

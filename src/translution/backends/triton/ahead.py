@@ -1,0 +1,131 @@
+"""Compiling kernels before they are needed.
+
+A kernel takes about a second to compile, and a forward and backward pass use eight. Compiled one
+by one as they are launched, the first step of a new model would wait for all of them in turn. Here
+they are compiled side by side, in threads (Triton's compiler lets go of Python's lock), as soon as
+the first call shows what will be needed: while the forward pass waits for its own kernels, those of
+the backward pass are being made.
+
+What is compiled is found out by running the operators on the meta device, where `launch` compiles
+and launches nothing; so there is no second list of kernels and their flags that could be wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...layouts import Layout
+from ..torch.offset import wide
+from . import offset
+from .support import interpreted
+
+__all__ = ["prepare_mix", "prepare_scores"]
+
+_seen: set[Any] = set()
+
+
+def prepare_scores(
+    xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None, bq: Tensor | None,
+    bk: Tensor | None, heads: int, layout: Layout,
+) -> None:  # fmt: skip
+    """Begin to compile what scores of these shapes need in both directions, if it is new.
+
+    The mix that follows usually has a table of the same size, so its kernels are begun as well.
+    """
+    tensors = (xq, xk, wq, wk, bq, bk)
+    wanted = _wanted(tensors)
+    if not _is_new(xq, ("scores", heads, *map(_kind, tensors), *wanted)):
+        return
+    q, k, tq, tk, uq, uk = map(_meta, tensors)
+    sums = wide(xq.dtype)
+    s = torch.empty((len(q), heads, layout.n_queries, layout.n_keys), dtype=sums, device="meta")
+    calls: list[Callable[[], Any]] = [
+        lambda: offset.scores(q, k, tq, tk, uq, uk, heads, 1.5, layout)
+    ]
+    if any(wanted):
+        calls.append(
+            lambda: offset.scores_backward(s, q, k, tq, tk, uq, uk, heads, 1.5, layout, wanted)
+        )
+    if wk is not None:
+        grad = any(wanted)
+        calls += _mix_calls(s, k, tk, uk, layout, [grad, wanted[1], wanted[3], wanted[5]])
+    _compile(xq.device, calls)
+
+
+def prepare_mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> None:
+    """Begin to compile what a mix of these shapes needs in both directions, if it is new."""
+    tensors = (a, x, w, b)
+    wanted = _wanted(tensors)
+    if _is_new(x, ("mix", a.shape[1], a.dtype, *map(_kind, tensors[1:]), *wanted)):
+        weights, value, table, bias = map(_meta, tensors)
+        _compile(x.device, _mix_calls(weights, value, table, bias, layout, wanted))
+
+
+def _mix_calls(
+    a: Any, x: Any, w: Any, b: Any, layout: Layout, wanted: list[bool]
+) -> list[Callable[[], Any]]:
+    """A mix on the meta device, and its gradients if any is wanted."""
+    calls: list[Callable[[], Any]] = [lambda: offset.mix(a, x, w, b, layout)]
+    if any(wanted):
+        grad = x.new_empty(len(x), layout.n_queries, w.shape[-1])
+        calls.append(lambda: offset.mix_backward(grad, a, x, w, b, layout, wanted))
+    return calls
+
+
+def _wanted(tensors: tuple[Tensor | None, ...]) -> list[bool]:
+    """Which gradients the backward pass will be asked for."""
+    recording = torch.is_grad_enabled()
+    return [recording and t is not None and t.requires_grad for t in tensors]
+
+
+def _kind(t: Tensor | None) -> Any:
+    """What kernels depend on: channels, columns and dtype, but no batch, tokens or classes."""
+    return None if t is None else (t.shape[-1], t.dtype, t.ndim)
+
+
+def _meta(t: Tensor | None) -> Any:
+    return None if t is None else torch.empty_like(t, device="meta")
+
+
+def _is_new(x: Tensor, key: Any) -> bool:
+    if x.device.type != "cuda" or interpreted():
+        return False
+    key = (x.device.index, *key)
+    if key in _seen:
+        return False
+    _seen.add(key)
+    return hasattr(triton, "AsyncCompileMode")  # older versions compile at the launch
+
+
+def _compile(device: torch.device, calls: list[Callable[[], Any]]) -> None:
+    """Hand the kernels of these calls to threads, and return when all are begun."""
+    begun = threading.Event()
+    problems = list[BaseException]()
+
+    def begin() -> None:
+        try:
+            # the mode belongs to this thread, and its end waits for the compiler: the thread that
+            # asked goes on, and its launches find the kernels (or wait for them) in Triton's cache
+            with (
+                torch.cuda.device(device),
+                ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool,
+                triton.AsyncCompileMode(pool, ignore_errors=True),
+            ):
+                for call in calls:
+                    call()
+                begun.set()
+        except Exception as error:  # a launch will meet it again, where it can be reported
+            problems.append(error)
+        finally:
+            begun.set()
+
+    threading.Thread(target=begin, name="translution-compile", daemon=True).start()
+    begun.wait()

@@ -1,0 +1,345 @@
+"""Launching the kernels: which blocks, flags and tables each of them gets.
+
+A `Problem` is one call of an operator. Its methods are the four kinds of work: products of pairs,
+sums over a token's pairs, sums over a class's pairs. On the meta device they compile what they
+would launch, and launch nothing (`ahead` does so before the first backward pass).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ...layouts import Layout
+from ..torch.offset import wide
+from . import tables
+from .blocks import Blocks, choose, power
+from .class_kernels import class_outer, class_sums
+from .pair_kernels import pair_products
+from .support import interpreted
+from .token_kernels import pair_sums, token_sums
+
+__all__ = ["MEMORY", "Problem", "Side", "launch", "long", "split_evenly"]
+
+MEMORY = 256 << 20
+"""Bytes of rows that the backward pass holds at a time; or the size of the scores, if that is more.
+(On an H100 chunks of 1 GiB were no faster.)"""
+MOST_PROGRAMS = 65535
+"""Programs on the second and third axis of a launch."""
+ROWS = 1 << 31
+"""Rows (pairs · batch) are counted in 32 bits."""
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel; or only compile it, where its tensors are on the meta device."""
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if first.device.type == "meta":
+        kernel.warmup(*arguments, grid=programs, **constants)
+    elif min(programs) > 0:
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            kernel[programs](*arguments, **constants)
+
+
+class Side(NamedTuple):
+    """One side of the pairs going back: its tokens, its table, and which gradients are wanted."""
+
+    by_query: bool
+    x: Tensor
+    w: Tensor | None
+    dx: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        return not (self.dx is None and self.dw is None and self.db is None)
+
+
+class Problem:
+    """One call: its sizes, its tables, and the launches that make it up.
+
+    Args:
+        layout: of the pairs.
+        x: tokens, which say the device, the dtype and the batch.
+        heads, inner: heads, and heads · head_dim.
+
+    Raises:
+        ValueError: there are too many pairs and samples to count them in 32 bits.
+    """
+
+    def __init__(self, layout: Layout, x: Tensor, heads: int, inner: int):
+        self.layout, self.device, self.dtype = layout, x.device, x.dtype
+        self.batch, self.heads, self.inner, self.width = x.shape[0], heads, inner, inner // heads
+        self.queries, self.keys = layout.n_queries, layout.n_keys
+        self.dry = x.device.type == "meta"
+        self.count = layout.pairs_on("cpu").starts[-1]
+        if self.count * self.batch >= ROWS:
+            raise ValueError(
+                f"backend 'triton': got {self.count} pairs in a batch of {self.batch}, want fewer "
+                f"than 2**31 in all; use smaller batches, or backend='torch'"
+            )
+        self.wide = wide(x.dtype)
+        self.common = {
+            "SUMS": tl.float64 if x.dtype == torch.float64 else tl.float32,
+            "PRECISION": "tf32" if _allows_tf32(x.dtype) else "ieee",
+            "UPCAST": interpreted(),
+        }
+
+    @property
+    def empty(self) -> bool:
+        return not self.batch or not self.count
+
+    @property
+    def full(self) -> bool:
+        """Whether every query has a pair with every key."""
+        return self.count == self.queries * self.keys
+
+    def chunks(self, row_bytes: int) -> tables.Chunks:
+        """Classes that go back together, a pair of one sample taking so many bytes."""
+        if self.dry:
+            whole = ((0, self.layout.classes),), ((0, self.count),)
+            return tables.Chunks(*whole, most=1, limit=1)
+        scores = self.batch * self.heads * self.queries * self.keys * 4
+        limit = max(1, max(MEMORY, scores) // max(1, row_bytes * self.batch))
+        return tables.chunks(self.layout, torch.device("cpu"), limit)
+
+    def rows(self, chunks: tables.Chunks, like: Tensor) -> Tensor:
+        """Room for the rows of the largest chunk."""
+        return like.new_empty(chunks.most * self.batch, self.inner)
+
+    # -- tables: on the meta device, where only kernels are compiled, ones without content --------
+
+    def _sides(self) -> tables.Sides:
+        if self.dry:
+            return tables.Sides(*(self._no_table() for _ in range(3)))
+        return tables.sides(self.layout, self.device)
+
+    def _tiles(self, rows: int, classes: tuple[int, int] | None) -> Tensor:
+        if self.dry:
+            return self._no_table()
+        table, first = tables.tiles(self.layout, self.device, self.batch, rows)
+        return table if classes is None else table[first[classes[0]] : first[classes[1]]]
+
+    def _groups(self, by_query: bool, by_pair: bool, most: int, limit: int) -> tables.Groups:
+        if self.dry:
+            return tables.Groups(*(self._no_table() for _ in range(4)))
+        return tables.groups(self.layout, self.device, by_query, by_pair, most, limit)
+
+    def _order(self, chunks: tables.Chunks, at: int) -> Tensor:
+        if self.dry:
+            return self._no_table()
+        first, stop = chunks.classes[at]
+        return tables.largest_first(self.layout, self.device, chunks.limit)[first:stop]
+
+    def _no_table(self) -> Tensor:
+        return torch.empty(1, 1, 1, dtype=torch.int32, device=self.device)
+
+    # -- work ------------------------------------------------------------------------------------
+
+    def pair_products(
+        self, kind: str, xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None,
+        bq: Tensor | None, bk: Tensor | None, scale: float, *, s: Tensor | None = None,
+        ds: Tensor | None = None, to_q: Tensor | None = None, to_k: Tensor | None = None,
+        chunks: tables.Chunks | None = None, at: int = 0,
+    ) -> None:  # fmt: skip
+        """Scores (s), and what they pass on to the rows of q and k (from ds), of one chunk."""
+        channels = [x.shape[-1] for x, w in ((xq, wq), (xk, wk)) if w is not None]
+        got = choose(kind, self.dtype, max(channels, default=16), self.inner, self.width)
+        one_loop = (
+            got.one_loop and len(channels) == 2 and channels[0] == channels[1]
+            and channels[0] % got.k == 0 and bq is None and bk is None
+        )  # fmt: skip
+        table = self._tiles(got.rows, None if chunks is None else chunks.classes[at])
+        first_row = 0 if chunks is None else chunks.pairs[at][0] * self.batch
+        sides, head = self._sides(), power(self.width)
+        together = (got.n1 + got.n2) // head
+        for some in table.split(MOST_PROGRAMS):
+            launch(
+                pair_products, (-(-self.heads // together), len(some)),
+                xq, xk, wq, wk, bq, bk, sides.query, sides.key, some, s, ds, to_q, to_k,
+                self.batch, self.queries, self.keys, xq.shape[-1], xk.shape[-1], self.inner,
+                self.heads, self.width, scale, first_row,
+                HAS_WQ=wq is not None, HAS_WK=wk is not None,
+                HAS_BQ=bq is not None, HAS_BK=bk is not None,
+                SCORE=s is not None, TO_Q=to_q is not None, TO_K=to_k is not None,
+                ONE_LOOP=one_loop,
+                EVEN_Q=xq.shape[-1] % got.k == 0, EVEN_K=xk.shape[-1] % got.k == 0,
+                EVEN_N=head == self.width and self.heads % together == 0,
+                TIGHT=head == self.width, D=head, LONG=long(xq, xk, to_q, to_k),
+                BLOCK_M=got.rows, N1=got.n1, N2=got.n2, BLOCK_K=got.k, **_options(got),
+                **self.common,
+            )  # fmt: skip
+
+    def mix(self, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """[batch, queries, heads · head_dim]: Σ over a query's pairs of a · (x W[class] + b)."""
+        channels, columns = x.shape[-1], w.shape[-1]
+        got = choose("mix", self.dtype, channels, columns, self.width)
+        head = power(self.width)
+        across = got.n1 + got.n2
+        columns_in_blocks = self.heads * head
+        most, part_batch, parts = self._rows_of_tile(got.rows)
+        groups = self._groups(True, False, most, 0)
+        count = len(groups.members)
+        programs = -(-columns_in_blocks // across), count * parts
+        split = split_evenly(
+            programs[0] * programs[1], self._slots(got.warps), self.count // max(1, count) // 8
+        )
+        # kept wide also where there is one part only: the same kernel serves every batch
+        sums = x.new_empty((split, self.batch, self.queries, columns), dtype=self.wide)
+        launch(
+            token_sums, (*programs, split),
+            x, w, b, a, sums, groups.members, groups.classes, groups.links, groups.spans[0],
+            *[None] * 7, self.batch, part_batch, parts, self.queries, self.keys, channels, columns,
+            self.heads, self.width, 0, self.keys, groups.size,
+            BOTH=False, BY_PAIR=False, HAS_BIAS=b is not None, WEIGHTED=True,
+            EVEN_K=channels % got.k == 0,
+            EVEN_N=head == self.width and columns_in_blocks % across == 0,
+            TIGHT=head == self.width, STEPS=-(-channels // got.k), D=head, LONG=long(x),
+            BLOCK_M=got.rows, N1=got.n1, N2=got.n2, BLOCK_K=got.k, **_options(got), **self.common,
+        )  # fmt: skip
+        return (sums.sum(0) if split > 1 else sums[0]).to(x.dtype)
+
+    def gradients(self, chunks: tables.Chunks, at: int, *sides: tuple[Side, Tensor | None]) -> None:
+        """Add a chunk's rows to the gradients of each side: of its tokens, table and bias."""
+        wanted = [(side, rows) for side, rows in sides if rows is not None]
+        alike = len(wanted) == 2 and len({side.x.shape[-1] for side, _ in wanted}) == 1
+        alike = alike and all(side.w is not None for side, _ in wanted)
+        for name, sum_ in (("dw", self._table_grads), ("dx", self._token_grads)):
+            some = [(side, rows) for side, rows in wanted if getattr(side, name) is not None]
+            if len(some) == 2 and alike:  # one launch fills the machine with both
+                sum_(chunks, at, some[0], some[1])
+            else:
+                for one in some:
+                    sum_(chunks, at, one)
+        for side, rows in wanted:
+            if side.db is not None:
+                self._bias_grads(chunks, at, side, rows)
+
+    def _token_grads(
+        self, chunks: tables.Chunks, at: int, one: tuple[Side, Tensor],
+        two: tuple[Side, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        side, rows = one
+        assert side.dx is not None
+        columns = side.dx.shape[-1]
+        got = choose("token_grads", self.dtype, self.inner, columns, 0)
+        most, part_batch, parts = self._rows_of_tile(got.rows)
+        groups = self._groups(side.by_query, True, most, chunks.limit)
+        more: list[Any] = [None] * 7
+        if two is not None:
+            other, far_rows = two
+            far = self._groups(other.by_query, True, most, chunks.limit)
+            if far.members.shape != groups.members.shape:  # other numbers of queries and keys
+                self._token_grads(chunks, at, one)
+                self._token_grads(chunks, at, two)
+                return
+            more = [far_rows, other.w, other.dx, far.members, far.classes, far.links, far.spans[at]]
+        tokens, others = (self.queries, self.keys)[:: 1 if side.by_query else -1]
+        first_row = chunks.pairs[at][0] * self.batch
+        count, span = len(groups.members) * parts, groups.spans[at]
+        if side.w is None:
+            n = min(128, power(columns, 16))
+            launch(
+                pair_sums, (-(-columns // n), count),
+                rows, side.dx, groups.members, groups.links, span, self.batch, part_batch, parts,
+                tokens, columns, first_row, groups.size,
+                SUMS=self.common["SUMS"], LONG=long(rows), BLOCK_M=got.rows, BLOCK_N=n,
+            )  # fmt: skip
+            return
+        across = got.n1 + got.n2
+        launch(
+            token_sums, (-(-columns // across), count, 1 if two is None else 2),
+            rows, side.w, None, None, side.dx, groups.members, groups.classes, groups.links, span,
+            *more, self.batch, part_batch, parts, tokens, others, self.inner, columns, self.heads,
+            self.width, first_row, self.keys, groups.size,
+            BOTH=two is not None, BY_PAIR=True, HAS_BIAS=False, WEIGHTED=False,
+            EVEN_K=self.inner % got.k == 0, EVEN_N=columns % across == 0, TIGHT=True,
+            STEPS=-(-self.inner // got.k), D=1, LONG=long(rows),
+            BLOCK_M=got.rows, N1=got.n1, N2=got.n2, BLOCK_K=got.k, **_options(got), **self.common,
+        )  # fmt: skip
+
+    def _table_grads(
+        self, chunks: tables.Chunks, at: int, one: tuple[Side, Tensor],
+        two: tuple[Side, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        side, rows = one
+        channels = side.x.shape[-1]
+        got = choose("table_grads", self.dtype, channels, self.inner, 0)
+        block_c = min(got.rows, power(channels, 16))
+        across = got.n1 + got.n2
+        sides = self._sides()
+        tokens = (self.queries, self.keys)[:: 1 if side.by_query else -1]
+        more: list[Any] = [None] * 4
+        if two is not None:
+            more = [two[0].x, two[1], two[0].dw, sides.key]
+        turns = 1 if two is None else 2
+        programs = -(-self.inner // across) * turns, -(-channels // block_c)
+        for some in self._order(chunks, at).split(MOST_PROGRAMS):
+            launch(
+                class_outer, (*programs, len(some)),
+                side.x, rows, side.dw, sides.query if side.by_query else sides.key, *more, some,
+                sides.bounds, self.batch, *tables.divisor(self.batch), *tokens, channels,
+                self.inner, chunks.pairs[at][0] * self.batch,
+                BOTH=two is not None, EVEN_C=channels % block_c == 0,
+                EVEN_N=self.inner % across == 0, LONG=long(side.x, rows),
+                BLOCK_C=block_c, N1=got.n1, N2=got.n2, BLOCK_R=got.k, **_options(got),
+                **self.common,
+            )  # fmt: skip
+
+    def _bias_grads(self, chunks: tables.Chunks, at: int, side: Side, rows: Tensor) -> None:
+        n = min(128, power(self.inner, 16))
+        for some in self._order(chunks, at).split(MOST_PROGRAMS):
+            launch(
+                class_sums, (-(-self.inner // n), len(some)),
+                rows, side.db, some, self._sides().bounds, self.batch, self.inner,
+                chunks.pairs[at][0] * self.batch,
+                SUMS=self.common["SUMS"], LONG=long(rows), BLOCK_R=16 if interpreted() else 64,
+                BLOCK_N=n,
+            )  # fmt: skip
+
+    def _rows_of_tile(self, block: int) -> tuple[int, int, int]:
+        """Tokens of a group at most, samples of a tile, and parts that the batch is taken in."""
+        part = max(1, min(block, self.batch))
+        return max(1, block // max(1, self.batch)), part, -(-self.batch // part)
+
+    def _slots(self, warps: int) -> int:
+        """Programs of so many warps that the device runs at a time."""
+        if self.device.type != "cuda":
+            return 1
+        return _processors(self.device) * (2 if warps < 8 else 1)
+
+
+def _allows_tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _options(got: Blocks) -> dict[str, int]:
+    return {"num_warps": got.warps, "num_stages": got.stages}
+
+
+def long(*tensors: Tensor | None) -> bool:
+    """Whether offsets into one of these do not fit in 32 bits."""
+    return any(t is not None and t.numel() >= 1 << 31 for t in tensors)
+
+
+def split_evenly(programs: int, slots: int, most: int) -> int:
+    """In how many parts the sums are made, so that programs fill the slots evenly to the last.
+
+    With 1.1 programs for every slot the device would idle for nearly half of the time; in parts the
+    last round is shorter. Each part more costs a little, as its sums are added up at the end.
+    """
+
+    def filled(split: int) -> float:
+        rounds = programs * split / slots
+        return rounds / -(-programs * split // slots) - 0.02 * split
+
+    return max(range(1, max(1, min(8, most)) + 1), key=filled)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,172 @@
+"""The primitives with small tables: launches of `small_kernels`.
+
+`offset` chooses between this path and the one for wide tables, by size (`blocks.fits_small`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...layouts import Layout
+from . import tables
+from .blocks import power
+from .launch import Problem, launch, long, split_evenly
+from .small_kernels import class_tables, pair_walk
+from .support import interpreted
+
+__all__ = ["SmallProblem"]
+
+ROWS = 64
+"""Rows of a tile: with 32 to 64 channels, little enough for many programs on a multiprocessor."""
+
+
+class SmallProblem(Problem):
+    """One call with small tables. Arguments of the methods are those of the primitives.
+
+    Attributes:
+        head: columns of a head in a tile, head_dim rounded up to a power of two.
+        columns: columns of a tile, for all heads.
+    """
+
+    def __init__(self, layout: Layout, x: Tensor, heads: int, inner: int):
+        super().__init__(layout, x, heads, inner)
+        self.head = power(self.width)
+        self.columns = power(heads * self.head, 16)
+
+    def scores(
+        self, near: Tensor, far: Tensor, w_near: Tensor | None, w_far: Tensor | None,
+        bias_near: Tensor | None, bias_far: Tensor | None, scale: float, s: Tensor,
+    ) -> None:  # fmt: skip
+        """Write s of all pairs, near being the queries and far the keys."""
+        self._walk(True, near, far, w_near, w_far, bias_near, bias_far, scale, s, None)
+
+    def sums(
+        self, by_query: bool, far: Tensor, w_near: Tensor | None, w_far: Tensor | None,
+        bias_far: Tensor | None, scale: float, numbers: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """[batch, tokens, channels]: Σ over each token's pairs of what comes back through them."""
+        tokens = self.queries if by_query else self.keys
+        channels = self.columns if w_near is None else power(w_near.shape[-2], 16)
+        split = self._parts(by_query)
+        sums = far.new_empty((split, self.batch, tokens, channels), dtype=self.wide)
+        self._walk(by_query, None, far, w_near, w_far, None, bias_far, scale, numbers, sums)
+        total = sums.sum(0) if split > 1 else sums[0]
+        whole = self._unpad(total) if w_near is None else total[..., : w_near.shape[-2]]
+        return whole.to(far.dtype).contiguous()
+
+    def tables(
+        self, xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None, bq: Tensor | None,
+        bk: Tensor | None, scale: float, ds: Tensor, wanted: dict[str, Tensor | None],
+    ) -> None:  # fmt: skip
+        """Write the gradients dwq, dwk, dbq, dbk that `wanted` has room for."""
+        if all(t is None for t in wanted.values()):
+            return
+        classes, parts, sides = self.layout.classes, self._table_parts(), self._sides()
+        xq, wq, bq = self._padded(xq, wq, bq)
+        xk, wk, bk = self._padded(xk, wk, bk)
+        kq, kk, n = xq.shape[-1], xk.shape[-1], self.columns
+        shapes = {"dwq": (kq, n), "dwk": (kk, n), "dbq": (n,), "dbk": (n,)}
+        rooms = {
+            name: None
+            if wanted[name] is None
+            else ds.new_empty((parts, classes, *shape), dtype=self.wide)
+            for name, shape in shapes.items()
+        }
+        launch(
+            class_tables, (classes, parts),
+            xq, xk, wq, wk, bq, bk, ds, *rooms.values(), sides.query, sides.key, sides.bounds,
+            self.batch, *tables.divisor(self.batch), self.queries, self.keys, self.heads, classes,
+            scale,
+            HAS_WQ=wq is not None, HAS_WK=wk is not None,
+            HAS_BQ=bq is not None, HAS_BK=bk is not None,
+            DWQ=rooms["dwq"] is not None, DWK=rooms["dwk"] is not None,
+            DBQ=rooms["dbq"] is not None, DBK=rooms["dbk"] is not None,
+            LONG=long(xq, xk), BLOCK_R=self._block(), KQ=kq, KK=kk, N=n, D=self.head,
+            num_warps=self._warps(), num_stages=2, **self.common,
+        )  # fmt: skip
+        for name, room in rooms.items():
+            into = wanted[name]
+            if room is not None and into is not None:
+                total = self._unpad(room.sum(0))
+                into.copy_(total[:, : into.shape[1]] if into.ndim == 3 else total)
+
+    def _walk(
+        self, by_query: bool, near: Tensor | None, far: Tensor, w_near: Tensor | None,
+        w_far: Tensor | None, bias_near: Tensor | None, bias_far: Tensor | None, scale: float,
+        numbers: Tensor, sums: Tensor | None,
+    ) -> None:  # fmt: skip
+        block = self._block()
+        most, part_batch, parts = self._rows_of_tile(block)
+        groups = self._groups(by_query, False, most, 0)
+        near, w_near, bias_near = self._padded(near, w_near, bias_near)
+        far, w_far, bias_far = self._padded(far, w_far, bias_far)
+        tokens = (self.queries, self.keys)[:: 1 if by_query else -1]
+        strides = (self.keys, 1)[:: 1 if by_query else -1]
+        launch(
+            pair_walk,
+            (len(groups.members) * parts, self._parts(by_query) if sums is None else len(sums)),
+            near, far, w_near, w_far, bias_near, bias_far, numbers, sums, groups.members,
+            groups.classes, groups.links, groups.spans[0], self.batch, part_batch, parts,
+            groups.size, *tokens, self.heads, *strides, scale,
+            SCORE=sums is None, NEAR_W=w_near is not None, FAR_W=w_far is not None,
+            NEAR_BIAS=bias_near is not None, FAR_BIAS=bias_far is not None,
+            LONG=long(near, far), BLOCK_M=block,
+            K_NEAR=self.columns if w_near is None else w_near.shape[-2], K_FAR=far.shape[-1],
+            N=self.columns, D=self.head, num_warps=4, num_stages=3, **self.common,
+        )  # fmt: skip
+
+    # -- sizes that are powers of two ------------------------------------------------------------
+
+    def _padded(self, x: Any, w: Tensor | None, b: Tensor | None) -> Any:
+        """Tokens, table and bias of one side, with zeros up to the size of a tile."""
+        if w is None:
+            return (None if x is None else self._pad(x)), None, None
+        more = power(w.shape[-2], 16) - w.shape[-2]
+        x = F.pad(x, (0, more)) if more and x is not None else x
+        w = self._pad(F.pad(w, (0, 0, 0, more)) if more else w)
+        return x, w, None if b is None else self._pad(b)
+
+    def _pad(self, t: Tensor) -> Tensor:
+        """[..., heads · head_dim] -> [..., columns]."""
+        if self.head > self.width:
+            t = F.pad(t.unflatten(-1, (self.heads, self.width)), (0, self.head - self.width))
+            t = t.flatten(-2)
+        more = self.columns - t.shape[-1]
+        return F.pad(t, (0, more)) if more else t
+
+    def _unpad(self, t: Tensor) -> Tensor:
+        """The inverse of `_pad`."""
+        t = t[..., : self.heads * self.head]
+        if self.head == self.width:
+            return t
+        return t.unflatten(-1, (self.heads, self.head))[..., : self.width].flatten(-2)
+
+    # -- how the work is divided -----------------------------------------------------------------
+
+    def _parts(self, by_query: bool) -> int:
+        """In how many parts a token's pairs are walked."""
+        if self.dry:
+            return 1
+        most, _, parts = self._rows_of_tile(self._block())
+        count = len(self._groups(by_query, False, most, 0).members)
+        return split_evenly(count * parts, 2 * self._slots(4), self.count // max(1, count) // 8)
+
+    def _table_parts(self) -> int:
+        """In how many parts the rows of a class are summed: the largest class (the offset zero)
+        would otherwise still run when all others are done."""
+        if self.dry:
+            return 1
+        largest = max(b - a for a, b in itertools.pairwise(self.layout.pairs_on("cpu").starts))
+        return min(8, max(1, largest * self.batch // (8 * self._block())))
+
+    def _warps(self) -> int:
+        """Enough to hold two matrices' gradients in registers."""
+        return 4 if self.dtype in (torch.bfloat16, torch.float16) else 8
+
+    def _block(self) -> int:
+        return 16 if interpreted() else ROWS
