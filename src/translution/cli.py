@@ -56,7 +56,9 @@ def _app() -> Any:
     import typer
 
     from .bench.command import bench
+    from .bench.gpu_command import bench_gpu
     from .bench.steps_command import bench_step
+    from .bench.tune_command import bench_tune
     from .catalogue.command import models
     from .compare.command import compare
     from .demo.command import demo
@@ -92,6 +94,8 @@ def _app() -> Any:
     app.command(context_settings=EXTRA)(experiment)
     app.command()(bench)
     app.command()(bench_step)
+    app.command()(bench_gpu)
+    app.command()(bench_tune)
     return app
 
 

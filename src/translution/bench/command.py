@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,26 +14,23 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ..files import write_whole
-from ..measuring import commit_here, machine
 from ..models.blocks import choose
 from ..modules.attention import check_relative
 from .cases import OPERATORS, Case
+from .common import (
+    DTYPES,
+    check_file,
+    device_named,
+    header,
+    ints,
+    keep,
+    parse_grid,
+    told_machine,
+)
 from .measure import Measured, chosen, measure
 
-__all__ = [
-    "DTYPES",
-    "bench",
-    "check_json",
-    "device_named",
-    "ints",
-    "keep",
-    "parse_grid",
-    "told_machine",
-]
+__all__ = ["bench"]
 
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
-DTYPES["float64"] = torch.float64
 # (grid, width, batches) where they are not given, by operator; of Translution also by device
 Shapes = list[tuple[str, int, str]]
 SHAPES: dict[str, Shapes] = {
@@ -114,7 +110,7 @@ def bench(
         raise ValueError(f"kernel: got {kernel}, want an odd number")
     if not dense_limit >= 0:
         raise ValueError(f"dense-limit: got {dense_limit}, want GB, at least 0")
-    check_json(json_file)
+    check_file("json", json_file)
     if threads:
         torch.set_num_threads(threads)
     where = torch.device(device_named(device))
@@ -135,14 +131,11 @@ def bench(
         chosen(cases[-1], where)
         cases[-1].check()
     console = Console()
-    about = {**machine(where.type), "commit": commit_here()}
+    told = header(where)
+    about, rows = told["machine"], told["rows"]
     console.print(f"{told_machine(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
     if earlier and told_machine(earlier["machine"]) != told_machine(about):
         console.print(f"earlier: {told_machine(earlier['machine'])}", highlight=False)
-    told: dict[str, Any] = {"machine": about, "command": " ".join(["translution", *sys.argv[1:]])}
-    told["date"] = datetime.datetime.now().isoformat(timespec="seconds")
-    rows: list[dict[str, Any]] = []
-    told["rows"] = rows
     done: Measured = {}
     with Live(console=console) as live:
         for case in cases:
@@ -155,21 +148,6 @@ def bench(
         console.print()  # a live table ends its last line on a terminal alone
     if json_file:
         console.print(f"written to {json_file}")
-
-
-def check_json(file: str) -> None:
-    """Refuse a --json file that can't be written, before anything runs."""
-    target = Path(file).absolute()
-    if file and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"json: got {file}, want a file in a folder that exists")
-
-
-def keep(told: dict[str, Any], file: str) -> None:
-    """Write what is measured so far, if asked to: after each row, so that an interrupted run keeps
-    what is finished."""
-    if file:
-        text = json.dumps(told, indent=1)
-        write_whole(Path(file), lambda path: path.write_text(text, "utf-8"))
 
 
 def _shapes(
@@ -244,40 +222,6 @@ def _dense_cell(row: dict[str, Any]) -> str:
 
 def _same(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in SAME)
-
-
-def told_machine(about: dict[str, Any]) -> str:
-    """The machine in a line."""
-    told = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
-    commit = about.get("commit")
-    return f"{told}, translution {about['translution']}" + (f" ({commit})" if commit else "")
-
-
-def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
-    """Sizes, and whether causal: "7x7" -> (7, 7), False; "256c" -> (256,), True."""
-    causal = text.strip().endswith("c")
-    parts = text.strip().removesuffix("c").lower().replace("×", "x").split("x")
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"grid: got {text!r}, want sizes such as 7x7, 256 or 256c (causal)")
-    return tuple(int(part) for part in parts), causal
-
-
-def ints(name: str, text: str) -> list[int]:
-    """Numbers of at least 1, divided by commas."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"{name}: got {text!r}, want numbers such as 16,64")
-    return [int(part) for part in parts]
-
-
-def device_named(name: str) -> str:
-    choose("device", name, ["auto", "cpu", "cuda", "mps"])
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if name == "auto":
-        return next((kind for kind, have in there.items() if have()), "cpu")
-    if name in there and not there[name]():
-        raise ValueError(f"device: got {name!r}, but torch sees no such device here")
-    return name
 
 
 def _earlier(file: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..measuring import commit_here, copy_rate, machine, seconds_in_turn
+from ..measuring import copy_rate, seconds_in_turn
 from ..models import GPT, gpt
 from ..models.blocks import IMAGE_MIXERS, MIXERS, choose
 from ..models.generation import generate
@@ -25,7 +25,7 @@ from ..modules import RelativeLinear
 from ..modules.attention import check_relative
 from ..modules.cache import Cache
 from ..modules.positions import RelativeBias
-from .command import check_json, device_named, keep, told_machine
+from .common import check_file, device_named, header, keep, told_machine
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]
 
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, least in (("repeats", 1), ("threads", 0)):
             if getattr(given, name) < least:
                 raise ValueError(f"{name}: got {getattr(given, name)}, want at least {least}")
-        check_json(given.json)
+        check_file("json", given.json)
         device = torch.device(device_named(given.device))
         cases = [
             Decoding(
@@ -256,17 +256,13 @@ def main(arguments: list[str] | None = None) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     console = Console()
-    about = {**machine(device.type), "commit": commit_here()}
-    console.print(f"{told_machine(about)}, {datetime.date.today()}", highlight=False)
-    rows = measure_decoding(cases, device, given.repeats)
+    asked = sys.argv[1:] if arguments is None else arguments
+    told = header(device, " ".join([prog, *asked]))
+    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
+    told["rows"] = rows = measure_decoding(cases, device, given.repeats)
     console.print(table(rows))
     rate = rows[0]["copy_rate"] / 1e9
     console.print(f"a plain copy reads and writes {rate:.1f} GB/s", highlight=False)
-    asked = sys.argv[1:] if arguments is None else arguments
-    told = {
-        "machine": about, "command": " ".join([prog, *asked]),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "rows": rows,
-    }  # fmt: skip
     keep(told, given.json)
     if given.json:
         console.print(f"written to {given.json}")

@@ -5,23 +5,48 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..measuring import copy_rate, matmul_rate, peak_bytes, seconds, seconds_in_turn
+from ..measuring import (
+    copy_rate,
+    matmul_rate,
+    peak_bytes,
+    seconds,
+    seconds_in_turn,
+    synchronize,
+)
 from .cases import BESIDE, OPERATORS, Built, Case
 
-__all__ = ["Measured", "chosen", "measure", "measure_dense", "step"]
+__all__ = [
+    "Measured",
+    "Rates",
+    "chosen",
+    "measure",
+    "measure_dense",
+    "peak",
+    "serving",
+    "step",
+    "timed",
+]
 
 Measured = dict[tuple[Case, bool], dict[str, Any]]
 """Comparisons with the dense gather made so far, by case and direction."""
+
+
+class Rates(NamedTuple):
+    """What a device can do: flops per second of a large matrix product, bytes per second copied."""
+
+    matmul: float
+    copy: float
 
 
 def measure(
@@ -31,18 +56,24 @@ def measure(
     repeats: int = 5,
     dense_limit: float = 0.0,
     done: Measured | None = None,
+    rates: Rates | None = None,
+    patience: float = math.inf,
 ) -> dict[str, Any]:
     """Times, rates, memory and ratios. `dense_limit`: bytes its obvious twin may take, 0 is none.
 
     Where the batch of the case does not fit, the twin (a dense gather, an unfold) is compared at
     the largest half, quarter, ... that does; `done` spares measuring the same comparison twice.
+    `rates` are measured beside the case where they are not given; `patience` is that of `timed`.
     """
     built = OPERATORS[case.operator](case, device)
     call = step(built.forward, built.leaves, backward)
-    rates = [matmul_rate(case.dtype, device)]
-    taken = seconds(call, device, repeats)
-    rates.append(matmul_rate(case.dtype, device))
-    rate = sum(rates) / 2  # machines drift: measured before and after
+    if rates is None:
+        before = matmul_rate(case.dtype, device)
+        taken, most = timed(call, device, repeats, patience)
+        rate = (before + matmul_rate(case.dtype, device)) / 2  # machines drift
+    else:
+        taken, most = timed(call, device, repeats, patience)
+        rate = rates.matmul
     flops = built.flops * (3 if backward else 1)
     row: dict[str, Any] = {
         "name": f"{case.name}, {'both' if backward else 'forward'}",
@@ -65,34 +96,39 @@ def measure(
         "bytes": built.bytes,
         "matmul_rate": rate,
         "matmul_share": flops / taken / rate,
-        "peak_bytes": _peak(call, device),
+        "peak_bytes": most,
     }
     # what goes in and out once, and going back once more with its gradients
-    row["bytes_share"] = built.bytes * (3 if backward else 1) / taken / _copy_rate(device)
+    copied = _copy_rate(device) if rates is None else rates.copy
+    row["bytes_share"] = built.bytes * (3 if backward else 1) / taken / copied
     if case.operator == "translution" and chosen(case, device) != "torch":
         plain_torch = OPERATORS[case.operator](dataclasses.replace(case, backend="torch"), device)
         other = step(plain_torch.forward, plain_torch.leaves, backward)
-        row["torch_seconds"] = seconds(other, device, repeats)
-        row["torch_peak_bytes"] = _peak(other, device)
+        found = timed(other, device, repeats, patience, cold=True)  # it has nothing to compile
+        row["torch_seconds"], row["torch_peak_bytes"] = found
         del plain_torch, other
     row["beside"] = built.beside
     plain = BESIDE[built.beside](case, device)
     plain_call = step(plain.forward, plain.leaves, backward)
-    row["beside_seconds"] = seconds(plain_call, device, repeats)
-    row["beside_peak_bytes"] = _peak(plain_call, device)
+    row["beside_seconds"], row["beside_peak_bytes"] = timed(plain_call, device, repeats, patience)
     if built.dense_bytes is not None:
         row["dense_bytes_by_shape"] = built.dense_bytes(backward)
         del built, call, plain, plain_call
-        found = measure_dense(case, device, backward, repeats, dense_limit, done)
-        if found is not None:
-            row["dense"] = found
+        dense = measure_dense(case, device, backward, repeats, dense_limit, done)
+        if dense is not None:
+            row["dense"] = dense
     gc.collect()
     return row
 
 
 def chosen(case: Case, device: torch.device) -> str:
     """The name of the backend that computes a case."""
-    found = backends.choose(case.backend, device, case.dtype)
+    return serving(case.backend, device, case.dtype)
+
+
+def serving(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves where this one is asked for, such as "auto"."""
+    found = backends.choose(asked, device, dtype)
     return next(name for name, backend in backends.BACKENDS.items() if backend is found)
 
 
@@ -137,9 +173,9 @@ def _dense(
     return {
         "batch": case.batch,
         "seconds": times[0],
-        "peak_bytes": _peak(slow, device),
+        "peak_bytes": peak(slow, device),
         "own_seconds": times[2],
-        "own_peak_bytes": _peak(call, device),
+        "own_peak_bytes": peak(call, device),
     }
 
 
@@ -164,7 +200,34 @@ def step(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) ->
     return both
 
 
-def _peak(call: Callable[[], Any], device: torch.device) -> int | None:
+def timed(
+    call: Callable[[], Any],
+    device: torch.device,
+    repeats: int,
+    patience: float = math.inf,
+    cold: bool = False,
+) -> tuple[float, int | None]:
+    """Median seconds and peak bytes. A call that takes more than `patience` seconds when it is made
+    for the second time is not made again; where `cold`, for the first time."""
+    if patience < math.inf:
+        start = _now(device)
+        most = peak(call, device)
+        if not cold or _now(device) - start <= patience:
+            start = _now(device)
+            call()
+        once = _now(device) - start
+        if once > patience:
+            return once, most
+    return seconds(call, device, repeats), peak(call, device)
+
+
+def _now(device: torch.device) -> float:
+    """The time, when the device is done."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+def peak(call: Callable[[], Any], device: torch.device) -> int | None:
     """None where it cannot be measured (mps); the call is made all the same."""
     if device.type in ("cpu", "cuda"):
         return peak_bytes(call, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,8 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from ..measuring import held_bytes, peak_bytes, seconds
+from ..measuring import held_bytes, seconds
 from ..models import ViT, create_model, list_models
+from .measure import peak
 
 __all__ = ["Step", "measure_step", "published_bytes"]
 
@@ -23,7 +23,7 @@ class Step:
 
     model: a name of `list_models()`, a ViT. relative: which of q, k, v have tables, where it has
     any. autocast: the dtype of the products. weights: the dtype of weights and optimizer states.
-    checkpoint: what the blocks forget.
+    checkpoint: what the blocks forget. options: others of the model, such as (("depth", 2),).
     """
 
     model: str
@@ -31,13 +31,14 @@ class Step:
     batch: int
     autocast: torch.dtype
     weights: torch.dtype
-    checkpoint: str
+    checkpoint: str = "none"
+    options: tuple[tuple[str, Any], ...] = ()
 
     def build(self) -> ViT:
         if "_vit_" not in self.model and self.model in list_models():
             raise ValueError(f"model: got {self.model!r}, want a ViT such as alpha_vit_tiny_...")
         has_tables = self.model.startswith(("translution", "alpha"))
-        options: dict[str, Any] = {"relative": self.relative} if has_tables else {}
+        options = dict(self.options) | ({"relative": self.relative} if has_tables else {})
         return cast(ViT, create_model(self.model, checkpoint=self.checkpoint, **options))
 
 
@@ -113,9 +114,5 @@ def _run(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
     return {
         "seconds": taken,
         "images_per_second": case.batch / taken,
-        "peak_bytes": held_bytes(model, optimizer) + _peak(step, device),
+        "peak_bytes": held_bytes(model, optimizer) + (peak(step, device) or 0),
     }
-
-
-def _peak(step: Callable[[], None], device: torch.device) -> int:
-    return peak_bytes(step, device) if device.type in ("cpu", "cuda") else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import sys
 from typing import Annotated, Any
 
 import torch
@@ -13,10 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ..measuring import commit_here, machine
 from ..models.blocks import CHECKPOINTS, choose
 from ..modules.attention import check_relative
-from .command import DTYPES, check_json, device_named, ints, keep, told_machine
+from .common import DTYPES, check_file, device_named, header, ints, keep, told_machine
 from .steps import Step, measure_step
 
 __all__ = ["bench_step"]
@@ -65,7 +63,7 @@ def bench_step(
     where = torch.device(device_named(device))
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, want at least 1")
-    check_json(json_file)
+    check_file("json", json_file)
     autocast = autocast or ("bfloat16" if where.type == "cuda" else "float32")
     kinds = [DTYPES[choose(n, v, list(DTYPES))] for n, v in
              (("autocast", autocast), ("weights", weights))]  # fmt: skip
@@ -88,13 +86,9 @@ def bench_step(
         for case in cases:
             case.build()  # unknown names are refused before anything runs
     console = Console()
-    about = {**machine(where.type), "commit": commit_here()}
-    console.print(f"{told_machine(about)}, {datetime.date.today()}", highlight=False)
-    rows: list[dict[str, Any]] = []
-    told = {
-        "machine": about, "command": " ".join(["translution", *sys.argv[1:]]),
-        "date": datetime.datetime.now().isoformat(timespec="seconds"), "rows": rows,
-    }  # fmt: skip
+    told = header(where)
+    rows = told["rows"]
+    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
     with Live(console=console) as live:
         for case in cases:
             rows.append(measure_step(case, where, repeats))

@@ -1,0 +1,164 @@
+"""The command `translution bench-gpu`: everything that one wants to know of a GPU, in one file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from .common import check_file, device_named, keep, told_machine
+from .gpu_page import check_page, write_page
+from .gpu_parts import PARTS, parts_named, summary
+from .gpu_rows import DeviceLost, Row, Setting, Told, begin, in_order, measured, same
+
+__all__ = ["bench_gpu"]
+
+
+def bench_gpu(
+    only: Annotated[
+        str, typer.Option(help=f"Some of {','.join(PARTS)}; none measures nothing.")
+    ] = ",".join(PARTS),
+    out: Annotated[
+        str, typer.Option(help="The file of all rows, written after each.")
+    ] = "gpu.json",
+    docs: Annotated[
+        str, typer.Option(help="A page whose section on GPUs is then written anew from the file.")
+    ] = "",
+    budget: Annotated[float, typer.Option(help="Seconds for the whole run.")] = 480.0,
+    again: Annotated[bool, typer.Option(help="Measure also what the file holds already.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 5,
+    device: Annotated[str, typer.Option(help="auto or cuda; cpu only with --dry.")] = "auto",
+    dry: Annotated[
+        bool,
+        typer.Option(
+            help="Tiny sizes on the CPU, to try the command; with TRITON_INTERPRET=1 in the "
+            "environment the kernels run in Triton's interpreter."
+        ),
+    ] = False,
+) -> None:
+    """Check and measure the library on a GPU, within a time.
+
+    check: values and gradients beside float64, and equal bits on a second run. operator: time,
+    share of the matmul rate, memory, and ratios to plain torch and to attention. acmix: ACmix with
+    each way of computing its attention. steps: training steps of whole models. first: first calls
+    with an empty cache, CUDA graphs, torch.compile.
+
+    What matters most of every part comes first, and what the time does not reach is skipped and
+    told. The file is written after each row: a run that is cut off keeps its rows, and the next one
+    goes on where it ended, as long as library and device are the same. Rows that failed are
+    measured again, after all others.
+    """
+    wanted = parts_named(only)
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}, want at least 1")
+    if not budget >= 0:
+        raise ValueError(f"budget: got {budget}, want seconds, at least 0")
+    check_file("out", out)
+    if docs:
+        check_page(docs)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if wanted:
+        end = time.monotonic() + budget
+        where = torch.device(_gpu(device, dry))
+        setting = Setting.of_dry(end) if dry else Setting(where, end, repeats=repeats)
+        _run(console, setting, wanted, out, budget, again)
+    told = read(out)
+    if not wanted and not docs:
+        raise ValueError(
+            "docs: got nothing, want a page where only is none, as nothing is measured"
+        )
+    if docs:
+        write_page(docs, told)
+        console.print(f"the section on GPUs of {docs} is written from {out}")
+
+
+def read(file: str) -> Told:
+    """What an earlier run wrote.
+
+    Raises:
+        ValueError: it is not a file of this command, or there is none.
+    """
+    try:
+        told = json.loads(Path(file).read_text("utf-8"))
+        _ = told["program"], told["machine"]["torch"], told["date"]
+        _ = [(row["part"], row["name"]) for row in told["rows"]]
+    except FileNotFoundError:
+        raise ValueError(f"out: got {file}, want a file that exists where only is none") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"out: {file} is not a file of this command: {error!r}") from None
+    return dict(told)
+
+
+def _run(
+    console: Console, setting: Setting, wanted: list[str], out: str, budget: float, again: bool
+) -> None:
+    """Measure the rows of the parts wanted, and tell of each."""
+    start = time.monotonic()
+    told = begin(setting, budget)
+    earlier = read(out) if Path(out).exists() else None
+    if earlier is not None and same(told, earlier):
+        setting.rows += [row for row in earlier["rows"] if "error" not in row]
+    elif earlier is not None:
+        console.print(f"{out} is of another version or device, and is written anew")
+    console.print(f"{told_machine(told['machine'])}, {budget:g} s")
+    rows = in_order([PARTS[name](setting.dry) for name in wanted])
+    if not again:
+        kept = {(row["part"], row["name"]) for row in setting.rows}
+        rows = [row for row in rows if (row.part, row.name) not in kept]
+    # what failed before comes last, as it may take the device with it
+    bad = {(row["part"], row["name"]) for row in (earlier or told)["rows"] if "error" in row}
+    rows.sort(key=lambda row: (row.part, row.name) in bad)
+    skipped: list[Row] = []
+    try:
+        for number, row in enumerate(rows, 1):
+            if not setting.fits(row):
+                skipped.append(row)
+                continue
+            at = f"{time.monotonic() - start:.0f} s"
+            console.print(f"{number}/{len(rows)}  {at}  {row.part}: {row.name}: ", end="")
+            found = measured(row, setting)
+            keep(told, out)
+            console.print(summary(found))
+    except DeviceLost as error:
+        keep(told, out)
+        raise ValueError(
+            f"device: it answers nothing more after {row.part}: {row.name} ({error}); the rows so "
+            f"far are in {out}, and the same command goes on with the rest"
+        ) from None
+    for name in wanted:
+        over = [row.name for row in skipped if row.part == name]
+        if over:
+            some = "; ".join(over[:3]) + "; …" * (len(over) > 3)
+            console.print(
+                f"{name}: {len(over)} rows skipped, they want more than what is left of the budget "
+                f"of {budget:g} s: {some}"
+            )
+    done = len(rows) - len(skipped)
+    if done or earlier is None:
+        keep(told, out)
+    failed = sum("error" in row or row.get("passed") is False for row in setting.rows)
+    console.print(
+        f"{done} rows measured, {failed} failed, {len(skipped)} skipped; all are in {out}"
+    )
+
+
+def _gpu(name: str, dry: bool) -> str:
+    """The device to measure."""
+    if dry:
+        if name not in ("auto", "cpu"):
+            raise ValueError(f"device: got {name!r}, want cpu with --dry")
+        return "cpu"
+    if name == "auto" and torch.cuda.is_available():
+        return "cuda"
+    where = device_named(name)
+    if where != "cuda":
+        raise ValueError(
+            f"device: got {name!r}, want a GPU that torch can use with CUDA (there is none, or it "
+            "was not asked for); --dry tries the command on the CPU"
+        )
+    return where
