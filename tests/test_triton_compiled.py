@@ -48,6 +48,9 @@ SPILLED = {
     (768, "scores"): 208,
     (768, "mix_grads"): 176,
     (768, "score_grads"): 352,
+    # a size between: its blocks follow those of 192
+    (256, "scores"): 28,
+    (256, "score_grads"): 80,
 }
 
 
