@@ -217,7 +217,7 @@ def assembler(ptx: str) -> dict[str, int]:
 def sizes() -> list[list[Any]]:
     """The sizes that have block sizes of their own."""
     wide = [[channels, channels // 64, "bfloat16"] for channels in blocks.MEASURED]
-    small = [[24, 3, "bfloat16"], [64, 8, "bfloat16"], [24, 3, "float32"]]
+    small = [[c, h, kind] for c, h in ((24, 3), (64, 8)) for kind in ("bfloat16", "float32")]
     return [*wide, *small, [192, 3, "float32"], [192, 3, "tf32"], [256, 2, "bfloat16"]]
 
 

@@ -108,7 +108,6 @@ def _is_new(x: Tensor, key: Any) -> bool:
 def _compile(device: torch.device, calls: list[Callable[[], Any]]) -> None:
     """Hand the kernels of these calls to threads, and return when all are begun."""
     begun = threading.Event()
-    problems = list[BaseException]()
 
     def begin() -> None:
         try:
@@ -122,8 +121,8 @@ def _compile(device: torch.device, calls: list[Callable[[], Any]]) -> None:
                 for call in calls:
                     call()
                 begun.set()
-        except Exception as error:  # a launch will meet it again, where it can be reported
-            problems.append(error)
+        except Exception:  # a launch will meet it again, and there it reaches the user
+            pass
         finally:
             begun.set()
 

@@ -25,25 +25,35 @@ def divide(row, multiplier, shift):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "multiplier", "shift", "tokens", "tokens_2", "first_row"],
+    do_not_specialize=[
+        "batch",
+        "multiplier",
+        "shift",
+        "tokens",
+        "tokens_2",
+        "first_row",
+        "across",
+        "down",
+    ],
     do_not_specialize_on_alignment=["order"],
 )
 def class_outer(
     x, rows, dw, token, x_2, rows_2, dw_2, token_2, order, bounds,
-    batch, multiplier, shift, tokens, tokens_2, channels, inner, first_row,
+    batch, multiplier, shift, tokens, tokens_2, channels, inner, first_row, across, down,
     BOTH: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr,
     BLOCK_C: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dw[class] = Σ over its rows of x[token of the row]ᵀ rows[row - first_row].
 
-    Programs: (part of the columns, part of the channels, class), the columns of both sides (query,
-    key) in turn with BOTH. `order` lists the classes, the largest first, so that the last programs
-    to start are short.
+    Programs: class · part of the channels (`down` of them) · part of the columns (`across`; with
+    BOTH those of both sides, query and key, in turn). `order` lists the classes, the largest
+    first, so that the last programs to start are short.
     """
-    cls = tl.load(order + tl.program_id(2))
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    place = tl.program_id(0)
+    place = tl.program_id(0) % across
+    line = tl.program_id(0) // across
+    cls = tl.load(order + line // down)
+    c = (line % down) * BLOCK_C + tl.arange(0, BLOCK_C)
     if BOTH:
         if place % 2 == 1:
             x = x_2
@@ -88,14 +98,16 @@ def class_outer(
         tl.store(where + n2[None, :], y2.to(dw.dtype.element_ty), mask=in_c[:, None] & in2[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "first_row"], do_not_specialize_on_alignment=["order"])
+@triton.jit(
+    do_not_specialize=["batch", "first_row", "across"], do_not_specialize_on_alignment=["order"]
+)
 def class_sums(
-    rows, db, order, bounds, batch, inner, first_row,
+    rows, db, order, bounds, batch, inner, first_row, across,
     SUMS: tl.constexpr, LONG: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """db[class] = Σ of its rows. Programs: (part of the columns, class)."""
-    cls = tl.load(order + tl.program_id(1))
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """db[class] = Σ of its rows. Programs: class · part of the columns (`across` of them)."""
+    cls = tl.load(order + tl.program_id(0) // across)
+    n = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros((BLOCK_R, BLOCK_N), SUMS)
     stop = tl.load(bounds + cls + 1) * batch
     for begin in range(tl.load(bounds + cls) * batch, stop, BLOCK_R):

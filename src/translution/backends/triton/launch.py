@@ -28,8 +28,6 @@ __all__ = ["MEMORY", "Problem", "Side", "launch", "long", "split_evenly"]
 MEMORY = 256 << 20
 """Bytes of rows that the backward pass holds at a time; or the size of the scores, if that is more.
 (On an H100 chunks of 1 GiB were no faster.)"""
-MOST_PROGRAMS = 65535
-"""Programs on the second and third axis of a launch."""
 ROWS = 1 << 31
 """Rows (pairs · batch) are counted in 32 bits."""
 
@@ -157,22 +155,20 @@ class Problem:
         first_row = 0 if chunks is None else chunks.pairs[at][0] * self.batch
         sides, head = self._sides(), power(self.width)
         together = (got.n1 + got.n2) // head
-        for some in table.split(MOST_PROGRAMS):
-            launch(
-                pair_products, (-(-self.heads // together), len(some)),
-                xq, xk, wq, wk, bq, bk, sides.query, sides.key, some, s, ds, to_q, to_k,
-                self.batch, self.queries, self.keys, xq.shape[-1], xk.shape[-1], self.inner,
-                self.heads, self.width, scale, first_row,
-                HAS_WQ=wq is not None, HAS_WK=wk is not None,
-                HAS_BQ=bq is not None, HAS_BK=bk is not None,
-                SCORE=s is not None, TO_Q=to_q is not None, TO_K=to_k is not None,
-                ONE_LOOP=one_loop,
-                EVEN_Q=xq.shape[-1] % got.k == 0, EVEN_K=xk.shape[-1] % got.k == 0,
-                EVEN_N=head == self.width and self.heads % together == 0,
-                TIGHT=head == self.width, D=head, LONG=long(xq, xk, to_q, to_k),
-                BLOCK_M=got.rows, N1=got.n1, N2=got.n2, BLOCK_K=got.k, **_options(got),
-                **self.common,
-            )  # fmt: skip
+        parts = -(-self.heads // together)
+        launch(
+            pair_products, (len(table) * parts,),
+            xq, xk, wq, wk, bq, bk, sides.query, sides.key, table, s, ds, to_q, to_k,
+            self.batch, self.queries, self.keys, xq.shape[-1], xk.shape[-1], self.inner,
+            self.heads, self.width, scale, first_row, parts,
+            HAS_WQ=wq is not None, HAS_WK=wk is not None,
+            HAS_BQ=bq is not None, HAS_BK=bk is not None,
+            SCORE=s is not None, TO_Q=to_q is not None, TO_K=to_k is not None, ONE_LOOP=one_loop,
+            EVEN_Q=xq.shape[-1] % got.k == 0, EVEN_K=xk.shape[-1] % got.k == 0,
+            EVEN_N=head == self.width and self.heads % together == 0,
+            TIGHT=head == self.width, D=head, LONG=long(xq, xk, to_q, to_k),
+            BLOCK_M=got.rows, N1=got.n1, N2=got.n2, BLOCK_K=got.k, **_options(got), **self.common,
+        )  # fmt: skip
 
     def mix(self, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """[batch, queries, heads · head_dim]: Σ over a query's pairs of a · (x W[class] + b)."""
@@ -184,17 +180,16 @@ class Problem:
         most, part_batch, parts = self._rows_of_tile(got.rows)
         groups = self._groups(True, False, most, 0)
         count = len(groups.members)
-        programs = -(-columns_in_blocks // across), count * parts
-        split = split_evenly(
-            programs[0] * programs[1], self._slots(got.warps), self.count // max(1, count) // 8
-        )
+        column_parts = -(-columns_in_blocks // across)
+        programs = count * parts * column_parts
+        split = split_evenly(programs, self._slots(got.warps), self.count // max(1, count) // 8)
         # kept wide also where there is one part only: the same kernel serves every batch
         sums = x.new_empty((split, self.batch, self.queries, columns), dtype=self.wide)
         launch(
-            token_sums, (*programs, split),
+            token_sums, (programs, split),
             x, w, b, a, sums, groups.members, groups.classes, groups.links, groups.spans[0],
             *[None] * 7, self.batch, part_batch, parts, self.queries, self.keys, channels, columns,
-            self.heads, self.width, 0, self.keys, groups.size,
+            self.heads, self.width, 0, self.keys, groups.size, column_parts,
             BOTH=False, BY_PAIR=False, HAS_BIAS=b is not None, WEIGHTED=True,
             EVEN_K=channels % got.k == 0,
             EVEN_N=head == self.width and columns_in_blocks % across == 0,
@@ -243,19 +238,21 @@ class Problem:
         count, span = len(groups.members) * parts, groups.spans[at]
         if side.w is None:
             n = min(128, power(columns, 16))
+            column_parts = -(-columns // n)
             launch(
-                pair_sums, (-(-columns // n), count),
+                pair_sums, (count * column_parts,),
                 rows, side.dx, groups.members, groups.links, span, self.batch, part_batch, parts,
-                tokens, columns, first_row, groups.size,
+                tokens, columns, first_row, groups.size, column_parts,
                 SUMS=self.common["SUMS"], LONG=long(rows), BLOCK_M=got.rows, BLOCK_N=n,
             )  # fmt: skip
             return
         across = got.n1 + got.n2
+        column_parts = -(-columns // across)
         launch(
-            token_sums, (-(-columns // across), count, 1 if two is None else 2),
+            token_sums, (count * column_parts, 1 if two is None else 2),
             rows, side.w, None, None, side.dx, groups.members, groups.classes, groups.links, span,
             *more, self.batch, part_batch, parts, tokens, others, self.inner, columns, self.heads,
-            self.width, first_row, self.keys, groups.size,
+            self.width, first_row, self.keys, groups.size, column_parts,
             BOTH=two is not None, BY_PAIR=True, HAS_BIAS=False, WEIGHTED=False,
             EVEN_K=self.inner % got.k == 0, EVEN_N=columns % across == 0, TIGHT=True,
             STEPS=-(-self.inner // got.k), D=1, LONG=long(rows),
@@ -276,30 +273,28 @@ class Problem:
         more: list[Any] = [None] * 4
         if two is not None:
             more = [two[0].x, two[1], two[0].dw, sides.key]
-        turns = 1 if two is None else 2
-        programs = -(-self.inner // across) * turns, -(-channels // block_c)
-        for some in self._order(chunks, at).split(MOST_PROGRAMS):
-            launch(
-                class_outer, (*programs, len(some)),
-                side.x, rows, side.dw, sides.query if side.by_query else sides.key, *more, some,
-                sides.bounds, self.batch, *tables.divisor(self.batch), *tokens, channels,
-                self.inner, chunks.pairs[at][0] * self.batch,
-                BOTH=two is not None, EVEN_C=channels % block_c == 0,
-                EVEN_N=self.inner % across == 0, LONG=long(side.x, rows),
-                BLOCK_C=block_c, N1=got.n1, N2=got.n2, BLOCK_R=got.k, **_options(got),
-                **self.common,
-            )  # fmt: skip
+        column_parts = -(-self.inner // across) * (1 if two is None else 2)
+        channel_parts, order = -(-channels // block_c), self._order(chunks, at)
+        launch(
+            class_outer, (len(order) * channel_parts * column_parts,),
+            side.x, rows, side.dw, sides.query if side.by_query else sides.key, *more, order,
+            sides.bounds, self.batch, *tables.divisor(self.batch), *tokens, channels, self.inner,
+            chunks.pairs[at][0] * self.batch, column_parts, channel_parts,
+            BOTH=two is not None, EVEN_C=channels % block_c == 0,
+            EVEN_N=self.inner % across == 0, LONG=long(side.x, rows),
+            BLOCK_C=block_c, N1=got.n1, N2=got.n2, BLOCK_R=got.k, **_options(got), **self.common,
+        )  # fmt: skip
 
     def _bias_grads(self, chunks: tables.Chunks, at: int, side: Side, rows: Tensor) -> None:
         n = min(128, power(self.inner, 16))
-        for some in self._order(chunks, at).split(MOST_PROGRAMS):
-            launch(
-                class_sums, (-(-self.inner // n), len(some)),
-                rows, side.db, some, self._sides().bounds, self.batch, self.inner,
-                chunks.pairs[at][0] * self.batch,
-                SUMS=self.common["SUMS"], LONG=long(rows), BLOCK_R=16 if interpreted() else 64,
-                BLOCK_N=n,
-            )  # fmt: skip
+        column_parts, order = -(-self.inner // n), self._order(chunks, at)
+        launch(
+            class_sums, (len(order) * column_parts,),
+            rows, side.db, order, self._sides().bounds, self.batch, self.inner,
+            chunks.pairs[at][0] * self.batch, column_parts,
+            SUMS=self.common["SUMS"], LONG=long(rows), BLOCK_R=16 if interpreted() else 64,
+            BLOCK_N=n,
+        )  # fmt: skip
 
     def _rows_of_tile(self, block: int) -> tuple[int, int, int]:
         """Tokens of a group at most, samples of a tile, and parts that the batch is taken in."""

@@ -96,12 +96,13 @@ def _pass_on(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "n_queries", "n_keys", "heads", "width", "first_row"],
+    do_not_specialize=["batch", "n_queries", "n_keys", "heads", "width", "first_row", "parts"],
     do_not_specialize_on_alignment=["tiles"],
 )
 def pair_products(
     xq, xk, wq, wk, bq, bk, query, key, tiles, s, ds, to_q, to_k,
     batch, n_queries, n_keys, channels_q, channels_k, inner, heads, width, scale, first_row,
+    parts,
     HAS_WQ: tl.constexpr, HAS_WK: tl.constexpr, HAS_BQ: tl.constexpr, HAS_BK: tl.constexpr,
     SCORE: tl.constexpr, TO_Q: tl.constexpr, TO_K: tl.constexpr, ONE_LOOP: tl.constexpr,
     EVEN_Q: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, TIGHT: tl.constexpr,
@@ -109,7 +110,7 @@ def pair_products(
     BLOCK_M: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (part of the heads, tile). `tiles` holds (class, first row, last row + 1) of each.
+    """Programs: tile · part of the heads. `tiles` holds (class, first row, last row + 1) of each.
 
     SCORE stores s = scale · q · k per head, s being [batch, heads, queries, keys]. TO_Q stores
     ds · k, the gradient of each row's q, at to_q[row - first_row]; TO_K likewise ds · q at to_k.
@@ -118,8 +119,9 @@ def pair_products(
     q is still being multiplied. It needs two tables of equal channels, without biases. It is faster
     at some sizes and slower at others: `blocks` says where it is used.
     """
-    tile = tl.program_id(1)
-    head1 = tl.program_id(0) * ((N1 + N2) // D)
+    # parts of one tile stand side by side: they gather the same rows
+    tile = tl.program_id(0) // parts
+    head1 = (tl.program_id(0) % parts) * ((N1 + N2) // D)
     head2 = head1 + N1 // D
     cls = tl.load(tiles + 3 * tile)
     row = tl.load(tiles + 3 * tile + 1) + tl.arange(0, BLOCK_M)

@@ -86,7 +86,7 @@ class SmallProblem(Problem):
             HAS_BQ=bq is not None, HAS_BK=bk is not None,
             DWQ=rooms["dwq"] is not None, DWK=rooms["dwk"] is not None,
             DBQ=rooms["dbq"] is not None, DBK=rooms["dbk"] is not None,
-            LONG=long(xq, xk), BLOCK_R=self._block(), KQ=kq, KK=kk, N=n, D=self.head,
+            LONG=long(xq, xk), BLOCK_R=self._table_rows(kq, kk, n), KQ=kq, KK=kk, N=n, D=self.head,
             num_warps=self._warps(), num_stages=2, **self.common,
         )  # fmt: skip
         for name, room in rooms.items():
@@ -117,7 +117,7 @@ class SmallProblem(Problem):
             NEAR_BIAS=bias_near is not None, FAR_BIAS=bias_far is not None,
             LONG=long(near, far), BLOCK_M=block,
             K_NEAR=self.columns if w_near is None else w_near.shape[-2], K_FAR=far.shape[-1],
-            N=self.columns, D=self.head, num_warps=4, num_stages=3, **self.common,
+            N=self.columns, D=self.head, num_warps=self._warps(), num_stages=3, **self.common,
         )  # fmt: skip
 
     # -- sizes that are powers of two ------------------------------------------------------------
@@ -164,9 +164,17 @@ class SmallProblem(Problem):
         largest = max(b - a for a, b in itertools.pairwise(self.layout.pairs_on("cpu").starts))
         return min(8, max(1, largest * self.batch // (8 * self._block())))
 
-    def _warps(self) -> int:
-        """Enough to hold two matrices' gradients in registers."""
-        return 4 if self.dtype in (torch.bfloat16, torch.float16) else 8
-
     def _block(self) -> int:
-        return 16 if interpreted() else ROWS
+        """Rows of a tile. float32 products, which no tensor core makes, need more registers."""
+        return 16 if interpreted() else ROWS if self._half else ROWS // 2
+
+    def _table_rows(self, *widths: int) -> int:
+        """Rows that `class_tables` takes at a time, holding two gradients beside them."""
+        return self._block() if self._half or max(widths) <= 32 else 16
+
+    def _warps(self) -> int:
+        return 4 if self._half else 8
+
+    @property
+    def _half(self) -> bool:
+        return self.dtype in (torch.bfloat16, torch.float16)

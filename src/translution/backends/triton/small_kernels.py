@@ -33,16 +33,21 @@ def _matrix(w, cls, K: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _tokens(
-    x, token, valid, w, bias, cls,
-    HAS_W: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, LONG: tl.constexpr, BLOCK_M: tl.constexpr, K: tl.constexpr,
-    N: tl.constexpr,
-):  # fmt: skip
-    """The tokens of the rows, and what they are projected to ([BLOCK_M, K] and [BLOCK_M, N])."""
+def _tokens(x, token, valid, LONG: tl.constexpr, K: tl.constexpr):
+    """The tokens of the rows: [rows, K]."""
     if LONG:
         token = token.to(tl.int64)
-    r = tl.load(x + (token * K)[:, None] + tl.arange(0, K)[None, :], mask=valid[:, None], other=0.0)
+    cells = x + (token * K)[:, None] + tl.arange(0, K)[None, :]
+    return tl.load(cells, mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _project(
+    r, w, bias, cls,
+    HAS_W: tl.constexpr, HAS_BIAS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """r W[class] + bias[class], or r itself where there is no table: [BLOCK_M, N]."""
     if HAS_W:
         m = _matrix(w, cls, K, N)
         y = multiply(r, m, tl.zeros((BLOCK_M, N), SUMS), SUMS, PRECISION, UPCAST)
@@ -50,7 +55,7 @@ def _tokens(
             y += tl.load(bias + cls * N + tl.arange(0, N)).to(SUMS)[None, :]
     else:
         y = r.to(SUMS)
-    return r, y
+    return y
 
 
 @triton.jit
@@ -103,20 +108,23 @@ def pair_walk(
     end = begin + tl.minimum(each, count - z * each)
     cells = (near_tokens * far_tokens).to(tl.int64)
     cell = b.to(tl.int64) * heads * cells + token * by_near
-    if not SCORE:
+    if SCORE:
+        own = _tokens(near, b * near_tokens + token, valid, LONG, K_NEAR)
+    else:
         total = tl.zeros((BLOCK_M, K_NEAR), SUMS)
     for entry in range(begin, end):
         cls = tl.load(classes + entry)
         link = tl.load(links + entry * size + member, mask=valid, other=-1)
         here = link >= 0
-        _, f = _tokens(
-            far, b * far_tokens + link, here, w_far, bias_far, cls, FAR_W, FAR_BIAS,
-            SUMS, PRECISION, UPCAST, LONG, BLOCK_M, K_FAR, N,
+        other = _tokens(far, b * far_tokens + link, here, LONG, K_FAR)
+        f = _project(
+            other, w_far, bias_far, cls, FAR_W, FAR_BIAS, SUMS, PRECISION, UPCAST, BLOCK_M, K_FAR,
+            N,
         )  # fmt: skip
         if SCORE:
-            _, q = _tokens(
-                near, b * near_tokens + token, here, w_near, bias_near, cls, NEAR_W, NEAR_BIAS,
-                SUMS, PRECISION, UPCAST, LONG, BLOCK_M, K_NEAR, N,
+            q = _project(
+                own, w_near, bias_near, cls, NEAR_W, NEAR_BIAS, SUMS, PRECISION, UPCAST, BLOCK_M,
+                K_NEAR, N,
             )  # fmt: skip
             h = tl.arange(0, N // D)
             dots = tl.sum(split_heads(q * f, BLOCK_M, N, D), 2) * scale
@@ -178,15 +186,12 @@ def class_tables(
         i = tl.load(query + pair, mask=valid, other=0)
         j = tl.load(key + pair, mask=valid, other=0)
         cell = b.to(tl.int64) * heads * cells + i * n_keys + j
-        tokens_q, q = _tokens(
-            xq, b * n_queries + i, valid, wq, bq, cls, HAS_WQ, HAS_BQ,
-            SUMS, PRECISION, UPCAST, LONG, BLOCK_R, KQ, N,
-        )  # fmt: skip
-        tokens_k, k = _tokens(
-            xk, b * n_keys + j, valid, wk, bk, cls, HAS_WK, HAS_BK,
-            SUMS, PRECISION, UPCAST, LONG, BLOCK_R, KK, N,
-        )  # fmt: skip
+        tokens_q = _tokens(xq, b * n_queries + i, valid, LONG, KQ)
+        tokens_k = _tokens(xk, b * n_keys + j, valid, LONG, KK)
         if DWQ or DBQ:
+            k = _project(
+                tokens_k, wk, bk, cls, HAS_WK, HAS_BK, SUMS, PRECISION, UPCAST, BLOCK_R, KK, N
+            )
             g = _times(k, ds, cell, valid, heads, cells, scale, SUMS, BLOCK_R, N, D)
             if DBQ:
                 to_bq += tl.sum(g, 0)
@@ -194,6 +199,9 @@ def class_tables(
                 g = g.to(tokens_q.dtype)
                 to_wq = multiply(tl.trans(tokens_q), g, to_wq, SUMS, PRECISION, UPCAST)
         if DWK or DBK:
+            q = _project(
+                tokens_q, wq, bq, cls, HAS_WQ, HAS_BQ, SUMS, PRECISION, UPCAST, BLOCK_R, KQ, N
+            )
             g = _times(q, ds, cell, valid, heads, cells, scale, SUMS, BLOCK_R, N, D)
             if DBK:
                 to_bk += tl.sum(g, 0)

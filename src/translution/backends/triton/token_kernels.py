@@ -76,7 +76,7 @@ def token_sums(
     rows, w, bias, a, out, members, classes, links, spans,
     rows_2, w_2, out_2, members_2, classes_2, links_2, spans_2,
     batch, part_batch, parts, tokens, others, channels, columns, heads, width, first_row,
-    n_keys, size,
+    n_keys, size, column_parts,
     BOTH: tl.constexpr, BY_PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, TIGHT: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, LONG: tl.constexpr,
@@ -84,20 +84,21 @@ def token_sums(
     BLOCK_M: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (part of the columns, group of tokens · part of the batch, part of the entries).
+    """Programs: (group of tokens · part of the batch · part of the columns, part of the entries).
 
     WEIGHTED, the mix: out[part, b, token] = Σ over the token's pairs of a · (row W[class] + bias),
     the row being that of the pair's other token, a [batch, heads, tokens, n_keys].
 
     BY_PAIR, a gradient: out[b, token] += Σ of row W[class]ᵀ, the row being that of the pair, from
-    `first_row` on. With BOTH the last axis of the programs is the side (query, key) instead, so
-    that one launch fills the machine with both.
+    `first_row` on. With BOTH the second axis of the programs is the side (query, key) instead,
+    so that one launch fills the machine with both.
 
     An entry is one class for all tokens of a group; `links` names the pair (or other token) that
     each of them has there, -1 for none.
     """
-    z = tl.program_id(2)
-    splits = tl.num_programs(2)
+    z = tl.program_id(1)
+    splits = tl.num_programs(1)
+    across = tl.program_id(0) % column_parts
     if BOTH:
         if z == 1:
             rows = rows_2
@@ -110,9 +111,9 @@ def token_sums(
         z = 0
         splits = 1
     group, member, b, token, valid = rows_of_group(
-        members, size, batch, part_batch, parts, tl.program_id(1), BLOCK_M
+        members, size, batch, part_batch, parts, tl.program_id(0) // column_parts, BLOCK_M
     )
-    head1 = tl.program_id(0) * ((N1 + N2) // D)
+    head1 = across * ((N1 + N2) // D)
     head2 = head1 + N1 // D
     if WEIGHTED:
         n1, in1 = columns_of_heads(head1, heads, width, N1, D, TIGHT)
@@ -121,10 +122,10 @@ def token_sums(
         weight = a + ((b.to(tl.int64) * heads) * tokens + token) * n_keys
         by_head = (tokens * n_keys).to(tl.int64)
     else:
-        n1 = tl.program_id(0) * (N1 + N2) + tl.arange(0, N1)
+        n1 = across * (N1 + N2) + tl.arange(0, N1)
         in1 = n1 < columns
         if N2 > 0:
-            n2 = tl.program_id(0) * (N1 + N2) + N1 + tl.arange(0, N2)
+            n2 = across * (N1 + N2) + N1 + tl.arange(0, N2)
             in2 = n2 < columns
     begin = tl.load(spans + 2 * group)
     count = tl.load(spans + 2 * group + 1) - begin
@@ -218,21 +219,30 @@ def token_sums(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "part_batch", "parts", "tokens", "first_row", "size"],
+    do_not_specialize=[
+        "batch",
+        "part_batch",
+        "parts",
+        "tokens",
+        "first_row",
+        "size",
+        "column_parts",
+    ],
     do_not_specialize_on_alignment=["spans"],
 )
 def pair_sums(
     rows, out, members, links, spans, batch, part_batch, parts, tokens, columns, first_row, size,
+    column_parts,
     SUMS: tl.constexpr, LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[b, token] += Σ of the rows of its pairs: the gradient of a side without a table.
 
-    Programs: (part of the columns, group of tokens · part of the batch).
+    Programs: group of tokens · part of the batch · part of the columns.
     """
     group, member, b, token, valid = rows_of_group(
-        members, size, batch, part_batch, parts, tl.program_id(1), BLOCK_M
+        members, size, batch, part_batch, parts, tl.program_id(0) // column_parts, BLOCK_M
     )
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (tl.program_id(0) % column_parts) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < columns
     cell = out + (b.to(tl.int64) * tokens + token)[:, None] * columns + n[None, :]
     y = tl.load(cell, mask=valid[:, None] & exists[None, :], other=0.0).to(SUMS)
