@@ -22,10 +22,11 @@ compare: $(VENV)/.ready ## train and compare the mixers on moving digits; writes
 test: $(VENV)/.ready ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
-lint: $(VENV)/.ready ## ruff and mypy
+lint: $(VENV)/.ready ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready ## speed and memory of the operators on this machine
 	$(BIN)/translution bench $(ARGS)

@@ -18,10 +18,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from translution.compare.figures import COLOURS
-from translution.files import write_whole
-from translution.training.callbacks import read_curves
-from translution.training.checkpoints import open_checkpoint
+from translution.apps.compare.figures import COLOURS
+from translution.apps.training.callbacks import read_curves
+from translution.apps.training.checkpoints import open_checkpoint
+from translution.utils.files import write_whole
 
 HERE = Path(__file__).parent
 TASKS = {  # prefix of the runs: title, curve, its label, and what evaluate measured

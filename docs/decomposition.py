@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from translution.files import write_whole
 from translution.functional import convolution_by_shifts, shift_and_sum
+from translution.utils.files import write_whole
 
 KERNEL = torch.tensor([[-2.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])  # embosses
 

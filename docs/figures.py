@@ -20,8 +20,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from translution import Layout, SelfAttention, Translution2d
-from translution.files import write_whole
 from translution.functional import offset_mix
+from translution.utils.files import write_whole
 
 QUERY = "#e0663c"
 ABSENT = "#ececec"

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from translution.data.images import ImageOptions
+from translution.apps.data.images import ImageOptions
 
 
 def picture(h=12, w=10, seed=0, channels=3) -> Image.Image:

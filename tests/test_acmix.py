@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import oracle
 from translution.functional import shift_kernels
-from translution.measuring import peak_bytes
 from translution.modules import ACmix2d, ConvolutionPath, LocalAttention2d
+from translution.utils.measuring import peak_bytes
 
 
 def stirred(module):

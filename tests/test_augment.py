@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from pydantic import ValidationError
 
-from translution.data.augment import Augment, AugmentOptions, _cut, _operations, _rectangles
+from translution.apps.data.augment import Augment, AugmentOptions, _cut, _operations, _rectangles
 
 ALL = {
     "pad": 2, "flip": 0.5, "randaugment": (2, 9), "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,

@@ -8,17 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from translution import Layout, cli, create_model, measuring, vit
-from translution.bench import command
-from translution.bench.cases import OPERATORS, Case
-from translution.bench.dense import dense_bytes, dense_translution
-from translution.bench.measure import measure_dense, step
-from translution.bench.steps import published_bytes
-from translution.bench.unfold import unfold_acmix
+from translution import Layout, create_model, vit
+from translution.apps import cli
+from translution.apps.bench import command
+from translution.apps.bench.cases import OPERATORS, Case
+from translution.apps.bench.dense import dense_bytes, dense_translution
+from translution.apps.bench.measure import measure_dense, step
+from translution.apps.bench.steps import published_bytes
+from translution.apps.bench.unfold import unfold_acmix
 from translution.functional import offset_mix, offset_scores
-from translution.measuring import peak_bytes
 from translution.models import registry
 from translution.modules import ACmix2d
+from translution.utils import measuring
+from translution.utils.measuring import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -26,9 +28,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The command in this process: (exit code, what it printed, its errors)."""
-    monkeypatch.setattr("translution.bench.measure.copy_rate", lambda device: 1e9)
+    monkeypatch.setattr("translution.apps.bench.measure.copy_rate", lambda device: 1e9)
     small = functools.partial(measuring.matmul_rate, size=64)
-    monkeypatch.setattr("translution.bench.measure.matmul_rate", small)
+    monkeypatch.setattr("translution.apps.bench.measure.matmul_rate", small)
 
     def call(*arguments, command="bench"):
         monkeypatch.setattr(sys, "argv", ["translution", command, *arguments])
@@ -342,7 +344,7 @@ def test_a_step_that_does_not_fit_is_a_row(run, tiny, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("translution.bench.steps._run", full)
+    monkeypatch.setattr("translution.apps.bench.steps._run", full)
     code, out, err = run("--model", tiny, *TINY_STEP, command="bench-step")
     assert code == 0, err
     assert "out of memory" in out

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from translution import cli
-from translution.bench import gpu_first, gpu_page, gpu_parts, gpu_rows
-from translution.bench.gpu_page import BEGIN, END, section
-from translution.bench.gpu_rows import Row
+from translution.apps import cli
+from translution.apps.bench import gpu_first, gpu_page, gpu_parts, gpu_rows
+from translution.apps.bench.gpu_page import BEGIN, END, section
+from translution.apps.bench.gpu_rows import Row
 
 pytest.importorskip("triton")
 DOCS = Path(__file__).parents[1] / "docs"

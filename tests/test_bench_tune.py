@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from translution.apps.bench import tune
+from translution.apps.bench.tune_command import bench_tune
 from translution.backends.triton.blocks import MEASURED, Blocks
-from translution.bench import tune
-from translution.bench.tune_command import bench_tune
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")

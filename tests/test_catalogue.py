@@ -11,9 +11,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from translution import create_model, list_models
-from translution.catalogue import counts
-from translution.catalogue.command import models, parameters, short
-from translution.measuring import multiply_adds, peak_bytes
+from translution.apps.catalogue import counts
+from translution.apps.catalogue.command import models, parameters, short
+from translution.utils.measuring import multiply_adds, peak_bytes
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
 MADE = {

@@ -17,15 +17,15 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 
-from translution import cli
-from translution.compare import training
-from translution.compare.measure import peak_of_a_step, table_norms
-from translution.compare.options import Options
-from translution.compare.results import load_checkpoint
-from translution.compare.runs import run_all
-from translution.compare.training import accuracies, accuracy_by_distance
-from translution.data import digits as data_module
-from translution.data.digits import load_digits, mnist, place, read_idx, rings, train_batches
+from translution.apps import cli
+from translution.apps.compare import training
+from translution.apps.compare.measure import peak_of_a_step, table_norms
+from translution.apps.compare.options import Options
+from translution.apps.compare.results import load_checkpoint
+from translution.apps.compare.runs import run_all
+from translution.apps.compare.training import accuracies, accuracy_by_distance
+from translution.apps.data import digits as data_module
+from translution.apps.data.digits import load_digits, mnist, place, read_idx, rings, train_batches
 
 TINY = {
     "steps": 12, "batch_size": 16, "learning_rate": 0.01, "dim": 16, "depth": 2, "heads": 2,
@@ -103,7 +103,7 @@ def test_results(results, finished):
 
 
 def test_spread_over_seeds():
-    from translution.compare.results import spread
+    from translution.apps.compare.results import spread
 
     assert spread([0.5, 0.7]) == {
         "mean": pytest.approx(0.6), "std": pytest.approx(0.1 * 2**0.5), "n": 2,
@@ -427,7 +427,7 @@ def test_a_missing_folder_and_no_network_is_one_clear_error(tmp_path):
 
 def test_importing_the_command_is_light():
     code = (
-        "import sys, translution.compare.command;"
+        "import sys, translution.apps.compare.command;"
         "print([m for m in ('lightning', 'sklearn', 'matplotlib') if m in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("pydantic")
 from pydantic import Field
 
-from translution.config import Options, as_yaml, load, parse
+from translution.apps.config import Options, as_yaml, load, parse
 
 
 class Apples(Options):

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import gpt
-from translution.bench import decoding
-from translution.bench.decoding import (
+from translution.apps.bench import decoding
+from translution.apps.bench.decoding import (
     Decoding,
     bytes_per_token,
     main,

@@ -21,16 +21,17 @@ pytest.importorskip("lightning")
 from PIL import Image
 from safetensors.torch import save_file
 
-from translution import cli, create_model
-from translution.config import load
-from translution.data.digits import load_digits, place
-from translution.demo import server
-from translution.demo import train as training
-from translution.demo.cards import Look, Tally, digit_card, text_card, visible
-from translution.demo.listening import is_loopback, listen
-from translution.demo.live import Newest
-from translution.demo.models import SHIPPED, open_models
-from translution.demo.sketch import (
+from translution import create_model
+from translution.apps import cli
+from translution.apps.config import load
+from translution.apps.data.digits import load_digits, place
+from translution.apps.demo import server
+from translution.apps.demo import train as training
+from translution.apps.demo.cards import Look, Tally, digit_card, text_card, visible
+from translution.apps.demo.listening import is_loopback, listen
+from translution.apps.demo.live import Newest
+from translution.apps.demo.models import SHIPPED, open_models
+from translution.apps.demo.sketch import (
     MOST_BYTES,
     SIDE,
     bitmap,
@@ -38,8 +39,8 @@ from translution.demo.sketch import (
     from_lines,
     reduced,
 )
+from translution.apps.training.config import Config
 from translution.models.pretrained import ABOUT, FORMAT, WEIGHTS, read_about
-from translution.training.config import Config
 
 DOCS = Path(__file__).parents[1] / "docs" / "demo.md"
 

@@ -19,8 +19,8 @@ pytest.importorskip("playwright.sync_api")
 from PIL import Image
 from playwright import sync_api
 
-from translution import cli
-from translution.data.digits import load_digits
+from translution.apps import cli
+from translution.apps.data.digits import load_digits
 
 # one server and one browser for all of these, also where pytest-xdist divides the tests
 pytestmark = pytest.mark.xdist_group("demo")
@@ -32,7 +32,7 @@ CARDS = "article.card:visible"
 
 
 def command(*arguments):
-    code = "from translution.cli import main; main()"
+    code = "from translution.apps.cli import main; main()"
     return [sys.executable, "-c", code, "demo", "--no-open", *arguments]
 
 

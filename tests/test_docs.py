@@ -166,9 +166,9 @@ def check_translution(words: list[str], whole: bool) -> None:
     """The command line's own parser takes it, and the configuration takes what is left."""
     import typer
 
-    from translution import cli
-    from translution.config import load
-    from translution.training.config import Config
+    from translution.apps import cli
+    from translution.apps.config import load
+    from translution.apps.training.config import Config
 
     group = typer.main.get_command(cli._app())
     command = group.commands[words[0]] if words else group
@@ -198,8 +198,8 @@ def test_a_wrong_command_is_found():
         "translution export runs/x --to onnx --outt x.onnx",
         "translution train recipes/tiny-digits.yaml --model.mixr=alpha",
         "translution trian recipes/tiny-digits.yaml",
-        "python -m translution.bench.decodin",
-        "python -m translution.bench.decoding --thread-count 2",
+        "python -m translution.apps.bench.decodin",
+        "python -m translution.apps.bench.decoding --thread-count 2",
         "python docs/no.py",
         "make docz",
         "pip install '.[everything]'",
@@ -284,11 +284,12 @@ def test_pictures_are_drawn(tmp_path):
 MODULES = [
     "translution",
     *(f"translution.{part}" for part in ("functional", "modules", "models", "models.generation")),
-    *(f"translution.{part}" for part in ("convert", "published", "export", "parallel", "config")),
-    *(f"translution.training.{part}" for part in ("config", "tasks", "run", "predict")),
-    *(f"translution.data.{part}" for part in ("images", "text", "digits")),
+    *(f"translution.interop.{part}" for part in ("convert", "published", "export", "parallel")),
+    "translution.apps.config",
+    *(f"translution.apps.training.{part}" for part in ("config", "tasks", "run", "predict")),
+    *(f"translution.apps.data.{part}" for part in ("images", "text", "digits")),
     "translution.layouts",
-    "translution.transformers",
+    "translution.interop.transformers",
 ]
 NOT_SHOWN = {"functional", "Part"}  # a page of its own; a name for "train", "valid", "test"
 

@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("lightning")
 
-from translution.config import parse
-from translution.experiments.config import BUDGETS, MEASURES, Arm, Experiment, load_experiment
-from translution.experiments.report import Results, write_results
-from translution.experiments.runs import Runs, parameters_of, results_of, widened
+from translution.apps.config import parse
+from translution.apps.experiments.config import BUDGETS, MEASURES, Arm, Experiment, load_experiment
+from translution.apps.experiments.report import Results, write_results
+from translution.apps.experiments.runs import Runs, parameters_of, results_of, widened
 
 ROOT = Path(__file__).parents[1]
 CONTENT = {
@@ -212,12 +212,12 @@ def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
 def test_nothing_is_written_before_a_rate_is_chosen(runs, tmp_path):
     from typer.testing import CliRunner
 
-    import translution.cli
+    import translution.apps.cli
 
     (tmp_path / "runs.yaml").write_text(json.dumps(CONTENT))
     finish(runs, of(runs, Arm("attention", "centred", "steps"))[0], 0.5)
     arguments = ["experiment", str(tmp_path / "runs.yaml"), "--out", str(tmp_path), "--report"]
-    done = CliRunner().invoke(translution.cli._app(), arguments)
+    done = CliRunner().invoke(translution.apps.cli._app(), arguments)
     assert isinstance(done.exception, ValueError)
     assert "there is no finished row" in str(done.exception)
 

@@ -16,7 +16,14 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from translution import Layout, Translution2d, create_model
-from translution.export import (
+from translution.apps.export import export
+from translution.functional import (
+    neighborhood_attention,
+    neighborhood_mix,
+    offset_mix,
+    offset_scores,
+)
+from translution.interop.export import (
     difference,
     example,
     open_program,
@@ -26,14 +33,7 @@ from translution.export import (
     save_program,
     stored_bytes,
 )
-from translution.export.command import export
-from translution.export.quantise import quantised
-from translution.functional import (
-    neighborhood_attention,
-    neighborhood_mix,
-    offset_mix,
-    offset_scores,
-)
+from translution.interop.export.quantise import quantised
 from translution.neighborhoods import Neighborhood
 
 VIT = {"image_size": 12, "patch_size": 4, "in_channels": 1, "num_classes": 5}
@@ -250,7 +250,7 @@ def test_onnx_of_one_batch(tmp_path):
 def test_large_onnx_lies_in_two_files(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("translution.export.files.ONE_FILE", 10_000)
+    monkeypatch.setattr("translution.interop.export.files.ONE_FILE", 10_000)
     model = torch.nn.Linear(64, 64)
     save_program(portable(model, torch.randn(2, 64)), "onnx", tmp_path / "a.onnx")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
@@ -372,7 +372,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("translution.export.files._write_torch", fail)
+    monkeypatch.setattr("translution.interop.export.files._write_torch", fail)
     with pytest.raises(OSError, match="disk full"):
         save_program(None, "torch", file)
     assert file.read_text() == "old"
@@ -398,7 +398,7 @@ def test_the_command(command, tmp_path):
 
 def test_the_command_says_so_where_the_file_is_wrong(command, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "translution.export.files.open_program", lambda *_: lambda x: torch.zeros(len(x), 5)
+        "translution.interop.export.files.open_program", lambda *_: lambda x: torch.zeros(len(x), 5)
     )
     file = tmp_path / "a.pt2"
     done = command("vit kv mean", "--to", "torch", "--out", file, "--batch", 1)

@@ -17,9 +17,9 @@ pytest.importorskip("typer")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-from translution import cli
-from translution.export import portable
-from translution.training.checkpoints import open_checkpoint
+from translution.apps import cli
+from translution.apps.training.checkpoints import open_checkpoint
+from translution.interop.export import portable
 
 ROOT = Path(__file__).parents[1]
 

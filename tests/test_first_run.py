@@ -29,11 +29,11 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from translution import cli
+from translution.apps import cli
+from translution.apps.training import telling
+from translution.apps.training.checkpoints import latest, open_checkpoint
+from translution.apps.training.run import LOCK
 from translution.models.pretrained import Pretrained
-from translution.training import telling
-from translution.training.checkpoints import latest, open_checkpoint
-from translution.training.run import LOCK
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -228,7 +228,7 @@ def test_two_runs_in_one_folder(ended, tmp_path):
 
 
 def test_a_run_holds_its_folder(ended, tmp_path, monkeypatch):
-    from translution.training import run
+    from translution.apps.training import run
 
     def second(*_):
         monkeypatch.setattr(run, "model_of", first)

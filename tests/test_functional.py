@@ -270,7 +270,7 @@ def test_opcheck(layout, kinds):
 def test_nothing_of_size_pairs_times_channels_is_held():
     """Peak bytes of forward + backward beside inputs, outputs and gradients, at a size where one
     q for all pairs would be 32 times the scores."""
-    from translution.measuring import peak_bytes
+    from translution.utils.measuring import peak_bytes
 
     layout, batch, heads, channels = Layout((12, 12)), 8, 2, 64
     x = torch.randn(batch, 144, channels, requires_grad=True)

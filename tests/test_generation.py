@@ -343,7 +343,7 @@ def tokenizer():
 
 @given(data=st.data())
 def test_a_stream_gives_what_decoding_gives(tokenizer, data):
-    from translution.training.generate_command import BROKEN, TextStream
+    from translution.apps.training.generate_command import BROKEN, TextStream
 
     text = data.draw(st.text(max_size=30))
     before = tokenizer.encode(data.draw(st.text(max_size=9))).ids
@@ -362,14 +362,14 @@ def test_a_stream_gives_what_decoding_gives(tokenizer, data):
 
 @given(st.lists(st.integers(0, 255), max_size=20), st.integers(0, 20))
 def test_a_stream_of_any_bytes(tokenizer, tokens, cut):
-    from translution.training.generate_command import TextStream
+    from translution.apps.training.generate_command import TextStream
 
     assert "".join(TextStream(tokenizer).pieces(tokens)) == tokenizer.decode(tokens)
 
 
 def test_a_stream_keeps_the_spaces_of_words():
     tokenizers = pytest.importorskip("tokenizers")
-    from translution.training.generate_command import TextStream
+    from translution.apps.training.generate_command import TextStream
 
     made = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, "b": 1, "##c": 2}))
     made.decoder = tokenizers.decoders.WordPiece()
@@ -382,8 +382,8 @@ class Opened:
 
 
 def run(monkeypatch, capsys, model, tokenizer, **options):
-    from translution.training import checkpoints
-    from translution.training.generate_command import generate as command
+    from translution.apps.training import checkpoints
+    from translution.apps.training.generate_command import generate as command
 
     monkeypatch.setattr(checkpoints, "open_checkpoint", lambda path: Opened(model, tokenizer))
     command("there", **{"device": "cpu", "prompt": "ab", "max_tokens": 20} | options)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from translution import Layout
-from translution.bench.gpu_check import NeighborhoodCheck, OffsetCheck, check
-from translution.bench.gpu_first import captured, compilations, compiled
+from translution.apps.bench.gpu_check import NeighborhoodCheck, OffsetCheck, check
+from translution.apps.bench.gpu_first import captured, compilations, compiled
 from translution.functional import neighborhood_attention, offset_mix, offset_scores
 
 pytest.importorskip("triton")

@@ -243,8 +243,8 @@ def test_exported(tmp_path):
     """From a training checkpoint to a folder to share."""
     for name in ("lightning", "tokenizers", "yaml"):
         pytest.importorskip(name)
-    from translution.data.tokenizers import TokenizerOptions, make_tokenizer
-    from translution.training.checkpoints import Checkpoint
+    from translution.apps.data.tokenizers import TokenizerOptions, make_tokenizer
+    from translution.apps.training.checkpoints import Checkpoint
 
     config = {"data": {"kind": "text", "train": "books"}, "train": {"steps": 5}, "seed": 0}
     tokenizer = make_tokenizer(TokenizerOptions())

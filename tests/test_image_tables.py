@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pictures import PICTURES, parquet, picture, table
-from translution.data.images import ImageOptions, collate, load_image, open_images
+from translution.apps.data.images import ImageOptions, collate, load_image, open_images
 
 
 @pytest.fixture(autouse=True)

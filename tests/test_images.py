@@ -15,8 +15,8 @@ import torch
 from pydantic import ValidationError
 
 from pictures import PICTURES, folder, parquet, picture, table
-from translution.data import digits
-from translution.data.images import (
+from translution.apps.data import digits
+from translution.apps.data.images import (
     ImageOptions,
     collate,
     image_files,
@@ -313,7 +313,7 @@ def test_pickle(tree, tmp_path):
 def test_small_data_are_kept_in_memory_unasked(tree, monkeypatch):
     assert open_images(folder(tree), "train", 0)._cache is not None
     assert open_images(folder(tree, cache=False), "train", 0)._cache is None
-    monkeypatch.setattr("translution.data.images.CACHE", 1000)
+    monkeypatch.setattr("translution.apps.data.images.CACHE", 1000)
     assert open_images(folder(tree), "train", 0)._cache is None
     assert open_images(folder(tree, cache=True), "train", 0)._cache is not None
 

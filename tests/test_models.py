@@ -8,8 +8,8 @@ import torch
 
 import translution
 from translution import create_model, gpt, list_models, vit
-from translution.measuring import peak_bytes
 from translution.models.blocks import IMAGE_MIXERS, MIXERS
+from translution.utils.measuring import peak_bytes
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "head_dim": 8}
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from translution.bench.flex import flex_neighborhood
+from translution.apps.bench.flex import flex_neighborhood
 from translution.functional import neighborhood_attention, neighborhood_mix
-from translution.measuring import peak_bytes
 from translution.neighborhoods import Neighborhood, reflect
+from translution.utils.measuring import peak_bytes
 
 HALVES = [torch.bfloat16, torch.float16]
 CUDA = torch.cuda.is_available()

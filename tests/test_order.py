@@ -8,7 +8,7 @@ pytest.importorskip("numpy")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from translution.data.order import InOrder, Shuffled, seed_of
+from translution.apps.data.order import InOrder, Shuffled, seed_of
 
 
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.data())

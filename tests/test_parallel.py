@@ -19,9 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from translution import AlphaTranslution1d, Layout, Translution1d, Translution2d, gpt, parallel, vit
-from translution.bench import scaling
+from translution import AlphaTranslution1d, Layout, Translution1d, Translution2d, gpt, vit
+from translution.apps.bench import scaling
 from translution.functional import offset_mix, offset_scores
+from translution.interop import parallel
 from translution.modules import RelativeLinear
 
 SUBSETS = ["".join(s) for s in chain.from_iterable(combinations("qkv", n) for n in range(4))]

@@ -30,9 +30,9 @@ from translution import (
     gpt,
     vit,
 )
+from translution.interop.published import export_published, load_published
 from translution.models.resnet import Bottleneck, ResNetConfig, resnet
 from translution.models.swin import Block, swin
-from translution.published import export_published, load_published
 
 SUBSETS = ["".join(s) for n in range(4) for s in itertools.combinations("qkv", n)]
 DIM, HEADS, HEAD_DIM, RANK = 6, 2, 4, 3

@@ -22,11 +22,12 @@ pytest.importorskip("datasets")
 pytest.importorskip("typer")
 from PIL import Image
 
-from translution import cli, create_model
-from translution.config import load
-from translution.data.digits import load_digits
+from translution import create_model
+from translution.apps import cli
+from translution.apps.config import load
+from translution.apps.data.digits import load_digits
+from translution.apps.training.config import Config
 from translution.models.blocks import IMAGE_MIXERS, MIXERS, SIZES
-from translution.training.config import Config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -19,7 +19,7 @@ from translution import (
     gpt,
     vit,
 )
-from translution.convert import make_relative, make_shared, resize_offsets
+from translution.interop.convert import make_relative, make_shared, resize_offsets
 from translution.modules.projections import sharing
 
 

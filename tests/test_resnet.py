@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from translution import create_model, list_models
-from translution.measuring import multiply_adds
 from translution.models.resnet import ResNet, ResNetConfig, resnet
+from translution.utils.measuring import multiply_adds
 
 SMALL = {"layers": (1, 2, 1, 1), "width": 8, "num_classes": 5, "in_channels": 2, "heads": 2}
 

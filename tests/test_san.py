@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from translution.functional import shift_and_sum
-from translution.measuring import multiply_adds
 from translution.models.san import SANS, SANConfig, san
 from translution.modules.patchwise import PatchwiseACmix2d, PatchwiseAttention2d
+from translution.utils.measuring import multiply_adds
 
 # -- the oracle: place by place, tap by tap, in float64 -------------------------------------------
 

@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from translution.data.documents import Piece
-from translution.data.shards import Shards, write_shards
-from translution.data.tokenizers import TokenizerOptions, end_token, make_tokenizer, vocab_size
+from translution.apps.data.documents import Piece
+from translution.apps.data.shards import Shards, write_shards
+from translution.apps.data.tokenizers import TokenizerOptions, end_token, make_tokenizer, vocab_size
 
 TOKENIZER = make_tokenizer(TokenizerOptions())
 END = end_token(TOKENIZER, "<|endoftext|>")
@@ -67,7 +67,7 @@ def test_documents_in_pieces_have_no_end_within(tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("translution.data.shards.BATCH", 100)
+    monkeypatch.setattr("translution.apps.data.shards.BATCH", 100)
     texts = documents(300)
     for workers in (1, 2, 5):
         write(tmp_path / str(workers), texts, workers=workers)
@@ -103,7 +103,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_shards import END, TOKENIZER, as_pieces, documents, write_shards
-from translution.data import shards
+from translution.apps.data import shards
 shards.BATCH = 500
 texts = documents(4000)
 def slowly():
@@ -113,7 +113,7 @@ def slowly():
 write_shards(Path({str(tmp_path / "parts")!r}), slowly(), TOKENIZER, END, len(texts), shard=512)
 """
     code = code.replace(
-        "import sys", "import translution.data.shards as s; s.BATCH = 500; import sys"
+        "import sys", "import translution.apps.data.shards as s; s.BATCH = 500; import sys"
     )
     parts, seen = tmp_path / "parts", 0
     for _ in range(2):

@@ -17,11 +17,11 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("pydantic")
 pytest.importorskip("kornia")
 
-from translution.config import parse
-from translution.training import run
-from translution.training.checkpoints import open_checkpoint
-from translution.training.config import Config
-from translution.training.tasks import Task
+from translution.apps.config import parse
+from translution.apps.training import run
+from translution.apps.training.checkpoints import open_checkpoint
+from translution.apps.training.config import Config
+from translution.apps.training.tasks import Task
 
 TINY = {
     "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 8, "depth": 2,

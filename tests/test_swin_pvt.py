@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from translution.measuring import multiply_adds
 from translution.models.backbone import ChannelNorm, DropPath, drop_rates
 from translution.models.pvt import PVT, PVTConfig, pvt
 from translution.models.swin import PatchMerging, Swin, SwinConfig, swin
+from translution.utils.measuring import multiply_adds
 
 SWIN = {"layers": (1, 2, 2, 1), "width": 8, "heads": (2, 2, 4, 4), "window": 4, "drop_path": 0.0}
 PYRAMID = {

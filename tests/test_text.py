@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from translution.config import as_yaml, parse
-from translution.data import documents as reading
-from translution.data.text import TextOptions, open_text
-from translution.data.tokenizers import (
+from translution.apps.config import as_yaml, parse
+from translution.apps.data import documents as reading
+from translution.apps.data.text import TextOptions, open_text
+from translution.apps.data.tokenizers import (
     TokenizerOptions,
     end_token,
     hash_of,
@@ -337,7 +337,7 @@ def test_what_changes_meanwhile_is_refused(corpus, tmp_path, monkeypatch):
         yield from read(place)
         (corpus / "0.txt").write_text("new")
 
-    monkeypatch.setattr("translution.data.text.pieces", changing)
+    monkeypatch.setattr("translution.apps.data.text.pieces", changing)
     with pytest.raises(ValueError, match=r"train: .*/0\.txt changed while being tokenised"):
         open_text(chosen, "train", 0)
 
@@ -354,7 +354,7 @@ def test_several_processes_may_open_at_once(corpus, tmp_path):
         tmp_path, train=str(corpus), tokenizer={"kind": "bpe", "vocab_size": 300}
     ).model_dump_json()
     code = (
-        "import sys\nfrom translution.data.text import TextOptions, open_text\n"
+        "import sys\nfrom translution.apps.data.text import TextOptions, open_text\n"
         "w = open_text(TextOptions.model_validate_json(sys.argv[1]), 'train', 0)\n"
         "print(w.tokens, w.shards.folder.name, w[0, 1].tolist())"
     )

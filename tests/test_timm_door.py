@@ -27,7 +27,7 @@ for name in ("nms", "qnms"):
 torch.set_num_threads(1)
 import timm.optim
 import timm
-import translution.timm
+import translution.interop.timm
 from translution import create_model
 
 torch.manual_seed(0)

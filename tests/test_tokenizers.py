@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from translution.data.tokenizers import (
+from translution.apps.data.tokenizers import (
     TokenizerOptions,
     end_token,
     hash_of,

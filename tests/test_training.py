@@ -23,13 +23,13 @@ pytest.importorskip("kornia")
 pytest.importorskip("typer")
 from safetensors.torch import load_file, save_file
 
-from translution import cli
-from translution.config import load, parse
-from translution.training import callbacks, checkpoints
-from translution.training.checkpoints import latest, open_checkpoint
-from translution.training.config import Config
-from translution.training.run import evaluate, train
-from translution.training.tasks import Classification, learning_rate
+from translution.apps import cli
+from translution.apps.config import load, parse
+from translution.apps.training import callbacks, checkpoints
+from translution.apps.training.checkpoints import latest, open_checkpoint
+from translution.apps.training.config import Config
+from translution.apps.training.run import evaluate, train
+from translution.apps.training.tasks import Classification, learning_rate
 
 TINY = {
     "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 16, "depth": 1,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pictures import encoded, picture
-from translution.data.transform import centred_box, decode, fit, random_box
+from translution.apps.data.transform import centred_box, decode, fit, random_box
 
 # -- decoding ------------------------------------------------------------------------------------
 

@@ -17,15 +17,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from translution.models import create_model
-from translution.models.generation import generate
-from translution.transformers import (
+from translution.interop.transformers import (
     TranslutionCache,
     TranslutionForCausalLM,
     TranslutionForImageClassification,
     TranslutionGPTConfig,
     TranslutionImageConfig,
 )
+from translution.models import create_model
+from translution.models.generation import generate
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from test_text import options
-from translution.data.order import InOrder, Shuffled
-from translution.data.text import open_text
+from translution.apps.data.order import InOrder, Shuffled
+from translution.apps.data.text import open_text
 
 
 def opened(tmp_path, n: int, part: str = "train", **content):

@@ -20,9 +20,9 @@ from scenes import CLASSES
 from segmenter import load_segmenter
 from torch import Tensor
 
-from translution.compare.figures import STYLE, legend, mean_band, panels, svg
-from translution.compare.report import percent, seconds
-from translution.files import write_whole
+from translution.apps.compare.figures import STYLE, legend, mean_band, panels, svg
+from translution.apps.compare.report import percent, seconds
+from translution.utils.files import write_whole
 
 __all__ = ["write_report"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from translution.data.digits import load_digits
+from translution.apps.data.digits import load_digits
 
 __all__ = ["BACKGROUND", "CLASSES", "Parts", "Style", "batches", "draw", "load_parts"]
 

@@ -37,12 +37,12 @@ from rich.table import Table
 from scenes import BACKGROUND, CLASSES, Style, batches, load_parts
 from segmenter import Segmenter, iou_per_class, save_segmenter, train
 
-from translution.compare.report import percent, seconds
-from translution.compare.results import spread
-from translution.files import write_whole
-from translution.measuring import machine, multiply_adds
+from translution.apps.compare.report import percent, seconds
+from translution.apps.compare.results import spread
+from translution.apps.training.engine import DEVICES, pick_device
 from translution.models.blocks import choose
-from translution.training.engine import DEVICES, pick_device
+from translution.utils.files import write_whole
+from translution.utils.measuring import machine, multiply_adds
 
 __all__ = ["Options", "run_all"]
 

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from translution import __version__, create_model
-from translution.compare.training import Batches, Classifier
-from translution.files import write_whole
+from translution.apps.compare.training import Batches, Classifier
+from translution.apps.training.engine import interruptible, quiet
 from translution.models.backbone import Backbone
-from translution.training.engine import interruptible, quiet
+from translution.utils.files import write_whole
 
 __all__ = ["Segmenter", "Trained", "iou_per_class", "load_segmenter", "save_segmenter", "train"]
 

@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from translution import convert
-from translution.data.images import ImageOptions, open_images
-from translution.data.order import seed_of
-from translution.files import write_whole
+from translution.apps.data.images import ImageOptions, open_images
+from translution.apps.data.order import seed_of
+from translution.utils.files import write_whole
 
 # What the first two layers become; None is the model as it is.
 VARIANTS: dict[str, dict[str, Any] | None] = {

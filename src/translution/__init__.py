@@ -1,7 +1,9 @@
 """Attention with a sense of where: Translution, α-Translution and their relatives."""
 
-from . import functional
-from .convert import convert, make_relative, make_shared, resize_offsets
+from . import _moved, functional
+from ._version import __version__ as __version__
+from .interop.convert import convert, make_relative, make_shared, resize_offsets
+from .interop.published import export_published, load_published
 from .layouts import Layout
 from .models import (
     GPT,
@@ -32,9 +34,8 @@ from .modules import (
     WindowACmix2d,
     WindowAttention2d,
 )
-from .published import export_published, load_published
 
-__version__ = "0.1.0"
+_moved.install()
 
 __all__ = [
     "GPT",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..measuring import multiply_adds
+from ..utils.measuring import multiply_adds
 from .blocks import input_shape
 
 __all__ = ["model_card"]

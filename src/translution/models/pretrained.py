@@ -23,8 +23,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..files import write_whole
-from ..words import some
+from ..utils.files import write_whole
+from ..utils.words import some
 
 __all__ = [
     "ABOUT",
@@ -89,7 +89,7 @@ class Pretrained(nn.Module):
         if results is not None and not all(isinstance(n, int | float) for n in numbers):
             raise ValueError(f"results: got {results!r}, want numbers by what was measured")
         save_file = _needed("safetensors.torch").save_file
-        from .. import __version__
+        from .._version import __version__
         from .card import model_card
 
         weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
@@ -296,7 +296,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return files.load_file(path / WEIGHTS)
     except FileNotFoundError:
-        where = "; `translution.training.checkpoints.open_checkpoint` reads tables in parts"
+        where = "; `translution.apps.training.checkpoints.open_checkpoint` reads tables in parts"
         parts = where if (path / PARTS).is_dir() else ""
         raise ValueError(f"{path / WEIGHTS}: is missing{parts}") from None
     except broken as error:

@@ -38,7 +38,7 @@ Sizes = int | Sequence[int]
 
 class Primitives:
     """What an attention with tables computes its pairs with. Where the classes are divided over
-    processes, `translution.parallel` puts its own in their place."""
+    processes, `translution.interop.parallel` puts its own in their place."""
 
     scores = staticmethod(row_scores)
     softmax = staticmethod(masked_softmax)

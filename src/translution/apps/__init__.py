@@ -1,0 +1,1 @@
+"""The applications: data, training, experiments, the demo, benchmarks, and the command line."""

@@ -1,0 +1,230 @@
+"""The command `translution bench`: a benchmark and not a test."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ...models.blocks import choose
+from ...modules.attention import check_relative
+from .cases import OPERATORS, Case
+from .common import DTYPES, check_file, device_named, header, ints, keep, parse_grid, told_machine
+from .measure import Measured, chosen, measure
+
+__all__ = ["bench"]
+
+# (grid, width, batches) where they are not given, by operator; of Translution also by device
+Shapes = list[tuple[str, int, str]]
+SHAPES: dict[str, Shapes] = {
+    "acmix": [("56x56", 64, "8"), ("28x28", 128, "8"), ("14x14", 256, "8"), ("7x7", 512, "8")],
+    "cpu": [
+        ("7x7", 192, "16,64"), ("7x7", 384, "16,64"), ("14x14", 192, "8"), ("14x14", 384, "8"),
+    ],
+    "cuda": [
+        (grid, width, batches)
+        for grid, batches in (
+            ("7x7", "64,256"), ("14x14", "8,64,256"), ("256c", "8,64"), ("1024c", "8"),
+        )
+        for width in (192, 384, 768)
+    ],
+}  # fmt: skip
+# what has to agree for two rows to be the same measurement
+SAME = (
+    "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
+    "kernel", "stride", "device", "backend", "backward",
+)  # fmt: skip
+
+
+def bench(
+    grid: Annotated[
+        str, typer.Option(help="Such as 7x7,256,256c: 1-D, causal. Default by operator.")
+    ] = "",
+    width: Annotated[str, typer.Option(help="Channels, such as 192,384.")] = "",
+    batch: Annotated[str, typer.Option(help="Such as 16,64.")] = "",
+    heads: Annotated[int, typer.Option(help="0: width / 64; 4 of acmix.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(help=f"Some of {','.join(DTYPES)}; default float32, on cuda both."),
+    ] = "",
+    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    operator: Annotated[str, typer.Option(help=f"{', '.join(OPERATORS)}.")] = "translution",
+    relative: Annotated[str, typer.Option(help="Which of qkv have tables.")] = "qkv",
+    rank: Annotated[int, typer.Option(help="Of alpha.")] = 8,
+    kernel: Annotated[int, typer.Option(help="Of acmix's attention, odd.")] = 7,
+    stride: Annotated[int, typer.Option(help="Of acmix.")] = 1,
+    dense: Annotated[
+        bool, typer.Option(help="Also the dense gather (acmix: unfold), at a batch that fits.")
+    ] = True,
+    dense_limit: Annotated[float, typer.Option(help="GB that may take.")] = 8.0,
+    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 3,
+    threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
+    json_file: Annotated[
+        str, typer.Option("--json", help="Also write the rows here, as they come.")
+    ] = "",
+    against: Annotated[str, typer.Option(help="An earlier --json file to compare with.")] = "",
+) -> None:
+    """Measure the operator: forward, and forward + backward.
+
+    The matmul share is the operator's own flops (recomputation not counted) per second, over the
+    rate of a plain large matrix product of the same dtype measured beside it. Attention is q, k, v
+    projections and scaled_dot_product_attention on the same tokens. Memory is the peak during the
+    call beyond what was there before it; gradients count, as they are made there. The dense gather
+    makes a matrix for every pair and sample; where that does not fit at the batch of the row, both
+    are compared at a smaller one, and the bytes it would take are told. The operator acmix has a
+    3x3 convolution beside it instead of attention, and for the dense gather an implementation that
+    unfolds keys and values to a copy per neighbour.
+    """
+    choose("operator", operator, list(OPERATORS))
+    relative = check_relative(relative)
+    least = {
+        "repeats": (repeats, 1),
+        "rank": (rank, 1),
+        "heads": (heads, 0),
+        "kernel": (kernel, 1),
+        "stride": (stride, 1),
+        "threads": (threads, 0),
+    }
+    for name, (value, want) in least.items():
+        if value < want:
+            raise ValueError(f"{name}: got {value}, want at least {want}")
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel: got {kernel}, want an odd number")
+    if not dense_limit >= 0:
+        raise ValueError(f"dense-limit: got {dense_limit}, want GB, at least 0")
+    check_file("json", json_file)
+    if threads:
+        torch.set_num_threads(threads)
+    where = torch.device(device_named(device))
+    earlier = _earlier(against)
+    dtypes = dtype or ("bfloat16,float32" if where.type == "cuda" else "float32")
+    kinds = [DTYPES[choose("dtype", name.strip(), list(DTYPES))] for name in dtypes.split(",")]
+    cases = []
+    for (text, w, b), kind in itertools.product(
+        _shapes(operator, where.type, grid, width, batch), kinds
+    ):
+        shape, causal = parse_grid(text)
+        n = heads or (4 if operator == "acmix" else max(1, w // 64))
+        if w % n:
+            raise ValueError(f"heads: got {n}, want a divisor of width {w}")
+        cases.append(
+            Case(operator, shape, causal, w, n, b, kind, relative, rank, kernel, stride, backend)
+        )
+        chosen(cases[-1], where)
+        cases[-1].check()
+    console = Console()
+    told = header(where)
+    about, rows = told["machine"], told["rows"]
+    console.print(f"{told_machine(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
+    if earlier and told_machine(earlier["machine"]) != told_machine(about):
+        console.print(f"earlier: {told_machine(earlier['machine'])}", highlight=False)
+    done: Measured = {}
+    with Live(console=console) as live:
+        for case in cases:
+            for backward in (False, True):
+                allowed = dense_limit * 1e9 if dense else 0.0
+                rows.append(measure(case, where, backward, repeats, allowed, done))
+                live.update(table(rows, earlier["rows"] if earlier else []))
+                keep(told, json_file)
+    if not console.is_terminal:
+        console.print()  # a live table ends its last line on a terminal alone
+    if json_file:
+        console.print(f"written to {json_file}")
+
+
+def _shapes(
+    operator: str, device: str, grid: str, width: str, batch: str
+) -> list[tuple[str, int, int]]:
+    """(grid, width, batch) of each case: what is given, and the operator's own for the rest."""
+    own = SHAPES.get(operator, SHAPES["cuda" if device == "cuda" else "cpu"])
+    grids = [g.strip() for g in grid.split(",")] if grid else list(dict(g[::2] for g in own))
+    widths = ints("width", width) if width else []
+    found = []
+    for shape in grids:
+        known = [(w, b) for g, w, b in own if g == shape] or [(own[0][1], "8")]
+        for w in widths or [w for w, _ in known]:
+            found += [(shape, w, n) for n in ints("batch", batch or known[0][1])]
+    return found
+
+
+def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
+    """The rows for the screen."""
+    before = {_same(row): row for row in earlier}
+    dense = any("dense_bytes_by_shape" in row for row in rows)
+    beside = {"attention": "self-attention", "convolution": "a 3×3 convolution"}[rows[0]["beside"]]
+    short = rows[0]["beside"][:4] + "."
+    other = any("torch_seconds" in row for row in rows)
+    twin = "unfold" if rows[0]["operator"] == "acmix" else "dense"
+    shown = Table(
+        box=None, header_style="bold", title=rows[0]["operator"], title_justify="left",
+        pad_edge=False, collapse_padding=True, caption_justify="left",
+        caption=f"share: of the matmul rate. copy: bytes moved, of the copy rate. MB: peak. "
+        f"× {short}: time over {beside}'s."
+        + " ÷ torch: time over the torch backend's." * other,
+    )  # fmt: skip
+    kinds = len({row["dtype"] for row in rows}) > 1
+    columns = ["grid", "width", "batch", *["dtype"] * kinds, "pass", "ms", "share", "copy", "MB"]
+    columns += ["÷ torch"] * other
+    columns += [f"× {short}"] + [twin] * dense + ["÷ earlier"] * bool(earlier)
+    for name in columns:
+        left = name in ("grid", "dtype", "pass", twin)
+        shown.add_column(name, justify="left" if left else "right", no_wrap=name != twin)
+    for row in rows:
+        taken, peak = row["seconds"], row["peak_bytes"]
+        cells = ["×".join(map(str, row["grid"])) + "c" * row["causal"]]
+        cells += [str(row["width"]), str(row["batch"]), *[row["dtype"]] * kinds]
+        cells += ["both" if row["backward"] else "forward", f"{taken * 1e3:.1f}"]
+        cells += [f"{row['matmul_share']:.2f}", f"{row['bytes_share']:.2f}"]
+        cells += ["" if peak is None else f"{peak / 1e6:.0f}"]
+        cells += [f"{taken / row['torch_seconds']:.2f}" if "torch_seconds" in row else ""] * other
+        cells += [f"{taken / row['beside_seconds']:.1f}"]
+        if dense:
+            cells.append(_dense_cell(row))
+        if earlier:
+            same = before.get(_same(row))
+            cells.append(f"{taken / same['seconds']:.2f}" if same else "none")
+        shown.add_row(*cells)
+    return shown
+
+
+def _dense_cell(row: dict[str, Any]) -> str:
+    """How much slower and larger the dense gather is, or what it would take."""
+    if "dense_bytes_by_shape" not in row:
+        return ""
+    found = row.get("dense")
+    if found is None:
+        return f"not run: {row['dense_bytes_by_shape'] / 1e9:.3g} GB"
+    cell = f"×{found['seconds'] / found['own_seconds']:.0f} time"
+    if found["peak_bytes"] is not None:
+        cell += f", ×{found['peak_bytes'] / max(found['own_peak_bytes'], 1):.0f} bytes"
+    if found["batch"] != row["batch"]:
+        cell += f" (batch {found['batch']}; {row['dense_bytes_by_shape'] / 1e9:.3g} GB here)"
+    return cell
+
+
+def _same(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in SAME)
+
+
+def _earlier(file: str) -> dict[str, Any]:
+    """What an earlier run wrote, {} for none."""
+    if not file:
+        return {}
+    try:
+        told = json.loads(Path(file).read_text("utf-8"))
+        told_machine(told["machine"])
+        for row in told["rows"]:
+            row.setdefault("device", told["machine"]["device"])
+            float(row["seconds"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"against: {file} is not a --json file of this command: {error}") from None
+    return told

@@ -1,0 +1,311 @@
+"""The parts of `translution bench-gpu` that are tables: the operators, ACmix, training steps."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ...backends.triton.blocks import small_as_wide
+from ...functional import neighborhood_attention
+from ...models.blocks import choose
+from ...modules import local
+from ...neighborhoods import Neighborhood
+from ...utils.measuring import seconds
+from .cases import OPERATORS, Built, Case
+from .common import told_grid
+from .gpu_check import checks
+from .gpu_first import first_calls
+from .gpu_rows import Row, Setting, Told, dtype_name, in_a_line
+from .measure import chosen, measure, serving, step, timed
+from .steps import Step, measure_step
+
+__all__ = ["PARTS", "parts_named", "summary"]
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+# -- operators -------------------------------------------------------------------------------------
+
+
+def operators(dry: bool) -> list[Row]:
+    """Translution's and α's operator, forward, and forward + backward."""
+    if dry:
+        cases = [(0, _case((2, 2), 16, 2, FULL, 2)), (1, _case((3,), 16, 2, HALF, 2))]
+        cases.append((1, _case((2, 2), 16, 2, FULL, 2, "alpha")))
+    else:
+        batches = {192: 64, 384: 64, 768: 16}
+        cases = []
+        for kind in (HALF, FULL):
+            late = 0 if kind == HALF else 2
+            for width in (192, 384, 768):
+                first = late if width < 768 else late + 1
+                cases += [
+                    (first, _case((14, 14), width, batches[width], kind)),
+                    (late + 1, _case((7, 7), width, 256, kind)),
+                    (late + 1, _case((1024,), width, 8, kind)),
+                ]
+                if width < 768:
+                    cases.append((late + 1, _case((14, 14), width, 64, kind, operator="alpha")))
+    rows = []
+    for rank, case in cases:
+        for backward in (False, True):
+            name = _operator_name(case, backward)
+            call = functools.partial(_operator, case, backward)
+            # a large head's kernels are compiled with the first row, and plain torch takes seconds
+            rows.append(Row("operator", name, call, rank, 20 if case.width == 768 else 12))
+    return rows
+
+
+def _case(
+    grid: tuple[int, ...],
+    width: int,
+    batch: int,
+    dtype: torch.dtype,
+    heads: int = 0,
+    operator: str = "translution",
+) -> Case:
+    return Case(operator, grid, len(grid) == 1, width, heads or width // 64, batch, dtype)
+
+
+def _operator_name(case: Case, backward: bool) -> str:
+    told = f"{case.operator} {told_grid(case.grid, case.causal)}, width {case.width}"
+    told += f", batch {case.batch}, {dtype_name(case.dtype)}"
+    return told + (", forward + backward" if backward else ", forward")
+
+
+def _operator(case: Case, backward: bool, setting: Setting) -> Told:
+    backend = setting.backend if case.operator == "translution" else "auto"
+    case = Case(**{**vars(case), "backend": backend})
+    rates = setting.rates("operator", case.dtype)
+    found = measure(
+        case, setting.device, backward, setting.repeats, rates=rates, patience=setting.patience
+    )
+    found["backend"] = chosen(case, setting.device)
+    if case.operator == "alpha" and found["backend"] == "triton":
+        built = OPERATORS["alpha"](case, setting.device)
+        call = step(built.forward, built.leaves, backward)
+        with small_as_wide():
+            found["wide_seconds"] = seconds(call, setting.device, setting.repeats)
+    return found
+
+
+# -- ACmix -----------------------------------------------------------------------------------------
+
+Attend = Callable[..., Tensor]
+"""(query, key, value, kernel, stride, dilation) -> attention over the neighbourhoods."""
+
+
+def acmix(dry: bool) -> list[Row]:
+    """The whole ACmix2d, with each way of computing the attention in it."""
+    if dry:
+        cases = [(0, Case("acmix", (4, 3), False, 16, 2, 2, FULL, kernel=3))]
+    else:
+        sizes = [((56, 56), 64), ((28, 28), 128), ((14, 14), 256), ((7, 7), 512)]
+        cases = []
+        for kind in (HALF, FULL):
+            late = 0 if kind == HALF else 2
+            for size, width in sizes:
+                rank = late if width in (64, 256) else late + 1
+                cases.append((rank, Case("acmix", size, False, width, 4, 64, kind)))
+    rows = []
+    for rank, case in cases:
+        for backward in (False, True):
+            name = f"{told_grid(case.grid)}, {case.width} channels, batch {case.batch}"
+            name += f", {dtype_name(case.dtype)}"
+            name += ", forward + backward" if backward else ", forward"
+            rows.append(Row("acmix", name, functools.partial(_acmix, case, backward), rank, 30))
+    return rows
+
+
+def _acmix(case: Case, backward: bool, setting: Setting) -> Told:
+    """ "ways": seconds, peak bytes and the difference to the tiling's answer of each, or its error;
+    "best", and "by": how many times the time of the best the next one takes."""
+    torch.compiler.reset()  # it gives up on a function that was compiled for many sizes
+    built = OPERATORS["acmix"](case, setting.device)
+    rates = setting.rates("acmix", case.dtype)
+    flops = built.flops * (3 if backward else 1)
+    ways: dict[str, Told] = {}
+    answer = None
+    for name, forward in _ways(built, setting.backend, case.grid[1] >= 28).items():
+        try:
+            with torch.no_grad():
+                y = forward()
+            answer = y if answer is None else answer
+            call = step(forward, built.leaves, backward)
+            taken, most = timed(call, setting.device, setting.repeats, setting.patience)
+            asked = {"torch": "torch", "auto": setting.backend}.get(name)
+            ways[name] = {
+                "backend": asked and serving(asked, setting.device, case.dtype),
+                "seconds": taken,
+                "peak_bytes": most,
+                "matmul_share": flops / taken / rates.matmul,
+                "difference": _difference(y, answer),
+            }
+        except Exception as error:  # a way that fails is no reason to lose the others
+            ways[name] = {"error": in_a_line(error)}
+    told: Told = {
+        "grid": list(case.grid), "width": case.width, "heads": case.heads, "batch": case.batch,
+        "kernel": case.kernel, "dtype": dtype_name(case.dtype), "backward": backward,
+        "flops": flops, "matmul_rate": rates.matmul, "ways": ways,
+    }  # fmt: skip
+    order = sorted((way["seconds"], name) for name, way in ways.items() if "seconds" in way)
+    if not order:
+        raise RuntimeError(f"no way went: {ways}")
+    told["best"] = order[0][1]
+    if len(order) > 1:
+        told["by"] = order[1][0] / order[0][0]
+    return told
+
+
+def _difference(y: Tensor, want: Tensor) -> float:
+    return float((y.float() - want.float()).norm() / want.float().norm())
+
+
+def _ways(built: Built, backend: str, tiled: bool) -> dict[str, Callable[[], Tensor]]:
+    """By name; "torch", the tiling, is first, and what the others answer is compared with it."""
+    assert built.dense is not None
+    ways = {
+        name: _attending(built.forward, functools.partial(neighborhood_attention, backend=asked))
+        for name, asked in (("torch", "torch"), ("auto", backend))
+    }
+    ways["unfold"] = built.dense
+    for name, attend in _flex(tiled).items():
+        ways[name] = _attending(built.forward, attend)
+    return ways
+
+
+def _flex(tiled: bool) -> dict[str, Attend]:
+    """torch's flex attention over the same neighbourhoods, on places row by row, and tile by tile
+    if that is asked for; nothing where that module is missing."""
+    try:
+        attend = importlib.import_module(".flex", __package__).flex_neighborhood
+    except (ImportError, AttributeError):
+        return {}
+
+    def by(
+        tile: tuple[int, int] | None, query: Tensor, key: Tensor, value: Tensor, *sizes: int
+    ) -> Tensor:
+        area = Neighborhood.of((int(key.shape[2]), int(key.shape[3])), *sizes)
+        return attend(query, key, value, area, key.shape[4] ** -0.5, tile)
+
+    ways: dict[str, Attend] = {"flex": functools.partial(by, None)}
+    if tiled:
+        ways["flex, tiled"] = functools.partial(by, (8, 16))
+    return ways
+
+
+def _attending(forward: Callable[[], Tensor], attend: Attend) -> Callable[[], Tensor]:
+    """A layer's forward pass with another attention in the place of its own."""
+
+    def call() -> Tensor:
+        with _in_place(attend):
+            return forward()
+
+    return call
+
+
+@contextmanager
+def _in_place(attend: Attend) -> Iterator[None]:
+    usual = local.neighborhood_attention
+    local.neighborhood_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        local.neighborhood_attention = usual
+
+
+# -- training steps --------------------------------------------------------------------------------
+
+
+def steps(dry: bool) -> list[Row]:
+    """A training step of whole models; attention is first, as the others are compared with it."""
+    small = (
+        ("image_size", 8), ("patch_size", 4), ("dim", 16), ("depth", 2), ("heads", 2),
+        ("head_dim", 8), ("num_classes", 3),
+    )  # fmt: skip
+    wanted = [
+        (0, "attention_vit_tiny_patch16_224", "", 256),
+        (0, "translution_vit_tiny_patch16_224", "qkv", 256),
+        (0, "alpha_vit_tiny_patch16_224", "qkv", 256),
+        (1, "translution_vit_tiny_patch16_224", "v", 256),
+        (1, "attention_vit_small_patch16_224", "", 64),
+        (1, "translution_vit_small_patch16_224", "qkv", 64),
+    ]
+    rows = []
+    for rank, model, relative, batch in wanted[:4] if dry else wanted:
+        case = Step(model, relative, 2 if dry else batch, HALF, FULL, options=small if dry else ())
+        name = model + f" {relative}" * bool(relative) + f", batch {case.batch}"
+        rows.append(Row("steps", name, functools.partial(_step, case), rank, 20))
+    return rows
+
+
+def _step(case: Step, setting: Setting) -> Told:
+    """`measure_step`, and "attention_ratio": the time over that of attention's model as large."""
+    found = measure_step(case, setting.device, setting.repeats)
+    mixer, rest = case.model.split("_", 1)
+    beside = setting.find("steps", model=f"attention_{rest}", batch=case.batch)
+    if mixer != "attention" and beside is not None and "seconds" in found:
+        found["attention_ratio"] = found["seconds"] / beside["seconds"]
+    return found
+
+
+# -- all parts -------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[bool], list[Row]]] = {
+    "check": checks,
+    "operator": operators,
+    "acmix": acmix,
+    "steps": steps,
+    "first": first_calls,
+}
+"""By name, in their order within a rank. A new part is an entry here, a line of `summary` and a
+table in `gpu_page.py`."""
+
+
+def parts_named(text: str) -> list[str]:
+    """Parts of names divided by commas; "none" is none of them.
+
+    Raises:
+        ValueError: an unknown name, or none beside others.
+    """
+    if text.strip() == "none":
+        return []
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        choose("only", name, [*PARTS, "none"])
+    if "none" in names:
+        raise ValueError(f"only: got {text!r}, want none by itself, or some of {list(PARTS)}")
+    return [name for name in PARTS if name in names]
+
+
+def summary(row: Told) -> str:
+    """A finished row in a few words."""
+    if "error" in row:
+        return f"failed: {row['error']}"
+    if row["part"] == "check":
+        told = f"largest error {row['largest']:.1e} of {row['tolerance']:.0e}"
+        equal = "equal bits" if row["equal_bits"] else "UNEQUAL BITS"
+        return f"{'passed' if row['passed'] else 'FAILED'}, {told}, {equal}"
+    if row["part"] == "acmix":
+        ways = [
+            f"{name} {way['seconds'] * 1e3:.2f} ms" if "seconds" in way else f"{name} failed"
+            for name, way in row["ways"].items()
+        ]
+        return ", ".join(ways)
+    if row["part"] == "steps":
+        ratio = row.get("attention_ratio")
+        told = f"{row['images_per_second']:,.0f} images/s, {row['peak_bytes'] / 1e9:.1f} GB"
+        return told + (f", ×{ratio:.1f} of attention's time" if ratio else "")
+    if row["part"] == "first":
+        return ", ".join(
+            f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else
+            f"{name.replace('_', ' ')} {value}"
+            for name, value in row.items()
+            if name not in ("part", "name", "took")
+        )  # fmt: skip
+    return f"{row['seconds'] * 1e3:.2f} ms, share {row['matmul_share']:.2f}"

@@ -1,0 +1,118 @@
+"""One training step of a whole image model: its time and memory, and the published way's memory."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+from ...models import ViT, create_model, list_models
+from ...utils.measuring import held_bytes, seconds
+from .measure import peak
+
+__all__ = ["Step", "measure_step", "published_bytes"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the table.
+
+    model: a name of `list_models()`, a ViT. relative: which of q, k, v have tables, where it has
+    any. autocast: the dtype of the products. weights: the dtype of weights and optimizer states.
+    checkpoint: what the blocks forget. options: others of the model, such as (("depth", 2),).
+    """
+
+    model: str
+    relative: str
+    batch: int
+    autocast: torch.dtype
+    weights: torch.dtype
+    checkpoint: str = "none"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def build(self) -> ViT:
+        if "_vit_" not in self.model and self.model in list_models():
+            raise ValueError(f"model: got {self.model!r}, want a ViT such as alpha_vit_tiny_...")
+        has_tables = self.model.startswith(("translution", "alpha"))
+        options = dict(self.options) | ({"relative": self.relative} if has_tables else {})
+        return cast(ViT, create_model(self.model, checkpoint=self.checkpoint, **options))
+
+
+def published_bytes(model: ViT, batch: int) -> int:
+    """Memory of one float32 step by the published algorithm, from its shapes.
+
+    For each relative projection it keeps, for going back, the weights that it gathered for every
+    pair, copied for every sample, and what every pair is projected to; one gradient of that size
+    exists beside them; and AdamW holds weights, gradients and two states.
+    """
+    c = model.config
+    tokens = c.grid[0] * c.grid[1] + (1 if c.pool == "cls" else 0)
+    inner = c.heads * c.head_dim
+    layers = c.depth if c.relative_layers is None else c.relative_layers
+    projections = layers * len(c.relative) if c.mixer == "translution" else 0
+    pairs = batch * tokens * tokens
+    gathered = pairs * c.dim * inner
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = projections * (gathered + pairs * inner) + (gathered if projections else 0)
+    return 4 * (kept + 4 * parameters)
+
+
+def measure_step(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Seconds, images per second, peak bytes of a step of AdamW; "error" where it did not fit."""
+    with torch.device("meta"):
+        shape = case.build()
+    row: dict[str, Any] = {
+        "model": case.model,
+        "relative": shape.config.relative if case.model.startswith(("trans", "alpha")) else None,
+        "batch": case.batch,
+        "autocast": str(case.autocast).removeprefix("torch."),
+        "weights": str(case.weights).removeprefix("torch."),
+        "checkpoint": case.checkpoint,
+        "parameters": sum(p.numel() for p in shape.parameters()),
+    }
+    if case.model.startswith("translution"):
+        row["published_bytes"] = published_bytes(shape, case.batch)
+    try:
+        row |= _run(case, device, repeats)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        row["error"] = "out of memory"
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def _run(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
+    with device:
+        model = case.build().to(case.weights).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+    height, width = model.config.image_size
+    images = torch.randn(case.batch, model.config.in_channels, height, width, device=device)
+    labels = torch.randint(model.config.num_classes, (case.batch,), device=device)
+    images = images.to(case.weights)
+
+    def cast() -> AbstractContextManager[Any]:
+        if case.autocast == case.weights:
+            return nullcontext()
+        return torch.autocast(device.type, case.autocast)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with cast():
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+
+    taken = seconds(step, device, repeats)
+    optimizer.zero_grad()
+    return {
+        "seconds": taken,
+        "images_per_second": case.batch / taken,
+        "peak_bytes": held_bytes(model, optimizer) + (peak(step, device) or 0),
+    }

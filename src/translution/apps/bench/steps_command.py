@@ -1,0 +1,124 @@
+"""The command `translution bench-step`: a training step of whole models."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ...models.blocks import CHECKPOINTS, choose
+from ...modules.attention import check_relative
+from .common import DTYPES, check_file, device_named, header, ints, keep, told_machine
+from .steps import Step, measure_step
+
+__all__ = ["bench_step"]
+
+# (models, relative, batches) where they are not given
+DEFAULTS = {
+    "cpu": [
+        ("attention_vit_tiny_patch56_224", "", 16),
+        ("alpha_vit_tiny_patch56_224", "qkv", 16),
+        ("translution_vit_tiny_patch56_224", "v", 16),
+        ("translution_vit_tiny_patch56_224", "kv", 16),
+        ("translution_vit_tiny_patch56_224", "qkv", 16),
+    ],
+    "cuda": [
+        ("attention_vit_tiny_patch16_224", "", 256),
+        ("alpha_vit_tiny_patch16_224", "qkv", 256),
+        ("translution_vit_tiny_patch16_224", "kv", 256),
+        ("translution_vit_tiny_patch16_224", "qkv", 256),
+        ("attention_vit_small_patch16_224", "", 256),
+        ("alpha_vit_small_patch16_224", "qkv", 256),
+        ("translution_vit_small_patch16_224", "kv", 64),
+        ("translution_vit_small_patch16_224", "qkv", 64),
+    ],
+}
+
+
+def bench_step(
+    model: Annotated[str, typer.Option(help="Names of ViTs; default by device.")] = "",
+    relative: Annotated[str, typer.Option(help="Such as qkv,kv, for models with tables.")] = "qkv",
+    batch: Annotated[str, typer.Option(help="Such as 16,64; default by model.")] = "",
+    autocast: Annotated[
+        str, typer.Option(help="Dtype of the products; default float32, on cuda bfloat16.")
+    ] = "",
+    weights: Annotated[str, typer.Option(help="Dtype of weights and states.")] = "float32",
+    checkpoint: Annotated[str, typer.Option(help=f"Some of {','.join(CHECKPOINTS)}.")] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Timed steps; the median counts.")] = 3,
+    threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
+    json_file: Annotated[str, typer.Option("--json", help="Also write the rows here.")] = "",
+) -> None:
+    """Measure one training step (AdamW) of whole image models: time, memory.
+
+    Peak memory is that of weights, gradients, optimizer states and activations. Published: what the
+    published algorithm would take for it in float32, computed from its shapes.
+    """
+    where = torch.device(device_named(device))
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}, want at least 1")
+    check_file("json", json_file)
+    autocast = autocast or ("bfloat16" if where.type == "cuda" else "float32")
+    kinds = [DTYPES[choose(n, v, list(DTYPES))] for n, v in
+             (("autocast", autocast), ("weights", weights))]  # fmt: skip
+    forgets = [choose("checkpoint", name.strip(), CHECKPOINTS) for name in checkpoint.split(",")]
+    if threads:
+        torch.set_num_threads(threads)
+    known = DEFAULTS["cuda" if where.type == "cuda" else "cpu"]
+    if model:
+        sides = [check_relative(part.strip()) for part in relative.split(",")]
+        known = [
+            (name.strip(), side, 16) for name, side in itertools.product(model.split(","), sides)
+        ]
+    cases = [
+        Step(name, side, size, kinds[0], kinds[1], forget)
+        for name, side, own in known
+        for size in (ints("batch", batch) if batch else [own])
+        for forget in forgets
+    ]
+    with torch.device("meta"):
+        for case in cases:
+            case.build()  # unknown names are refused before anything runs
+    console = Console()
+    told = header(where)
+    rows = told["rows"]
+    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
+    with Live(console=console) as live:
+        for case in cases:
+            rows.append(measure_step(case, where, repeats))
+            live.update(_table(rows))
+            keep(told, json_file)
+    if not console.is_terminal:
+        console.print()
+    if json_file:
+        console.print(f"written to {json_file}")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(
+        box=None, header_style="bold", pad_edge=False, collapse_padding=True,
+        caption="M: parameters. published: memory the published algorithm would take.",
+        caption_justify="left",
+    )  # fmt: skip
+    forgets = len({row["checkpoint"] for row in rows}) > 1
+    columns = ["model", "M", "batch", *["checkpoint"] * forgets, "s", "images/s", "GB", "published"]
+    for name in columns:
+        shown.add_column(name, justify="left" if name in ("model", "checkpoint") else "right")
+    for row in rows:
+        side = f" ({row['relative']})" if row["relative"] else ""
+        cells = [row["model"] + side, f"{row['parameters'] / 1e6:.1f}", str(row["batch"])]
+        cells += [row["checkpoint"]] * forgets
+        if "error" in row:
+            cells += [row["error"], "", ""]
+        else:
+            cells += [f"{row['seconds']:.2f}", f"{row['images_per_second']:.1f}"]
+            cells += [f"{row['peak_bytes'] / 1e9:.2f}"]
+        published = row.get("published_bytes")
+        shown.add_row(*cells, "" if published is None else f"{published / 1e9:,.0f} GB")
+    return shown

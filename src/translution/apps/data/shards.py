@@ -1,0 +1,305 @@
+"""Tokens on disk: one long sequence in files of equal length, written once and mapped into memory.
+
+FOLDER/tokenizer.json
+      /00000.bin …      little-endian uint16 or uint32; each there whole or not at all
+      /index.json       what they are; "whole" once the last is written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+
+from ...utils.files import write_whole
+from ..config import Options
+from .documents import Piece
+from .tokenizers import hash_of, save_tokenizer, vocab_size
+
+__all__ = ["FORMAT", "SHARD", "Index", "Shard", "Shards", "write_shards"]
+
+FORMAT = 1
+SHARD = 2**25  # tokens
+INDEX, TOKENIZER = "index.json", "tokenizer.json"
+BATCH = 2**17  # characters that a thread tokenises at a time
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class Shard(Options):
+    """bytes: of UTF-8, of the pieces of text that begin in it."""
+
+    name: str
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class Index(Options):
+    """What a folder of shards holds.
+
+    end: the token before and after each document. names: of the sources.
+    pieces, written: how many pieces of text are in the shards, and tokens of the next one.
+    """
+
+    format: int = FORMAT
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    tokenizer: str
+    end: int
+    names: tuple[str, ...] = ()
+    documents: int
+    shard: int
+    shards: tuple[Shard, ...] = ()
+    pieces: int = 0
+    written: int = 0
+    whole: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def write_shards(
+    folder: Path,
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    end: int,
+    documents: int,
+    names: tuple[str, ...] = (),
+    workers: int = 1,
+    shard: int = SHARD,
+    advance: Callable[[int], object] = lambda bytes: None,
+    check: Callable[[], object] = lambda: None,
+) -> Index:
+    """Tokenise pieces into shards: end, document, end, document, …, end.
+
+    Where an earlier call was interrupted it goes on after the last shard: the pieces must be those
+    of then. The shards are the same for any number of workers. One process at a time.
+
+    Args:
+        folder: made if it is not there.
+        end: the token before and after each document.
+        documents: how many the pieces are of.
+        names: of the sources, for the index.
+        workers: threads; the tokenizer computes outside of Python's lock.
+        shard: tokens in each but the last.
+        advance: is told how many bytes of text were done.
+        check: called before the index says that it is whole, to raise if it must not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # else each process forked from here on, such as a loader's workers, warns of the threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    vocab = vocab_size(tokenizer)
+    index = Index(
+        dtype="uint16" if vocab <= 2**16 else "uint32",
+        vocab_size=vocab,
+        tokenizer=hash_of(tokenizer),
+        end=end,
+        names=names,
+        documents=documents,
+        shard=shard,
+    )
+    if (folder / INDEX).exists():
+        before = _read_index(folder)
+        began = {"shards": (), "pieces": 0, "written": 0, "whole": False, "names": names}
+        if before.model_copy(update=began) == index:
+            index = before
+    if index.whole:
+        return index
+    for remains in folder.glob(".*"):  # of a call that was killed while it wrote
+        remains.unlink()
+    save_tokenizer(tokenizer, folder / TOKENIZER)
+    dtype = _dtype(index)
+    taken, written = index.pieces, index.written
+    held = [] if index.shards else [np.array([end], dtype)]
+    size, bytes_ = sum(map(len, held)), 0
+    advance(index.bytes)
+
+    def put(tokens: Tokens, pieces: int, written: int, whole: bool = False) -> Index:
+        shards = index.shards
+        if len(tokens):
+            name = f"{len(shards):05d}.bin"
+            write_whole(folder / name, lambda to: tokens.tofile(to))
+            digest = hashlib.sha256(tokens.data).hexdigest()
+            new = Shard(name=name, tokens=len(tokens), bytes=bytes_, sha256=digest)
+            shards = (*shards, new)
+        state = {"shards": shards, "pieces": pieces, "written": written, "whole": whole}
+        changed = index.model_copy(update=state)
+        text = changed.model_dump_json(indent=1)
+        write_whole(folder / INDEX, lambda to: to.write_text(text, "utf-8"))
+        return changed
+
+    some = itertools.islice(pieces, taken, None)
+    for tokens, length in _tokenised(some, tokenizer, end, dtype, workers):
+        held.append(tokens[written:])
+        size += len(tokens) - written
+        bytes_ += 0 if written else length
+        written = 0
+        while size >= shard:
+            flat = np.concatenate(held)
+            held, size = [flat[shard:].copy()], size - shard
+            if size:  # of this piece is left
+                index = put(flat[:shard], taken, len(tokens) - size)
+            else:
+                index = put(flat[:shard], taken + 1, 0)
+            bytes_ = 0
+        taken += 1
+        advance(length)
+    check()
+    return put(np.concatenate(held or [np.zeros(0, dtype)]), taken, 0, whole=True)
+
+
+def _tokenised(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, end: int, dtype: np.dtype[Any], workers: int
+) -> Iterator[tuple[Tokens, int]]:
+    """The tokens of each piece, in order, and its bytes."""
+
+    def work(batch: list[Piece]) -> list[tuple[Tokens, int]]:
+        texts = [piece.text for piece in batch]
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            (np.array(one.ids + [end] * piece.ends, dtype), len(piece.text.encode()))
+            for one, piece in zip(encoded, batch, strict=True)
+        ]
+
+    waiting = deque[Any]()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for batch in _batches(pieces):
+                waiting.append(pool.submit(work, batch))
+                if len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = list[Piece](), 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+class Shards:
+    """The sequence that a folder holds. Copies in other processes map the files anew.
+
+    Raises:
+        ValueError: a shard that is missing or not as long as it was, another format, tokenizer or
+            vocabulary; with `verify` also one whose content has changed. It names the file.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, verify: bool = False):
+        self.folder = folder
+        self.index = index = _read_index(folder)
+        again = f"remove {folder} to tokenise anew"
+        for what, got, want in (
+            ("tokenizer", index.tokenizer, hash_of(tokenizer)),
+            ("vocab_size", index.vocab_size, vocab_size(tokenizer)),
+        ):
+            if got != want:
+                raise ValueError(f"{folder / INDEX}: {what} is {got}, want {want}; {again}")
+        if not index.whole:
+            raise ValueError(f"{folder / INDEX}: tokenising was interrupted; it has to be ended")
+        lengths = [shard.tokens for shard in index.shards]
+        full = all(n == index.shard for n in lengths[:-1])
+        if not lengths or not full or not 0 < lengths[-1] <= index.shard:
+            raise ValueError(f"{folder / INDEX}: shards of {lengths}, want {index.shard}; {again}")
+        for shard in index.shards:
+            path = folder / shard.name
+            if not path.exists():
+                raise ValueError(f"{path}: this shard is missing; {again}")
+            got, want = path.stat().st_size, shard.tokens * _dtype(index).itemsize
+            if got != want:
+                raise ValueError(f"{path}: got {got} bytes, want {want}; {again}")
+            if verify:
+                digest = hashlib.sha256(np.memmap(path, np.uint8, "r").data).hexdigest()
+                if digest != shard.sha256:
+                    raise ValueError(f"{path}: its content has changed (SHA-256); {again}")
+        self._maps: dict[int, Tokens] = {}
+
+    def __len__(self) -> int:
+        return self.index.tokens
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """The tokens from start to stop, which lie within the sequence.
+
+        Raises:
+            ValueError: a token that the vocabulary lacks, naming the shard.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"start, stop: got {start}, {stop}, want within 0 to {len(self)}")
+        found = np.empty(stop - start, np.int64)
+        at = start
+        while at < stop:
+            number, first = divmod(at, self.index.shard)
+            some = self._map(number)[first : first + stop - at]
+            if some.max() >= self.index.vocab_size:
+                raise ValueError(
+                    f"{self.folder / self.index.shards[number].name}: got token {some.max()}, want "
+                    f"less than {self.index.vocab_size}; remove {self.folder} to tokenise anew"
+                )
+            found[at - start : at - start + len(some)] = some
+            at += len(some)
+        return found
+
+    def _map(self, number: int) -> Tokens:
+        if number not in self._maps:
+            path = self.folder / self.index.shards[number].name
+            self._maps[number] = np.memmap(path, _dtype(self.index), "r")
+        return self._maps[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+
+def _dtype(index: Index) -> np.dtype[Any]:
+    return np.dtype(index.dtype).newbyteorder("<")
+
+
+def _read_index(folder: Path) -> Index:
+    path = folder / INDEX
+    if not path.exists():
+        raise ValueError(f"{path}: it is missing; remove {folder} to tokenise anew")
+    try:
+        index = Index.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{path}: not the index of shards ({key or 'JSON'}: {first['msg']}); remove {folder} "
+            "to tokenise anew"
+        ) from None
+    if index.format != FORMAT:
+        raise ValueError(
+            f"{path}: format is {index.format}, want {FORMAT}; remove {folder} to tokenise anew"
+        )
+    return index

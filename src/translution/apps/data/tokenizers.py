@@ -1,0 +1,192 @@
+"""Tokenizers: made, trained, loaded. All are Hugging Face's, so one tokenizer.json holds any."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ...utils.files import write_whole
+from ..config import Options
+
+__all__ = [
+    "TokenizerOptions",
+    "end_token",
+    "hash_of",
+    "load_tokenizer",
+    "make_tokenizer",
+    "save_tokenizer",
+    "vocab_size",
+]
+
+END = "<|endoftext|>"
+NEEDED = {"bytes": (), "characters": (), "bpe": ("vocab_size",), "file": ("path",),
+          "hub": ("name",)}  # fmt: skip
+
+
+class TokenizerOptions(Options):
+    """How text becomes numbers.
+
+    kind: "bytes" (of UTF-8); "characters" (those of the training part; others become bytes);
+        "bpe" (byte-level, trained on the training part); "file" (a tokenizer.json); "hub" (by
+        name, such as "gpt2").
+    vocab_size: of a BPE, with the end of text and the 256 bytes; of little text it gets fewer.
+    limit: a BPE is trained on about so many bytes, of pieces of text drawn from all of the part.
+    end: the token before and after each document, one that a "file" or "hub" has.
+    """
+
+    kind: Literal["bytes", "characters", "bpe", "file", "hub"] = "bytes"
+    vocab_size: int | None = Field(default=None, ge=257, le=2**31)
+    limit: int = Field(default=2**30, ge=1)
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    end: str = END
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerOptions:
+        needed = NEEDED[self.kind]
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"{key}: is missing; kind {self.kind!r} needs it")
+        allowed = set(needed) | ({"revision"} if self.kind == "hub" else set())
+        allowed |= set() if self.kind in ("bytes", "characters", "bpe") else {"end"}
+        for key in ("vocab_size", "path", "name", "revision", "end"):
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default and key not in allowed:
+                raise ValueError(
+                    f"{key}: got {getattr(self, key)!r}, but kind {self.kind!r} has no such key"
+                )
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether it depends on the training part."""
+        return self.kind in ("characters", "bpe")
+
+
+def make_tokenizer(options: TokenizerOptions, texts: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer of these options; texts are what one of kind characters or bpe is trained on.
+
+    Raises:
+        ValueError: a file that is no tokenizer, a name that is not found, an `end` that it lacks.
+    """
+    if options.kind == "bytes":
+        return _bytes(options.end)
+    if options.kind == "characters":
+        return _characters(texts, options.end)
+    if options.kind == "bpe":
+        return _bpe(texts, int(options.vocab_size or 0), options.end)
+    if options.kind == "file":
+        tokenizer = load_tokenizer(Path(str(options.path)).expanduser())
+    else:
+        try:
+            revision = options.revision or "main"
+            tokenizer = _plain(Tokenizer.from_pretrained(str(options.name), revision=revision))
+        except Exception as error:  # the library raises that itself
+            raise ValueError(f"tokenizer.name: {options.name}: {error}") from None
+    end_token(tokenizer, options.end)
+    return tokenizer
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """From a tokenizer.json. What looks like a special token in a text is text to it.
+
+    Raises:
+        ValueError: a file that holds no tokenizer.
+        OSError: a file that cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return _plain(Tokenizer.from_buffer(content))
+    except Exception as error:  # the library raises that itself
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """As a tokenizer.json."""
+    write_whole(path, lambda to: to.write_text(tokenizer.to_str(pretty=True), "utf-8"))
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def end_token(tokenizer: Tokenizer, end: str) -> int:
+    """The number of the token that separates documents."""
+    token = tokenizer.token_to_id(end)
+    if token is None:
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        raise ValueError(
+            f"tokenizer.end: got {end!r}, want a token that the tokenizer has; its special ones "
+            f"are {special[:10]}"
+        )
+    return int(token)
+
+
+def hash_of(tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that it is, however its file is laid out."""
+    content = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Without what is for batches of sentences, and which would not be the text's tokens."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _with_end(tokenizer: Tokenizer, end: str) -> Tokenizer:
+    tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+    return _plain(tokenizer)
+
+
+def _bytes(end: str) -> Tokenizer:
+    """Token b is byte b; the end follows."""
+    # the characters that stand for bytes: printable ones for themselves, others in order
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    kept = {ord(c): c for c in alphabet if ord(c) < 256}
+    others = iter(c for c in alphabet if ord(c) >= 256)
+    vocab = {kept.get(byte) or next(others): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _with_end(tokenizer, end)
+
+
+def _characters(texts: Iterable[str], end: str) -> Tokenizer:
+    """Tokens 0 to 255 are the bytes of characters that the texts lack; then their characters."""
+    characters = set[str]()
+    for text in texts:
+        characters.update(text)
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + sorted(characters)
+    vocab = {name: token for token, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _with_end(tokenizer, end)
+
+
+def _bpe(texts: Iterable[str], size: int, end: str) -> Tokenizer:
+    """Token 0 is the end, then come the bytes, then what was merged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[AddedToken(end, special=True, normalized=False)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # else each process forked from here on, such as a loader's workers, warns of the threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return _plain(tokenizer)

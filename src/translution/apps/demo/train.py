@@ -1,0 +1,155 @@
+"""The models that ship with the package: python -m translution.apps.demo.train --text FILES
+
+Each is a run of recipes/demo-digits.yaml or recipes/demo-text.yaml, as `translution train` makes
+it, and then a checkpoint's folder in `weights/` with its tensors rounded to float16. Its metrics
+are measured after the rounding. A model that is there already is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...models.pretrained import ABOUT, WEIGHTS, read_about
+from ...utils.files import write_whole
+from ..config import load
+from ..data.digits import anywhere, centre, load_digits, place
+from ..data.tokenizers import save_tokenizer
+from ..training.checkpoints import TOKENIZER, Checkpoint, open_checkpoint, whole_folder
+from ..training.config import Config
+from ..training.run import evaluate, train
+from .models import SHIPPED, normalised
+
+__all__ = ["PLAN", "Planned", "accuracies", "main", "make", "ship"]
+
+RECIPES = Path(__file__).parents[4] / "recipes"
+PLACES = 8  # for each test digit, in the accuracy on moved ones
+
+
+class Planned(NamedTuple):
+    """A model to ship: its folder's name, its recipe, and what is changed there."""
+
+    name: str
+    recipe: str
+    changes: tuple[str, ...]
+
+
+def _plan() -> Iterator[Planned]:
+    for mixer in ("attention", "rotary", "convolution", "acmix", "alpha", "translution"):
+        yield Planned(f"digits-moved-{mixer}", "demo-digits.yaml", (f"model.mixer={mixer}",))
+    for mixer in ("attention", "rotary", "translution"):
+        changes = (f"model.mixer={mixer}", "data.moved=false", "train.steps=400")
+        yield Planned(f"digits-centred-{mixer}", "demo-digits.yaml", changes)
+    for mixer in ("attention", "rotary", "alpha", "translution"):
+        yield Planned(f"text-{mixer}", "demo-text.yaml", (f"model.mixer={mixer}",))
+
+
+PLAN = tuple(_plan())
+
+
+def make(planned: Planned, out: Path, text: list[str], *changes: str) -> dict[str, float]:
+    """Train one model and put it into `out`; returns its metrics.
+
+    Args:
+        text: files, folders or globs in the place of the recipe's.
+        changes: more of them, such as "train.steps=2".
+
+    Raises:
+        ValueError, OSError: as of `translution train`.
+    """
+    recipe = RECIPES / planned.recipe
+    config = load(Config, recipe, [*planned.changes, *changes])
+    with tempfile.TemporaryDirectory() as scratch:
+        here = []  # what holds on this machine only, and is not told
+        if config.data.kind == "text":
+            here = [f"data.shards={scratch}/shards"]
+            here += [f"data.train={json.dumps(text)}"] if text else []
+        local = load(Config, recipe, [*planned.changes, *changes, *here])
+        run = Path(scratch, "run")
+        train(local, run)
+        ship(open_checkpoint(run), out / planned.name, config)
+        metrics = _measured(out / planned.name, local)
+    about = read_about(out / planned.name) | {"metrics": metrics}
+    content = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    write_whole(out / planned.name / ABOUT, lambda to: to.write_text(content, "utf-8"))
+    return metrics
+
+
+def ship(checkpoint: Checkpoint, folder: Path, config: Config) -> None:
+    """Write a checkpoint's folder in float16, without what only a resumed run needs."""
+    about = read_about(checkpoint.path) | {"config": config.model_dump(mode="json")}
+    weights = {k: v.half().contiguous() for k, v in checkpoint.model.state_dict().items()}
+    with whole_folder(folder) as new:
+        save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
+        (new / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
+        if checkpoint.tokenizer is not None:
+            save_tokenizer(checkpoint.tokenizer, new / TOKENIZER)
+
+
+def _measured(folder: Path, config: Config) -> dict[str, float]:
+    if config.data.kind == "text":
+        found = evaluate(folder, "valid", config)
+    else:
+        found = accuracies(open_checkpoint(folder).model, config)
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+@torch.inference_mode()
+def accuracies(model: nn.Module, config: Config) -> dict[str, float]:
+    """On all held-out digits: in the centre, and each at some random places of the canvas."""
+    digits, generator = load_digits(), torch.Generator().manual_seed(0)
+    options = config.data
+    assert options.kind == "images"
+    canvas = options.canvas or digits.size
+    n = len(digits.test)
+
+    def right(places: Tensor) -> float:
+        images = normalised(place(digits.test, canvas, places), options)
+        found = torch.cat([model(some).argmax(1) for some in images.split(64)])
+        return float((found == digits.test_labels).float().mean())
+
+    moved = [right(anywhere(n, digits.size, canvas, generator)) for _ in range(PLACES)]
+    centred = right(centre(n, digits.size, canvas))
+    return {"test_accuracy_centred": centred, "test_accuracy_moved": sum(moved) / PLACES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the models that ship with the demo.")
+    parser.add_argument("--text", nargs="+", default=[], help="files in place of data/text")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package itself")
+    parser.add_argument("--only", default="", help="those whose name holds this")
+    parser.add_argument("--again", action="store_true", help="also those that are there")
+    given = parser.parse_args()
+    if not RECIPES.is_dir():
+        sys.exit("translution: the recipes are not beside the package; run this in a checkout")
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for planned in PLAN:
+        if given.only not in planned.name:
+            continue
+        if (given.out / planned.name).exists():
+            if not given.again:
+                continue
+            shutil.rmtree(given.out / planned.name)
+        start = time.process_time()
+        metrics = make(planned, given.out, given.text)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{planned.name}: {told}; {time.process_time() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"translution: {error}")

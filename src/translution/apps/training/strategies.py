@@ -1,0 +1,189 @@
+"""Several devices that share one model: its parameters divided by FSDP, or the classes of its
+tables by offset parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from ...interop import parallel
+from ...modules.projections import RelativeLinear
+from .checkpoints import PREFIX, Folders
+
+__all__ = ["Offset", "Sharded", "shard"]
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """Divide every block's parameters over the mesh, and those of the rest."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP (`fully_shard`), with checkpoints as every other strategy's: whole tensors, in the order
+    of the optimizer, so that a run can go on with another strategy or number of devices."""
+
+    def __init__(self, ranks: int):
+        super().__init__(data_parallel_size=ranks, tensor_parallel_size=1)
+        self._save_distributed_checkpoint = False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        # Lightning's refuses a folder that is there, as it is for a rank that comes after the first
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        return self.checkpoint_io.load_checkpoint(Path(self.broadcast(checkpoint_path)))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.model is not None
+        set_model_state_dict(self.model, dict(checkpoint["state_dict"]), options=_WHOLE)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = _bare(optimizer)
+        assert self.model is not None
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)  # type: ignore[assignment]
+        names = self._names(optimizer)
+        if not state:  # only the first rank gets it
+            return {}
+        places = {name: place for place, name in enumerate(names)}
+        groups = [
+            {k: v if k != "params" else [places[n] for n in v] for k, v in group.items()}
+            for group in state["param_groups"]
+        ]
+        of = {places[name]: value for name, value in state["state"].items()}
+        return {"state": dict(sorted(of.items())), "param_groups": groups}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.model is not None
+        for wrapped, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer = _bare(wrapped)
+            names = self._names(optimizer)
+            groups = [
+                {k: v if k != "params" else [names[i] for i in v] for k, v in group.items()}
+                for group in state["param_groups"]
+            ]
+            named = {names[i]: value for i, value in state["state"].items()}
+            set_optimizer_state_dict(
+                self.model, optimizer, {"state": named, "param_groups": groups}, options=_WHOLE
+            )
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """The names of the optimizer's parameters, in its order."""
+        assert self.model is not None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+class Offset(DDPStrategy):
+    """Offset parallelism: every `each` devices divide the tables' classes among them (and see the
+    same samples); over the groups of them the gradients are averaged.
+
+    Checkpoints have the tables in parts, written by the devices that hold them, and are read by any
+    number of devices; those of other strategies are read too.
+
+    Args:
+        make: makes the model.
+    """
+
+    def __init__(self, each: int, make: Callable[[], nn.Module]):
+        super().__init__()
+        self.each, self.make = each, make
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        sizes = (self.world_size // self.each, self.each)
+        mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("data", "offset"))
+        self.offset_group = mesh["offset"].get_group()
+        self.data_group = mesh["data"].get_group()
+        self._ddp_kwargs["process_group"] = self.data_group
+
+    def build(self) -> nn.Module:
+        return parallel.build(self.make, self.offset_group)
+
+    @property
+    def bare(self) -> nn.Module:
+        assert self.lightning_module is not None
+        return self.lightning_module.model  # type: ignore[return-value]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # each device writes its own
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        return {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        io = self.checkpoint_io
+        assert isinstance(io, Folders)
+        optimizer = _bare(self.optimizers[0])
+        with io.parts(checkpoint, Path(filepath), self) as folder:
+            if self.global_rank < self.each:
+                parallel.save(self.bare, folder, optimizer)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        return self.checkpoint_io.load_checkpoint(Path(self.broadcast(checkpoint_path)))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if (parts := checkpoint.get("parts")) is not None:
+            parallel.load(self.bare, parts)
+            return
+        own = self._own()
+        held = self.bare.state_dict()
+        for name, whole in checkpoint["state_dict"].items():
+            name = name.removeprefix(PREFIX)
+            held[name].copy_(whole[own[name]] if name in own else whole)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        optimizer = _bare(self.optimizers[0])
+        if (parts := checkpoint.get("parts")) is not None:
+            parallel.load(self.bare, parts, optimizer)
+            return
+        (state,) = checkpoint["optimizer_states"]
+        own, names = self._own(), {id(p): name for name, p in self.bare.named_parameters()}
+        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        for place, values in state["state"].items():
+            if (rows := own.get(order[place])) is not None:
+                for kind, value in values.items():
+                    values[kind] = value[rows] if value.ndim else value
+        optimizer.load_state_dict(state)
+
+    def _own(self) -> dict[str, slice]:
+        """The rows of this device, of every table by its parameters' names."""
+        return {
+            f"{name}.{kind}": table.own
+            for name, table in self.bare.named_modules()
+            if isinstance(table, RelativeLinear)
+            for kind, _ in table.named_parameters()
+        }

@@ -1,0 +1,225 @@
+"""What is learned: to classify images, or to predict the next token. One step of each, and the
+optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from ...interop import parallel
+from ..data.augment import Augment
+from ..data.images import ImageBatch
+from ..data.order import seed_of
+from ..data.text import Windows
+from .config import Config
+from .data import Data, Part
+from .strategies import Offset, Sharded, shard
+
+__all__ = ["Classification", "LanguageModel", "Task", "learning_rate"]
+
+
+def learning_rate(
+    step: int, steps: int, warmup: int, schedule: str = "cosine", least: float = 0.0
+) -> float:
+    """Of a step, counted from 0, as a part of the peak; `least` is that of the end."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+class Task(LightningModule):
+    """A model in training. Subclasses say what the loss is and what is counted.
+
+    `meters` are sums since they were last read: those of training by the log, those of validation
+    by each validation.
+    """
+
+    unit: str  # of what is counted per second
+
+    def __init__(self, model: nn.Module, config: Config, steps: int):
+        super().__init__()
+        self.model, self.config, self.steps = model, config, steps
+        self.options = config.train
+        self.sharded = False
+        self.training_meters = nn.ModuleDict(self.meters())
+        self.validation_meters = nn.ModuleDict(self.meters())
+
+    def meters(self) -> dict[str, nn.Module]:
+        """What is averaged, by its name."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any, meters: nn.ModuleDict) -> Tensor:
+        """The mean loss of a batch; adds to the meters."""
+        raise NotImplementedError
+
+    def size(self, batch: Any) -> int:
+        """In units."""
+        raise NotImplementedError
+
+    def read(self, meters: nn.ModuleDict, part: Part) -> dict[str, float]:
+        """The meters' values over a part of the data; they start anew."""
+        values = {name: float(meter.compute()) for name, meter in meters.items()}
+        for meter in meters.values():
+            meter.reset()  # type: ignore[operator]
+        return values
+
+    @property
+    def data(self) -> Data:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded) and not self.sharded:
+            shard(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+            self.sharded = True
+        if isinstance(self.trainer.strategy, Offset) and not self.sharded:
+            self.model = self.trainer.strategy.build()
+            self.sharded = True
+            for meter in self.modules():
+                if isinstance(meter, Metric):  # devices with the same samples count once
+                    meter.process_group = self.trainer.strategy.data_group
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if isinstance(self.trainer.strategy, Offset) and gradient_clip_val:
+            parallel.clip_grad_norm(self.model, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        # dropout and augmentation depend on the batch's number alone, so a resumed run needs no
+        # states of generators; ranks with other samples draw other numbers
+        torch.manual_seed(seed_of(self.config.seed, index, self.data.share[0]))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(batch, self.training_meters)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        meters = self.validation_meters
+        if not self.data.order.real(index):  # a repeated one: it must not count
+            meters = nn.ModuleDict(self.meters()).to(self.device)
+        self.loss(batch, meters)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        decayed, others = list[nn.Parameter](), list[nn.Parameter]()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                decays = options.decay == "all" or parameter.ndim > 1
+                (decayed if decays else others).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=options.learning_rate, betas=options.betas,
+        )  # fmt: skip
+        rates = options.warmup, options.schedule, options.min_learning_rate / options.learning_rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(step, self.steps, *rates)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["meters"] = {
+            name: {state: getattr(meter, state) for state in meter._defaults}  # type: ignore[union-attr]
+            for name, meter in self.training_meters.items()
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a run that had ended goes on when it is given more steps
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        for name, states in checkpoint["meters"].items():
+            meter = self.training_meters[name]
+            meter._update_count = 1  # type: ignore[assignment]  # else it warns that it was never updated
+            for state, value in states.items():
+                setattr(meter, state, value)
+
+
+class Classification(Task):
+    """Cross-entropy over classes; top-1 and, from ten classes, top-5 accuracy."""
+
+    unit = "images"
+
+    def __init__(self, model: nn.Module, config: Config, steps: int, classes: int, image_size: Any):
+        self.classes = classes
+        super().__init__(model, config, steps)
+        data = config.data
+        assert data.kind == "images"
+        self.augment = Augment(data.augment, classes, image_size, data.mean, data.std)
+
+    def meters(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {
+            "loss": MeanMetric(),
+            "accuracy": MulticlassAccuracy(self.classes, average="micro"),
+        }
+        if self.classes >= 10:
+            found["accuracy_top5"] = MulticlassAccuracy(self.classes, top_k=5, average="micro")
+        return found | {"skipped": SumMetric()}
+
+    def size(self, batch: ImageBatch) -> int:
+        return len(batch.labels)
+
+    def loss(self, batch: ImageBatch, meters: nn.ModuleDict) -> Tensor:
+        if not len(batch.labels):  # every image was bad and skipped: nothing to learn
+            meters["skipped"].update(batch.skipped)  # type: ignore[operator]
+            return sum((p.sum() for p in self.parameters()), torch.zeros(())) * 0.0
+        images, targets = self.augment(batch.images, batch.labels)
+        logits = self.model(images)
+        smoothing = self.options.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        meters["skipped"].update(batch.skipped)  # type: ignore[operator]
+        meters["loss"].update(loss.detach(), len(images))  # type: ignore[operator]
+        for name in ("accuracy", "accuracy_top5"):
+            if name in meters:
+                meters[name].update(logits.detach(), batch.labels)  # type: ignore[operator]
+        return loss
+
+
+class LanguageModel(Task):
+    """Cross-entropy of the next token; perplexity per token and bits per byte of text."""
+
+    unit = "tokens"
+
+    def meters(self) -> dict[str, nn.Module]:
+        return {"loss": MeanMetric()}
+
+    def size(self, batch: Tensor) -> int:
+        return batch.shape[0] * (batch.shape[1] - 1)
+
+    def loss(self, batch: Tensor, meters: nn.ModuleDict) -> Tensor:
+        targets = batch[:, 1:]
+        logits = self.model(batch[:, :-1].clamp(min=0))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        meters["loss"].update(loss.detach(), (targets != -100).sum())  # type: ignore[operator]
+        return loss
+
+    def read(self, meters: nn.ModuleDict, part: Part) -> dict[str, float]:
+        values = super().read(meters, part)
+        text = self.data.part(part)
+        assert isinstance(text, Windows)
+        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+        values["bits_per_byte"] = values["loss"] / math.log(2) * text.tokens / text.bytes
+        return values

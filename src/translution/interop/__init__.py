@@ -1,0 +1,1 @@
+"""What connects the core to other software: other libraries' models, published weights, export."""

@@ -1,0 +1,287 @@
+"""The library's operators in plain torch operations, for files that other programs run.
+
+An exported model calls operators that only this library knows. `portable` puts these modules in
+their place: they give the same numbers out of gathers and matrix products, and carry the geometry
+as buffers. They are for inference: nothing here is careful about a backward pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional  # noqa: F401  (registers the operators)
+from ...layouts import Layout
+from ...neighborhoods import Neighborhood
+
+__all__ = ["PLAIN", "Attention", "Index", "Mix", "NeighborhoodMix", "Positions", "Scores"]
+
+NUMBERS = 1 << 22
+"""Numbers per sample that the pairs of a group may have in one projection (16 MiB in float32)."""
+
+TABLE = 1 << 24
+"""Numbers that the matrices of a group may have (64 MiB in float32)."""
+
+_CPU = torch.device("cpu")
+
+
+class Group(NamedTuple):
+    """Classes that are multiplied in one call, each padded to the pairs of the largest."""
+
+    classes: Tensor
+    query: Tensor
+    """[classes * size], as `key` and `flat`; a padded place repeats token 0."""
+    key: Tensor
+    flat: Tensor
+    """cells of the dense [queries * keys]; one past the end where padded."""
+
+
+def groups(layout: Layout, channels: int, matrix: int) -> list[Group]:
+    """The pairs by class, in few groups: sizes in a group differ by less than two, so that less
+    than half is padding. `channels` a pair has, and `matrix` numbers a class has in a table."""
+    pairs = layout.pairs_on(_CPU)
+    spans = [(stop - start, c) for c, (start, stop) in enumerate(itertools.pairwise(pairs.starts))]
+    spans = sorted(span for span in spans if span[0])
+    found, begin = list[Group](), 0
+    cells = layout.n_queries * layout.n_keys
+    for end in range(1, len(spans) + 1):
+        if end < len(spans):
+            size, count = spans[end][0], end + 1 - begin
+            small = size * count * channels <= NUMBERS and count * matrix <= TABLE
+            if small and size < 2 * spans[begin][0]:
+                continue
+        size, classes = spans[end - 1][0], [c for _, c in spans[begin:end]]
+        table = torch.full((len(classes), size), -1)
+        for row, c in zip(table, classes, strict=True):
+            start, stop = pairs.starts[c : c + 2]
+            row[: stop - start] = torch.arange(start, stop)
+        at, absent = table.flatten().clamp(min=0), table.flatten() < 0
+        query, key, flat = (t.long()[at] for t in (pairs.query, pairs.key, pairs.flat))
+        found.append(
+            Group(
+                torch.tensor(classes),
+                query.masked_fill(absent, 0),
+                key.masked_fill(absent, 0),
+                flat.masked_fill(absent, cells),
+            )
+        )
+        begin = end
+    return found
+
+
+class _Grouped(nn.Module):
+    """Holds the groups of a layout as buffers."""
+
+    def __init__(self, layout: Layout | str, heads: int, channels: int, matrix: int):
+        super().__init__()
+        self.layout = Layout.parse(layout) if isinstance(layout, str) else layout
+        self.heads, self.groups = heads, groups(self.layout, channels, matrix)
+        for i, group in enumerate(self.groups):
+            for name, value in group._asdict().items():
+                self.register_buffer(f"{name}{i}", value)
+
+    def each(self) -> Iterator[Group]:
+        for i in range(len(self.groups)):
+            yield Group(*(getattr(self, f"{name}{i}") for name in Group._fields))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _project(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, classes: Tensor, places: Tensor
+) -> Tensor:
+    """What one side gives to the pairs of a group: [pairs, batch, heads * head_dim]. `x` is
+    [tokens, batch, channels]."""
+    rows = x.index_select(0, places)
+    if weight is None:
+        return rows
+    count = len(classes)
+    size = len(places) // count
+    table = weight.index_select(0, classes).to(x.dtype)
+    y = torch.bmm(rows.unflatten(0, (count, size)).flatten(1, 2), table)
+    if bias is not None:
+        y = y + bias.index_select(0, classes)[:, None].to(x.dtype)
+    return y.unflatten(1, (size, -1)).flatten(0, 1)
+
+
+class Scores(_Grouped):
+    """`translution::offset_scores`.
+
+    Args:
+        layout: of the pairs. heads, scale: as in `functional.offset_scores`.
+        channels: heads * head_dim; matrix: numbers of one entry of a table. They bound the groups.
+    """
+
+    slot: Tensor
+
+    def __init__(
+        self, layout: Layout | str, heads: int, scale: float, channels: int, matrix: int = 0
+    ):
+        super().__init__(layout, heads, channels, matrix)
+        self.scale = scale
+        slot = torch.full((self.layout.n_queries * self.layout.n_keys + 1,), -1)
+        at = 0
+        for group in self.groups:
+            slot[group.flat] = torch.arange(at, at + len(group.flat))
+            at += len(group.flat)
+        self.register_buffer("slot", torch.where(slot < 0, at, slot)[:-1])
+
+    def forward(
+        self,
+        xq: Tensor,
+        xk: Tensor,
+        wq: Tensor | None,
+        wk: Tensor | None,
+        bq: Tensor | None = None,
+        bk: Tensor | None = None,
+    ) -> Tensor:
+        q, k = xq.transpose(0, 1), xk.transpose(0, 1)
+        found = []
+        for group in self.each():
+            left = _project(q, wq, bq, group.classes, group.query).to(_wide(q))
+            right = _project(k, wk, bk, group.classes, group.key).to(_wide(q))
+            found.append((left * right).unflatten(-1, (self.heads, -1)).sum(-1) * self.scale)
+        absent = q.new_full((1, q.shape[1], self.heads), float("-inf"), dtype=_wide(q))
+        cells = torch.cat([*found, absent]).index_select(0, self.slot)
+        cells = cells.unflatten(0, (self.layout.n_queries, self.layout.n_keys))
+        return cells.permute(2, 3, 0, 1).contiguous()
+
+
+class Mix(_Grouped):
+    """`translution::offset_mix`. Arguments as of `Scores`."""
+
+    def __init__(self, layout: Layout | str, heads: int, channels: int, matrix: int):
+        super().__init__(layout, heads, channels, matrix)
+        queries = torch.arange(self.layout.n_queries, device=_CPU)
+        self.in_order = [group.query.equal(queries) for group in self.groups]
+
+    def forward(self, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        wide, value = _wide(x), x.transpose(0, 1)
+        cells = a.permute(2, 3, 0, 1).flatten(0, 1).to(wide)
+        cells = torch.cat([cells, cells.new_zeros(1, x.shape[0], self.heads)])  # for the padded
+        out = x.new_zeros(self.layout.n_queries, x.shape[0], w.shape[-1], dtype=wide)
+        for group, each in zip(self.each(), self.in_order, strict=True):
+            rows = _project(value, w, b, group.classes, group.key).to(wide)
+            rows = rows.unflatten(-1, (self.heads, -1))
+            rows = rows * cells.index_select(0, group.flat).unsqueeze(-1)
+            rows = rows.flatten(2)
+            # onnxscript takes a sum into all places in their order for a copy to them, so add here
+            out = out + rows if each else out.index_add(0, group.query, rows)
+        return out.transpose(0, 1).to(x.dtype).contiguous()
+
+
+class _Constant(nn.Module):
+    value: Tensor
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, like: Tensor) -> Tensor:
+        return self.value.clone()
+
+
+class Index(_Constant):
+    """`translution::layout_index`."""
+
+    def __init__(self, layout: Layout | str):
+        super().__init__((Layout.parse(layout) if isinstance(layout, str) else layout).index)
+
+
+class Positions(_Constant):
+    """`translution::layout_positions`."""
+
+    def __init__(self, layout: Layout | str):
+        layout = Layout.parse(layout) if isinstance(layout, str) else layout
+        super().__init__(layout.positions(_CPU))
+
+
+class Attention(nn.Module):
+    """`translution::neighborhood_attention`: all tiles of all heads at once."""
+
+    query_index: Tensor
+    key_index: Tensor
+    query_slot: Tensor
+    log_times: Tensor
+
+    def __init__(self, area: Neighborhood, scale: float, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.scale, self.out = scale, area.out
+        tiles = area.tiles(_CPU, dtype)
+        self.per = ((tiles.count, tiles.queries), (tiles.count, tiles.keys))
+        for name in ("query_index", "key_index", "query_slot", "log_times"):
+            self.register_buffer(name, getattr(tiles, name).clone())
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def picked(x: Tensor, index: Tensor, per: tuple[int, int]) -> Tensor:
+            return x.flatten(2, 3).index_select(2, index).to(_wide(x)).unflatten(2, per)
+
+        q = picked(query, self.query_index, self.per[0]) * self.scale
+        k, v = (picked(x, self.key_index, self.per[1]) for x in (key, value))
+        weights = (q @ k.transpose(-1, -2) + self.log_times).softmax(-1)
+        y = (weights @ v).flatten(2, 3).index_select(2, self.query_slot)
+        return y.unflatten(2, self.out).to(value.dtype)
+
+
+class NeighborhoodMix(nn.Module):
+    """`translution::neighborhood_mix`: a row of taps at a time."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, area: Neighborhood):
+        super().__init__()
+        self.area = area
+        for axis, name in enumerate(("rows", "columns")):
+            seen = [area.neighbors(axis, query) for query in range(area.out[axis])]
+            self.register_buffer(name, torch.tensor(seen, device=_CPU).t().contiguous())
+
+    def forward(self, weights: Tensor, value: Tensor) -> Tensor:
+        area, wide, (_, across) = self.area, _wide(value), self.area.kernel
+        by = weights.to(wide).unflatten(2, area.kernel).unsqueeze(1)
+        y: Any = 0
+        for row in range(area.kernel[0]):
+            x = value.index_select(2, self.rows[row]).index_select(3, self.columns.flatten())
+            x = x.to(wide).unflatten(3, (across, area.out[1])).unflatten(1, (-1, weights.shape[1]))
+            y = y + (x * by[:, :, :, row].transpose(3, 4)).sum(4)
+        return y.flatten(1, 2).to(value.dtype)
+
+
+# -- from the arguments of an operator to its module, and those of them that are tensors ----------
+
+
+def _scores(xq, xk, wq, wk, bq, bk, heads, scale, layout, *_):  # type: ignore[no-untyped-def]
+    shape = next(w.shape for w in (wq, wk) if w is not None)
+    return Scores(layout, heads, scale, shape[-1], shape[-2] * shape[-1]), 6
+
+
+def _mix(a, x, w, b, layout, *_):  # type: ignore[no-untyped-def]
+    return Mix(layout, a.shape[1], w.shape[-1], w.shape[-2] * w.shape[-1]), 4
+
+
+def _attention(query, key, value, kernel, stride, dilation, scale, *_):  # type: ignore[no-untyped-def]
+    area = Neighborhood(tuple(key.shape[2:4]), tuple(kernel), tuple(stride), tuple(dilation))
+    return Attention(area, scale, _wide(query)), 3
+
+
+def _neighborhood_mix(weights, value, kernel, stride, dilation):  # type: ignore[no-untyped-def]
+    area = Neighborhood(tuple(value.shape[2:]), tuple(kernel), tuple(stride), tuple(dilation))
+    return NeighborhoodMix(area), 2
+
+
+_ops = torch.ops.translution
+PLAIN = {
+    _ops.offset_scores.default: _scores,
+    _ops.offset_mix.default: _mix,
+    _ops.neighborhood_attention.default: _attention,
+    _ops.neighborhood_mix.default: _neighborhood_mix,
+    _ops.layout_index.default: lambda like, layout: (Index(layout), 1),
+    _ops.layout_positions.default: lambda like, layout: (Positions(layout), 1),
+}
+"""Of each operator: arguments (tensors as fake ones) -> (module, how many of them it takes)."""

@@ -1,0 +1,118 @@
+"""The primitives of attention where each process has the pairs of some classes only.
+
+A row of scores is divided over the processes, as its pairs are. Its softmax needs two numbers of
+the others, the largest score and the sum of exponentials, and going back one more. So scores and
+weights are never sent. What is: the tokens that the mixes sum to, and going back the gradients of
+the tokens that went in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ...functional import offset_mix, offset_scores
+from ...functional.offset import autocast
+from ...layouts import Layout
+
+__all__ = ["Divided"]
+
+
+def _reduced(x: Tensor, group: Any, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or another reduction) over the processes, in a tensor of its own."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, operation, group)
+    return x
+
+
+class _Enter(Function):
+    """Equal tokens go to every process's pairs: their gradient is the sum of all processes'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduced(grad, ctx.group), None
+
+
+class _Leave(Function):
+    """The sum of what the processes' pairs give; each part has the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        return _reduced(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Softmax(Function):
+    """The softmax of rows that are divided over the processes; rows that are -inf in all of them
+    become zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, group: Any) -> Tensor:
+        top = _reduced(s.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
+        a = (s - top.masked_fill(top.isneginf(), 0.0)).exp_()
+        total = _reduced(a.sum(-1, keepdim=True), group)
+        a /= total.masked_fill(total == 0.0, 1.0)
+        ctx.group = group
+        ctx.save_for_backward(a)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (a,) = ctx.saved_tensors
+        return a * (grad - _reduced((a * grad).sum(-1, keepdim=True), ctx.group)), None
+
+
+class Divided:
+    """What `modules.attention.Primitives` are to one process, on its share of the classes."""
+
+    def __init__(self, group: Any, share: tuple[int, int]):
+        self.group, self.share = group, share
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Divided:
+        return self  # a copy of a model has the same group
+
+    def scores(
+        self, x_query: Tensor, x_key: Tensor, w_query: Tensor | None, w_key: Tensor | None,
+        layout: Layout, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        """[batch, heads, queries, keys], -inf where the pair is another process's (or absent)."""
+        query = self._enter(x_query)
+        key = query if x_key is x_query else self._enter(x_key)
+        return offset_scores(query, key, w_query, w_key, layout.part(*self.share), **more)
+
+    def softmax(self, s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
+        """This process's part of the weights, 0 where the pair is another's."""
+        if mask is not None:
+            s = s.masked_fill(~mask, float("-inf"))
+        return _Softmax.apply(s, self.group)
+
+    def mix(
+        self, a: Tensor, x_value: Tensor, w_value: Tensor | None, layout: Layout, **more: Any
+    ) -> Tensor:
+        """[batch, queries, heads · head_dim], summed over the processes."""
+        value = self._enter(x_value)
+        y = offset_mix(a, value, w_value, layout.part(*self.share), **more)
+        return _Leave.apply(y, self.group)
+
+    def weights(self, a: Tensor) -> Tensor:
+        """The weights of all pairs."""
+        return _Leave.apply(a, self.group)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return _Enter.apply(autocast(x), self.group)  # the gradient is sent in autocast's dtype

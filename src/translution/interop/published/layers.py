@@ -1,0 +1,152 @@
+"""The attention layers and blocks of the published Translution code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.blocks import Block
+from ...modules.attention import AlphaTranslution1d, AlphaTranslution2d, Attention
+from ...modules.positions import turns
+from .entries import Entry, How, constant, entries, joined, table, under, whole
+
+__all__: list[str] = []
+
+
+@entries.register(Attention)
+def _attention(layer: Any, how: How) -> Iterator[Entry]:
+    _check(layer, how)
+    layout, like = layer.layout, layer.o_proj.weight
+    if layout.causal:
+        seen = torch.ones(layout.tokens, layout.tokens, dtype=like.dtype, device=like.device).tril()
+        yield constant("causal", seen[None, None])
+    low_rank = isinstance(layer, AlphaTranslution1d | AlphaTranslution2d)
+    yield from _rotations(layer, low_rank)
+    yield from _low_rank(layer, how) if low_rank else _projections(layer, how)
+    yield from whole("to_out.0", layer.o_proj)
+
+
+def _projections(layer: Any, how: How) -> Iterator[Entry]:
+    """Tables one by one; the matrices that all pairs share fused, by their names."""
+    relative = getattr(layer, "relative", "")
+    shared = "".join(name for name in "qkv" if name not in relative)
+    if shared:
+        ours = [getattr(layer, f"{name}_proj").weight for name in shared]
+        yield joined(f"to_{shared}.weight", *ours)
+    for name in relative:
+        weight = getattr(layer, f"{name}_proj").weight
+        yield _table(f"to_{_called(name, how)}.unique_params", weight, name, layer)
+
+
+def _low_rank(layer: Any, how: How) -> Iterator[Entry]:
+    """Ordinary attention, then the branch; with `exchanged`, the branch alone is."""
+    yield joined("to_qkv.weight", *(getattr(layer, f"{n}_proj").weight for n in "qkv"))
+    for name in "qkv":
+        called = _called(name, how)
+        if hasattr(layer, f"{name}_down"):
+            yield from whole(f"to_{called}1", getattr(layer, f"{name}_down"))
+        if name in layer.relative:
+            weight = getattr(layer, f"{name}_table").weight
+            yield _table(f"to_{called}2.unique_params", weight, name, layer)
+    if "v" in layer.relative:
+        yield from whole("to_v3", layer.v_up)
+
+
+def _called(name: str, how: How) -> str:
+    """The published name of our q, k or v."""
+    return {"q": "k", "k": "q"}.get(name, name) if how.exchanged else name
+
+
+def _table(published: str, weight: Tensor, name: str, layer: Any) -> Entry:
+    """Our rows are those of the offsets query - key, then class to class, class query to patch key,
+    patch query to class key. There it is so for k and v, while q counts from the key: its offsets
+    are negated, and the last two rows exchanged."""
+    layout = dataclasses.replace(layer.layout, prefix_queries=False)
+    rows, offsets = torch.arange(layout.classes), layout.offset_classes
+    if name == "q":
+        rows[:offsets] = rows[:offsets].flip(0)
+        rows[offsets + 1 :] = rows[offsets + 1 :].flip(0)
+    if layer.layout.prefix_queries:
+        rows = rows[offsets : offsets + 2]  # class to class, class to patch
+    return table(published, weight, rows, layout.classes)
+
+
+def _rotations(layer: Any, low_rank: bool) -> Iterator[Entry]:
+    """Where a layer turns its queries and keys; and where it is said to and doesn't, which is so
+    for tables of v on two axes."""
+    layout, weight = layer.layout, layer.o_proj.weight
+    idle = not low_rank and getattr(layer, "relative", "") == "v"
+    if idle and layer.rotary:
+        raise ValueError(
+            "rotary: got True for a table of v; the published layer makes a rotation and never "
+            "turns anything by it, want False"
+        )
+    fits = len(layout.grid) == 2 and layer.head_dim % 4 == 0
+    if not layer.rotary and not (idle and fits):
+        return
+    one = weight.new_zeros(1, 1, layout.tokens, layer.head_dim)
+    name = "rotary_emb" if len(layout.grid) == 1 else "rope"
+    for kind, half in zip(("cos", "sin"), turns(one, layout), strict=True):
+        value = torch.cat([half, half], -1)[layout.prefix :]
+        size = (1, *layout.grid, -1) if len(layout.grid) > 1 else (1, 1, *layout.grid, -1)
+        entry = constant(f"{name}.{kind}_cached", value.to(weight.dtype).reshape(size))
+        unread = "all of it" if idle else ""
+        yield dataclasses.replace(entry, optional=idle, unread=unread)
+
+
+@entries.register(nn.Sequential)
+def _normed(pair: nn.Sequential, how: How) -> Iterator[Entry]:
+    fits = [isinstance(m, k) for m, k in zip(pair, (nn.LayerNorm, Attention), strict=False)]
+    if fits != [True, True] or len(pair) != 2:
+        kinds = [type(module).__name__ for module in pair]
+        raise ValueError(f"module: got nn.Sequential of {kinds}, want a LayerNorm and an attention")
+    yield from whole("norm", pair[0])
+    yield from entries(pair[1], how)
+
+
+@entries.register(Block)
+def _block(block: Any, how: How) -> Iterator[Entry]:
+    yield from under("0", entries(nn.Sequential(block.norm1, block.mixer), how))
+    for name, module in (("0", block.norm2), ("1", block.mlp[0]), ("4", block.mlp[3])):
+        yield from whole(f"1.net.{name}", module)
+
+
+def _check(layer: Any, how: How) -> None:
+    """Only what the published code can have."""
+    layout, axes = layer.layout, len(layer.layout.grid)
+    most = 0 if axes == 1 else 1
+    refused = {
+        "grid": (axes == 3 or (axes == 1 and not layout.causal), "two axes, or a causal one"),
+        "window": (layout.window is not None, "none"),
+        "dilation": (any(step > 1 for step in layout.dilation), "1"),
+        "buckets": (layout.buckets is not None, "none"),
+        "prefix": (layout.prefix > most, f"at most {most} on {axes} axes"),
+        "position": (getattr(layer, "position", "") == "bias", "'none' or 'rotary'"),
+        "bias": (_has_bias(layer), "False"),
+        "heads": (layer.heads == 1 and layer.head_dim == layer.dim, "an output projection, which "
+                  "its code leaves out for one head of head_dim = dim"),
+        "share": (_is_divided(layer), "a whole table (divide it after loading)"),
+    }  # fmt: skip
+    for name, (wrong, wanted) in refused.items():
+        if wrong:
+            got = f"{type(layer).__name__}({layer.extra_repr()})"
+            raise ValueError(f"{name}: {got} has no published twin, want {wanted}")
+    if how.exchanged and layout.causal and {"q", "k"} <= set(getattr(layer, "relative", "")):
+        raise ValueError(
+            "exchanged: got True for a causal layer. Before December 2025 the 1-D code computed "
+            "other things from entries of these names (in August and September 2025 scores from "
+            "the key token alone), which no layer here does"
+        )
+
+
+def _has_bias(layer: Any) -> bool:
+    names = [f"{n}_{kind}" for n in "qkv" for kind in ("proj", "table")]
+    return any(getattr(getattr(layer, name, None), "bias", None) is not None for name in names)
+
+
+def _is_divided(layer: nn.Module) -> bool:
+    return any(getattr(module, "share", None) is not None for module in layer.modules())
