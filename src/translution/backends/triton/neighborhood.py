@@ -40,7 +40,8 @@ class BlockSizes(NamedTuple):
 
 def block_sizes(width: int, dtype: torch.dtype, even: bool = True) -> BlockSizes:
     """For channels padded to `width`, which they fill or not (`even`); such that on an H100 no
-    register is spilled where they do: `tests/test_neighborhood.py` compiles the kernels and looks.
+    register is spilled where they do: `tests/core/test_neighborhood.py` compiles the kernels and
+    looks.
     """
     if interpreted():  # small maps still have several tiles and blocks
         return BlockSizes(32, 16, 4, 1)

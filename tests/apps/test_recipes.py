@@ -29,7 +29,7 @@ from translution.apps.data.digits import load_digits
 from translution.apps.training.config import Config
 from translution.models.blocks import IMAGE_MIXERS, MIXERS, SIZES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FACTS = {"images": {"num_classes": 10}, "text": {"vocab_size": 4096}}
 

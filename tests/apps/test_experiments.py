@@ -18,7 +18,7 @@ from translution.apps.experiments.config import BUDGETS, MEASURES, Arm, Experime
 from translution.apps.experiments.report import Results, write_results
 from translution.apps.experiments.runs import Runs, parameters_of, results_of, widened
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTENT = {
     "title": "Tiny",
     "asks": "Does it run?",

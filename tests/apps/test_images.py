@@ -25,7 +25,7 @@ from translution.apps.data.images import (
 )
 
 SHARED = Path(
-    os.environ.get("TRANSLUTION_DATA", Path(__file__).parents[1].parent / "shared" / "data")
+    os.environ.get("TRANSLUTION_DATA", Path(__file__).parents[2].parent / "shared" / "data")
 )
 
 

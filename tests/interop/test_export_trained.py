@@ -21,7 +21,7 @@ from translution.apps import cli
 from translution.apps.training.checkpoints import open_checkpoint
 from translution.interop.export import portable
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def command(*words):

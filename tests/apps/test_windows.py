@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from test_text import options
 from torch.utils.data import DataLoader
 
-from test_text import options
 from translution.apps.data.order import InOrder, Shuffled
 from translution.apps.data.text import open_text
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_layouts import layouts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paths import backend_of
-from test_layouts import layouts
 from translution import Layout, Translution2d, backends
 from translution.backends import triton as backend
 from translution.backends.triton import blocks, launch, small, support, tables

@@ -42,7 +42,7 @@ from translution.apps.demo.sketch import (
 from translution.apps.training.config import Config
 from translution.models.pretrained import ABOUT, FORMAT, WEIGHTS, read_about
 
-DOCS = Path(__file__).parents[1] / "docs" / "demo.md"
+DOCS = Path(__file__).parents[2] / "docs" / "demo.md"
 
 
 @pytest.fixture(scope="module")

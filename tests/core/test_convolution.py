@@ -159,7 +159,7 @@ def test_shift_kernels_errors():
 
 def test_the_picture_of_the_docs(tmp_path):
     """Drawn from the code: both ways agree, and a PNG is written."""
-    path = Path(__file__).parents[1] / "docs" / "decomposition.py"
+    path = Path(__file__).parents[2] / "docs" / "decomposition.py"
     spec = importlib.util.spec_from_file_location("decomposition", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

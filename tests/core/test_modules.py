@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_layouts import layouts
 from torch import nn
 
 import oracle
 import translution
-from test_layouts import layouts
 from translution import (
     AlphaTranslution1d,
     AlphaTranslution2d,

@@ -16,7 +16,7 @@ from translution.apps.bench.gpu_page import BEGIN, END, section
 from translution.apps.bench.gpu_rows import Row
 
 pytest.importorskip("triton")
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BEFORE = "# Performance\n\n## On a GPU\n"
 AFTER = "\n## ACmix\nThe rest, as it was.\n"
 DRY = ("--dry", "--device", "cpu")

@@ -35,7 +35,7 @@ from translution.apps.training.checkpoints import latest, open_checkpoint
 from translution.apps.training.run import LOCK
 from translution.models.pretrained import Pretrained
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 model: {name: vit, mixer: attention, patch_size: 4, dim: 16, depth: 1, heads: 2}
 data: {kind: images, format: digits, canvas: 12, train_limit: 64, valid_limit: 20}

@@ -14,7 +14,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "segmentation"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "segmentation"))
 
 import segment
 from scenes import BACKGROUND, Style, batches, draw, load_parts

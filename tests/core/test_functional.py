@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_layouts import layouts
 
 import oracle
 from paths import PATHS, backend_of
-from test_layouts import layouts
 from translution import Layout, backends
 from translution.functional import masked_softmax, offset_mix, offset_scores
 
