@@ -8,15 +8,23 @@ BIN := $(VENV)/bin
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+# what `make compare` and `make bench` need: a third of the whole
+$(VENV)/.compare-ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) for compare: some 55 packages, 1.4 GB with a CPU build of PyTorch; a minute or two"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[compare]'
+	touch $@
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(VENV)/.compare-ready
+	@echo "adding what the tests need: some 100 packages, 2 GB; a minute or two"
+	$(PIP) -e '.[dev]'
 	# timm's torchvision does not load beside a CPU torch, and breaks others there: kept apart
 	-$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/timm timm==1.0.31 torchvision==0.29.2
 	touch $@
 
-compare: $(VENV)/.ready ## train and compare the mixers on moving digits; writes compare/report.html
+compare: $(VENV)/.compare-ready ## train and compare the mixers on moving digits; writes compare/report.html
 	$(BIN)/translution compare $(ARGS)
 
 test: $(VENV)/.ready ## the whole test suite
@@ -28,7 +36,7 @@ lint: $(VENV)/.ready ## ruff, mypy, and which part may import which
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.ready ## speed and memory of the operators on this machine
+bench: $(VENV)/.compare-ready ## speed and memory of the operators on this machine
 	$(BIN)/translution bench $(ARGS)
 
 docs: $(VENV)/.ready ## this library's site, into site/; it needs no network

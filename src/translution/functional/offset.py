@@ -287,7 +287,9 @@ def _scores_backward(
     return chosen.scores_backward(grad, xq, xk, wq, wk, bq, bk, heads, scale, parsed, wanted)
 
 
-def _fake_grads(tensors: list[Tensor | None], wanted: list[bool], like: Tensor) -> tuple:
+def _fake_grads(
+    tensors: list[Tensor | None], wanted: list[bool], like: Tensor
+) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty(t.shape) if want and t is not None else like.new_empty(0)
         for t, want in zip(tensors, wanted, strict=True)

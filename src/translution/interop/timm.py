@@ -252,7 +252,7 @@ def _build(
         raise ValueError(f"drop_rate: got {drop_rate}, want at least 0 and less than 1")
     with torch.device("meta"):  # which costs nothing, and has all the options
         config: Any = create_model(name, **options, num_classes=max(num_classes, 1)).config
-    model = _DOORS[kind](config)  # type: ignore[type-abstract]
+    model = _DOORS[kind](config)
     model.drop_rate = drop_rate
     if not features_only and num_classes < 1:
         model.reset_classifier(num_classes)

@@ -122,7 +122,7 @@ class TranslutionGPTConfig(PreTrainedConfig):
             raise ValueError(f"architecture: got {self.architecture!r}, want a language model")
         self.architecture, self.options = model.family, _plain(model.config)
 
-    def _option(name: str) -> Any:  # type: ignore[misc]
+    def _option(name: str) -> Any:
         def put(self: Any, value: Any) -> None:
             self.options[name] = value
 
@@ -157,7 +157,7 @@ class _Wrapped(PreTrainedModel):
         self.model = create_model(config.architecture, **options)
         for parameter in self.model.parameters():
             # the model has started its weights itself; on the meta device they are still to come
-            parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
+            parameter._is_hf_initialized = not parameter.is_meta
         self.post_init()
 
     @classmethod
@@ -311,7 +311,7 @@ class TranslutionCache(Cache):
     """
 
     def __init__(self, model: GPT):
-        super().__init__(layers=[_Layer(block.mixer) for block in model.blocks])  # type: ignore[arg-type]
+        super().__init__(layers=[_Layer(block.mixer) for block in model.blocks])
 
     @property
     def caches(self) -> Sequence[modules_cache.Cache]:

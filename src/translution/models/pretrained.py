@@ -94,7 +94,7 @@ class Pretrained(nn.Module):
 
         weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         with torch.device("meta"):
-            plain = type(self)(self.config)  # type: ignore[call-arg]
+            plain = type(self)(self.config)
         if wrong := misfits(plain, weights):
             raise ValueError(f"model: is not what its configuration makes: {some(wrong, '; ')}")
         named = {} if classes is None else {"classes": self._classes(classes)}

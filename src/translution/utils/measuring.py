@@ -150,7 +150,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
     ):
         function()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     changes = [e for e in results.events() if e.name() == "[memory]"]
     held = peak = 0
     for change in sorted(changes, key=lambda e: e.start_ns()):

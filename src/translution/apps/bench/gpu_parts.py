@@ -212,7 +212,7 @@ def _attending(forward: Callable[[], Tensor], attend: Attend) -> Callable[[], Te
 @contextmanager
 def _in_place(attend: Attend) -> Iterator[None]:
     usual = local.neighborhood_attention
-    local.neighborhood_attention = attend  # type: ignore[assignment]
+    local.neighborhood_attention = attend
     try:
         yield
     finally:

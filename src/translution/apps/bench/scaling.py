@@ -270,7 +270,7 @@ def prepared(case: Small, strategy: str) -> tuple[Callable[[], None], nn.Module]
             model = DistributedDataParallel(model)
         else:
             mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-            for part_of in (*model.blocks, model):  # type: ignore[misc]
+            for part_of in (*model.blocks, model):
                 fully_shard(part_of, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
 

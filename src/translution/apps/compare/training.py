@@ -84,7 +84,7 @@ class Classifier(LightningModule):
         }
 
 
-class Batches(IterableDataset):
+class Batches(IterableDataset[Any]):
     def __init__(self, make: Callable[[], Iterator[Any]]):
         self.make = make
 

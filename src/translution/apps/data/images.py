@@ -212,7 +212,7 @@ def open_images(options: ImageOptions, part: Part, seed: int) -> Images:
     return Images(options, part, seed, source, chosen.sort().values)
 
 
-class Images(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset[Any]):
     """Images of one part; what is random in one depends on seed, epoch and index alone.
 
     Evaluation is the same in every epoch. classes: their names, by label. labels: int64 [n].

@@ -19,7 +19,7 @@ NONE_CHOSEN = "No mixer is chosen."
 REST = 0.5  # seconds
 
 
-class Pad(ui.element, component="pad.js"):  # type: ignore[call-arg]
+class Pad(ui.element, component="pad.js"):
     """The canvas; see pad.js."""
 
     def __init__(self, label: str) -> None:
@@ -32,7 +32,7 @@ class Pad(ui.element, component="pad.js"):  # type: ignore[call-arg]
         self.update()
 
 
-class Sketch(ui.element, component="sketch.js"):  # type: ignore[call-arg]
+class Sketch(ui.element, component="sketch.js"):
     """The square to draw in; see sketch.js."""
 
     def __init__(self, label: str) -> None:
@@ -46,7 +46,7 @@ class Sketch(ui.element, component="sketch.js"):  # type: ignore[call-arg]
         self.update()
 
 
-class Card(ui.element, component="card.js"):  # type: ignore[call-arg]
+class Card(ui.element, component="card.js"):
     """What a model answers; see card.js."""
 
     def __init__(self, label: str) -> None:

@@ -251,7 +251,7 @@ class DigitsView:
     def _rejected(self) -> None:
         self.refused.text = f"The file is refused: want an image of at most {MOST_BYTES:,} bytes."
 
-    def _named(self, event: events.ValueChangeEventArguments) -> None:
+    def _named(self, event: events.ValueChangeEventArguments[Any]) -> None:
         label = None if event.value == UNKNOWN else int(event.value)
         if label != self.scene.label:
             self.scene = replace(self.scene, label=label, stamp=next(self.stamps))

@@ -198,7 +198,7 @@ class Curves(CSVLogger):
     @property
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._experiment = _Continued(self.log_dir)  # type: ignore[assignment]
+            self._experiment = _Continued(self.log_dir)
         return self._experiment
 
 

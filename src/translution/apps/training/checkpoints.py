@@ -196,7 +196,7 @@ class Folders(CheckpointIO):
                 self._rest(state, folder)
         strategy.barrier()
 
-    def load_checkpoint(  # type: ignore[override]
+    def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(path)

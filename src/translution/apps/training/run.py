@@ -176,7 +176,7 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=options.devices,
         num_nodes=options.nodes,
-        precision=PRECISIONS[options.precision],  # type: ignore[arg-type]
+        precision=PRECISIONS[options.precision],
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
         val_check_interval=options.validate_every * options.accumulate,

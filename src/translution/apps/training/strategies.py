@@ -68,7 +68,7 @@ class Sharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         optimizer = _bare(optimizer)
         assert self.model is not None
-        state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)  # type: ignore[assignment]
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)
         names = self._names(optimizer)
         if not state:  # only the first rank gets it
             return {}

@@ -70,7 +70,7 @@ class Task(LightningModule):
         """The meters' values over a part of the data; they start anew."""
         values = {name: float(meter.compute()) for name, meter in meters.items()}
         for meter in meters.values():
-            meter.reset()  # type: ignore[operator]
+            meter.reset()
         return values
 
     @property
@@ -184,17 +184,17 @@ class Classification(Task):
 
     def loss(self, batch: ImageBatch, meters: nn.ModuleDict) -> Tensor:
         if not len(batch.labels):  # every image was bad and skipped: nothing to learn
-            meters["skipped"].update(batch.skipped)  # type: ignore[operator]
+            meters["skipped"].update(batch.skipped)
             return sum((p.sum() for p in self.parameters()), torch.zeros(())) * 0.0
         images, targets = self.augment(batch.images, batch.labels)
         logits = self.model(images)
         smoothing = self.options.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        meters["skipped"].update(batch.skipped)  # type: ignore[operator]
-        meters["loss"].update(loss.detach(), len(images))  # type: ignore[operator]
+        meters["skipped"].update(batch.skipped)
+        meters["loss"].update(loss.detach(), len(images))
         for name in ("accuracy", "accuracy_top5"):
             if name in meters:
-                meters[name].update(logits.detach(), batch.labels)  # type: ignore[operator]
+                meters[name].update(logits.detach(), batch.labels)
         return loss
 
 
@@ -213,7 +213,7 @@ class LanguageModel(Task):
         targets = batch[:, 1:]
         logits = self.model(batch[:, :-1].clamp(min=0))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        meters["loss"].update(loss.detach(), (targets != -100).sum())  # type: ignore[operator]
+        meters["loss"].update(loss.detach(), (targets != -100).sum())
         return loss
 
     def read(self, meters: nn.ModuleDict, part: Part) -> dict[str, float]:

@@ -68,7 +68,7 @@ def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
         size = sum(file.stat().st_size for file in files)
         for file in files:
-            write_whole(path.parent / file.name, lambda to, file=file: os.replace(file, to))  # type: ignore[misc]
+            write_whole(path.parent / file.name, lambda to, file=file: os.replace(file, to))
     return size
 
 
