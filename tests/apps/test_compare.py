@@ -200,6 +200,31 @@ def test_ctrl_c_before_any_run_is_finished(tmp_path, monkeypatch):
     assert "No run was finished" in (tmp_path / "report.html").read_text("utf-8")
 
 
+def test_several_runs_at_a_time(tmp_path, capsys):
+    """In processes of their own the runs give the same numbers, in the order of the plan."""
+    options = tiny(mixers=("attention", "convolution"))
+    found = []
+    for jobs in (1, 2):
+        folder = tmp_path / str(jobs)
+        assert run_all(str(folder), options, jobs=jobs)
+        found.append(json.loads((folder / "results.json").read_text("utf-8")))
+        assert capsys.readouterr().out.count("on moved") == 4
+    one, two = (results["runs"] for results in found)
+    names = ("seed", "regime", "mixer", "accuracy", "by_distance", "parameters", "checkpoint")
+    assert [{n: run[n] for n in names} for run in two] == [
+        {n: run[n] for n in names} for run in one
+    ]
+    assert all(run["peak_bytes"] > 0 and len(run["curve"]) == len(other["curve"])
+               for run, other in zip(two, one, strict=True))  # fmt: skip
+    for run in two:
+        assert load_checkpoint(tmp_path / "2" / run["checkpoint"])
+
+
+def test_jobs_are_counted(tmp_path):
+    with pytest.raises(ValueError, match="jobs: got -1, want at least 0"):
+        run_all(str(tmp_path), tiny(), jobs=-1)
+
+
 # -- the report ----------------------------------------------------------------------------------
 
 

@@ -39,6 +39,9 @@ def compare(
     train_limit: Annotated[int | None, typer.Option(help="Use so many training digits.")] = None,
     test_limit: Annotated[int | None, typer.Option(help="Use so many test digits.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    jobs: Annotated[
+        int, typer.Option(help="Runs at the same time; 0: on the CPU one for each core, else one.")
+    ] = 0,
 ) -> None:
     """Train mixers on the same digits with one budget, and report how they cope with moving.
 
@@ -58,5 +61,5 @@ def compare(
         raise ValueError(
             f"compare: {error.name} is not installed; pip install 'translution[all]' brings it"
         ) from None
-    if not run_all(out, options, command=" ".join(["translution", *sys.argv[1:]])):
+    if not run_all(out, options, command=" ".join(["translution", *sys.argv[1:]]), jobs=jobs):
         raise typer.Exit(130)

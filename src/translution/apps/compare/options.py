@@ -22,7 +22,7 @@ REGIMES = ("centred", "moved")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "canvas": 20, "patch": 5, "dim": 48, "depth": 3, "heads": 2,
-        "steps": 200, "batch_size": 64, "learning_rate": 3e-3,
+        "steps": 150, "batch_size": 64, "learning_rate": 3e-3,
     },
     "mnist": {
         "canvas": 84, "patch": 12, "dim": 192, "depth": 6, "heads": 3,

@@ -17,7 +17,7 @@ from ...utils.files import write_whole
 from ...utils.measuring import machine
 from ..training.engine import pick_device
 from .measure import MEMORY
-from .options import Options
+from .options import REGIMES, Options
 
 __all__ = ["Results", "load_checkpoint", "open_folder", "save_checkpoint"]
 
@@ -95,8 +95,14 @@ class Results:
 
     def add(self, run: dict[str, Any], seconds: float) -> None:
         self.runs.append(run)
+        # runs may finish in another order than they were planned in
+        self.runs.sort(key=self._place)
         self.seconds = seconds
         self.save()
+
+    def _place(self, run: dict[str, Any]) -> tuple[int, int, int]:
+        """Where a run stands in the plan: by seed, regime and mixer."""
+        return run["seed"], REGIMES.index(run["regime"]), self.order.index(run["mixer"])
 
     def save(self) -> None:
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False)
