@@ -106,3 +106,9 @@ def test_the_readmes_code_runs():
     exec(code, scope)
     assert scope["y"].shape == (8, 50, 192)
     assert scope["logits"].shape == (2, 10)
+
+
+def test_the_command_line_names_its_version():
+    command = [sys.executable, "-m", "translution", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"translution {translution.__version__}\n"

@@ -6,6 +6,8 @@ import sys
 import warnings
 from typing import Any
 
+from .._version import __version__
+
 __all__ = ["main"]
 
 EXTRAS = {
@@ -72,13 +74,21 @@ def _app() -> Any:
 
     app = typer.Typer(
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         help="Attention with a sense of where: train, use and compare models, measure operators.",
     )
 
+    def show_version(asked: bool) -> None:
+        if asked:
+            print(f"translution {__version__}")
+            raise typer.Exit
+
     @app.callback()
-    def _app() -> None:
+    def _app(
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=show_version, help="Print the version."
+        ),
+    ) -> None:
         pass
 
     app.command(context_settings=EXTRA)(train)
