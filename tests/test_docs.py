@@ -171,6 +171,9 @@ def check_translution(words: list[str], whole: bool) -> None:
     from translution.apps.training.config import Config
 
     group = typer.main.get_command(cli._app())
+    if words and words[0].startswith("--"):
+        assert words[0] in {"--help", *(name for param in group.params for name in param.opts)}
+        return
     command = group.commands[words[0]] if words else group
     try:
         context = command.make_context(words[0] if words else "translution", list(words[1:]))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
+from typing import Any
 
 __all__ = ["MOVED", "install", "now"]
 
@@ -72,11 +73,18 @@ class _Finder(MetaPathFinder):
         return ModuleSpec(fullname, _Loader(name), is_package=package)
 
 
+class _Package(ModuleType):
+    """The package `translution`. Its `convert` stays the function of that name: the import system
+    would put the module in its place that `import translution.convert.resizing` finds."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "convert" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
 def install() -> None:
     """Let the import system find modules under their old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         # first: the folder of a moved package would otherwise be searched for its modules again
         sys.meta_path.insert(0, _Finder())
-    # `translution.convert` stays the function of that name: a module that is known already is not
-    # put in its place
-    sys.modules["translution.convert"] = sys.modules["translution.interop.convert"]
+    sys.modules[__package__].__class__ = _Package

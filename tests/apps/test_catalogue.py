@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from translution import create_model, list_models
 from translution.apps.catalogue import counts
 from translution.apps.catalogue.command import models, parameters, short
+from translution.apps.catalogue.table import read_table, row
 from translution.utils.measuring import multiply_adds, peak_bytes
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
@@ -91,6 +92,13 @@ def test_all_names_have_entries():
     assert counts.entry("acmix_resnet26").input == (3, 224, 224)
     with pytest.raises(ValueError, match="did you mean"):
         counts.entry("acmix_resnet27")
+
+
+def test_the_stored_table_is_what_is_counted():
+    stored = read_table()
+    assert sorted(stored) == list_models()
+    for name in ("acmix_resnet26", "gpt", "bias_vit_tiny_patch56_224"):
+        assert stored[name] == row(name)
 
 
 @pytest.fixture

@@ -8,7 +8,87 @@ from typing import Any
 
 from .._version import __version__
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
+
+# name -> (module within apps, function, the first sentence of its docstring): a command is
+# imported when it is called
+COMMANDS = {
+    "train": (
+        "training.command",
+        "train",
+        "Train a model from a configuration: translution train CONFIG [--key=value ...].",
+    ),
+    "evaluate": (
+        "training.command",
+        "evaluate",
+        "Measure a checkpoint: translution evaluate CHECKPOINT [--key=value ...].",
+    ),
+    "tokenize": (
+        "training.tokenize_command",
+        "tokenize",
+        "Tokenise the text of a configuration ahead: translution tokenize CONFIG [--key=value ...].",  # noqa: E501
+    ),
+    "predict": (
+        "training.predict_command",
+        "predict",
+        "Classify images: translution predict CHECKPOINT IMAGE...",
+    ),
+    "generate": (
+        "training.generate_command",
+        "generate",
+        "Continue a text with a trained language model.",
+    ),
+    "share": (
+        "training.share_command",
+        "share",
+        "Write a trained model as a folder to share: weights, configuration and model card.",
+    ),
+    "models": (
+        "catalogue.command",
+        "models",
+        "List models with their parameters, multiply-adds and memory, without making them.",
+    ),
+    "export": (
+        "export",
+        "export",
+        "Write a model as a program that needs nothing of this library to run.",
+    ),
+    "compare": (
+        "compare.command",
+        "compare",
+        "Train mixers on the same digits with one budget, and report how they cope with moving.",
+    ),
+    "demo": (
+        "demo.command",
+        "demo",
+        "A page to try what the mixers do, on digits that move and on text: translution demo [RUN...]",  # noqa: E501
+    ),
+    "experiment": (
+        "experiments.command",
+        "experiment",
+        "Train rows alike over several seeds: translution experiment FILE [--base.key=value ...].",
+    ),
+    "bench": (
+        "bench.command",
+        "bench",
+        "Measure the operator: forward, and forward + backward.",
+    ),
+    "bench-step": (
+        "bench.steps_command",
+        "bench_step",
+        "Measure one training step (AdamW) of whole image models: time, memory.",
+    ),
+    "bench-gpu": (
+        "bench.gpu_command",
+        "bench_gpu",
+        "Check and measure the library on a GPU, within a time.",
+    ),
+    "bench-tune": (
+        "bench.tune_command",
+        "bench_tune",
+        "Time the Triton kernels with other block sizes than those that the library uses.",
+    ),
+}
 
 EXTRAS = {
     "datasets": "data",
@@ -57,22 +137,10 @@ def _plainly(message: Any, *_: Any, **__: Any) -> str:
 def _app() -> Any:
     import typer
 
-    from .bench.command import bench
-    from .bench.gpu_command import bench_gpu
-    from .bench.steps_command import bench_step
-    from .bench.tune_command import bench_tune
-    from .catalogue.command import models
-    from .compare.command import compare
-    from .demo.command import demo
-    from .experiments.command import experiment
-    from .export import export
-    from .training.command import EXTRA, evaluate, train
-    from .training.generate_command import generate
-    from .training.predict_command import predict
-    from .training.share_command import share
-    from .training.tokenize_command import tokenize
+    from .lazy import lazy_group
 
     app = typer.Typer(
+        cls=lazy_group(COMMANDS),
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         help="Attention with a sense of where: train, use and compare models, measure operators.",
@@ -91,21 +159,6 @@ def _app() -> Any:
     ) -> None:
         pass
 
-    app.command(context_settings=EXTRA)(train)
-    app.command(context_settings=EXTRA)(evaluate)
-    app.command(context_settings=EXTRA)(tokenize)
-    app.command()(predict)
-    app.command()(generate)
-    app.command()(share)
-    app.command()(models)
-    app.command()(export)
-    app.command()(compare)
-    app.command()(demo)
-    app.command(context_settings=EXTRA)(experiment)
-    app.command()(bench)
-    app.command()(bench_step)
-    app.command()(bench_gpu)
-    app.command()(bench_tune)
     return app
 
 

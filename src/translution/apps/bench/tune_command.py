@@ -18,7 +18,7 @@ __all__ = ["bench_tune"]
 
 
 def bench_tune(
-    kernel: Annotated[str, typer.Option(help=f"Some of {','.join(KINDS)}.")] = ",".join(KINDS),
+    kernel: Annotated[str, typer.Option(help=f"Some of {', '.join(KINDS)}.")] = ", ".join(KINDS),
     grid: Annotated[str, typer.Option(help="Such as 14x14, or 1024c: 1-D, causal.")] = "14x14",
     width: Annotated[int, typer.Option(help="Channels.")] = 384,
     heads: Annotated[int, typer.Option(help="0: width / 64.")] = 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,46 +29,36 @@ def models(
     gradients, two states, and what a forward pass keeps for the way back. Working memory within an
     operator, and that of the backward pass, comes on top.
     """
+    import fnmatch
     import json
 
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
 
-    from ...models import list_models
-    from ...models.blocks import MIXERS, choose
-    from .counts import costs, entry
+    from .table import read_table
 
-    choose("sort", sort, COLUMNS)
-    choose("mixer", mixer, ["", *MIXERS])
+    table_of = read_table()
+    _choose("sort", sort, COLUMNS)
+    _choose("mixer", mixer, ["", *sorted({one["mixer"] for one in table_of.values()})])
     most = parameters(max_parameters) if max_parameters else None
-    names = list_models(pattern)
+    names = fnmatch.filter(table_of, pattern)
     if not names:
         raise ValueError(f"pattern: got {pattern!r}, which no model's name matches")
-    errors = Console(stderr=True)
-
-    def with_progress(what: str, of: list[Any]) -> Any:
-        return track(of, what, console=errors, transient=True, disable=not errors.is_terminal)
-
-    entries = [entry(name) for name in with_progress("models", names)]
-    entries = [
-        one
-        for one in entries
-        if (most is None or one.parameters <= most) and mixer in ("", one.mixer)
-    ]
     rows: list[dict[str, Any]] = []
-    for one in with_progress("counting", entries):
-        found = costs(one.name)
+    for name in names:
+        one = table_of[name]
+        if mixer not in ("", one["mixer"]) or (most is not None and one["parameters"] > most):
+            continue
         rows.append(
             {
-                "name": one.name,
-                "family": one.family,
-                "mixer": one.mixer,
-                "input": list(one.input),
-                "parameters": one.parameters,
-                "multiply-adds": found.multiply_adds,
-                "inference": found.inference(batch),
-                "training": found.training(batch),
+                "name": name,
+                "family": one["family"],
+                "mixer": one["mixer"],
+                "input": one["input"],
+                "parameters": one["parameters"],
+                "multiply-adds": one["multiply_adds"],
+                "inference": one["weights"] + batch * one["passing"],
+                "training": one["weights"] + 3 * one["trained"] + batch * one["kept"],
             }
         )
     rows.sort(key=lambda row: (row[sort], row["name"]))
@@ -92,6 +82,11 @@ def models(
     if not console.is_terminal:
         console.width = 120
     console.print(table)
+
+
+def _choose(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:  # as `models.blocks.choose`, which imports torch
+        raise ValueError(f"{name}: got {value!r}, want one of {list(known)}")
 
 
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

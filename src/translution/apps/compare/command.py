@@ -20,7 +20,7 @@ def compare(
     data_dir: Annotated[
         str | None, typer.Option(help="Folder with MNIST's four files, downloaded if absent.")
     ] = None,
-    mixers: Annotated[str, typer.Option(help=f"Some of {','.join(MIXERS)}.")] = ",".join(
+    mixers: Annotated[str, typer.Option(help=f"Some of {', '.join(MIXERS)}.")] = ", ".join(
         DEFAULT_MIXERS
     ),
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,

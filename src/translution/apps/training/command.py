@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["EXTRA", "evaluate", "train"]
+__all__ = ["evaluate", "train"]
 
-# What a command does not know itself is a change of the configuration.
-EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Devices are those of a run's training; to measure one is enough.
 ALONE = ("train.devices=1", "train.nodes=1", "train.offset_ranks=1", "train.strategy=auto")
 
