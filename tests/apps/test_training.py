@@ -68,12 +68,27 @@ def finished(tmp_path_factory):
 
 
 def in_a_fork(function, *arguments):
-    """Its exit code: of a process of its own, which may be killed."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    """Its exit code: of a process of its own, which may be killed.
+
+    It is forked from a server that has run nothing but imports. This process may have threads
+    (those that write TensorBoard's files, for one), and a fork of it would wait for ever for a
+    lock that one of them held.
+    """
+    multiprocessing.set_forkserver_preload(["test_training"])
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=as_here, args=(function, *arguments))
     process.start()
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def as_here(function, *arguments):
+    """With the settings of conftest.py, so that the numbers are the same."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    function(*arguments)
 
 
 # -- a run ---------------------------------------------------------------------------------------
