@@ -26,7 +26,7 @@ from rich.table import Table
 
 from ...models import ViT
 from ..data.digits import Digits, load_digits, mnist, train_batches
-from ..training.engine import pick_device
+from ..training.engine import pick_device, terminate
 from .measure import peak_of_a_step
 from .options import REGIMES, Options
 from .report import write_report
@@ -199,9 +199,7 @@ def in_processes(
                 for job in sorted(finished, key=lambda job: plan.index(going[job])):
                     finish(going.pop(job), job.result())
         except BaseException:
-            for process in (pool._processes or {}).values():
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+            terminate(pool)
             raise
 
 

@@ -28,7 +28,7 @@ from ..data.images import Images
 from ..training.checkpoints import latest
 from ..training.config import Config
 from ..training.data import Data, Parts
-from ..training.engine import pick_device
+from ..training.engine import pick_device, terminate
 from ..training.run import evaluate, model_of, train
 from .config import MEASURES, Arm, Budget, Experiment, Run
 
@@ -139,9 +139,7 @@ class Runs:
                         run = going.pop(job)
                         tell(run, job.result(), len(going) + len(missing))
             except BaseException:
-                for process in (pool._processes or {}).values():
-                    process.terminate()  # its checkpoint stays
-                pool.shutdown(wait=False, cancel_futures=True)
+                terminate(pool)  # the checkpoints of its runs stay
                 raise
             finally:
                 signal.signal(signal.SIGTERM, before)

@@ -7,11 +7,12 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["DEVICES", "interruptible", "pick_device", "quiet"]
+__all__ = ["DEVICES", "interruptible", "pick_device", "quiet", "terminate"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -60,3 +61,10 @@ def interruptible() -> Iterator[None]:
     finally:
         if main and handler is not None:
             signal.signal(signal.SIGINT, handler)
+
+
+def terminate(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool at once, in the middle of what they do."""
+    for process in (pool._processes or {}).values():
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,7 @@
 
 A `Problem` is one call of an operator. Its methods are the four kinds of work: products of pairs,
 sums over a token's pairs, sums over a class's pairs. On the meta device they compile what they
-would launch, and launch nothing (`ahead` does so before the first backward pass).
+would launch (`support.launch`), and launch nothing; `ahead` does so before the first backward pass.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ...layouts import Layout
@@ -20,26 +19,16 @@ from . import tables
 from .blocks import Blocks, choose, power
 from .class_kernels import class_outer, class_sums
 from .pair_kernels import pair_products
-from .support import interpreted
+from .support import arithmetic, interpreted, launch
 from .token_kernels import pair_sums, token_sums
 
-__all__ = ["MEMORY", "Problem", "Side", "launch", "long", "split_evenly"]
+__all__ = ["MEMORY", "Problem", "Side", "long", "split_evenly"]
 
 MEMORY = 256 << 20
 """Bytes of rows that the backward pass holds at a time; or the size of the scores, if that is more.
 (On an H100 chunks of 1 GiB were no faster.)"""
 ROWS = 1 << 31
 """Rows (pairs · batch) are counted in 32 bits."""
-
-
-def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel; or only compile it, where its tensors are on the meta device."""
-    first = next(a for a in arguments if isinstance(a, Tensor))
-    if first.device.type == "meta":
-        kernel.warmup(*arguments, grid=programs, **constants)
-    elif min(programs) > 0:
-        with torch.cuda.device_of(first):  # Triton launches on the current device
-            kernel[programs](*arguments, **constants)
 
 
 class Side(NamedTuple):
@@ -81,20 +70,11 @@ class Problem:
                 f"than 2**31 in all; use smaller batches, or backend='torch'"
             )
         self.wide = wide(x.dtype)
-        self.common = {
-            "SUMS": tl.float64 if x.dtype == torch.float64 else tl.float32,
-            "PRECISION": "tf32" if _allows_tf32(x.dtype) else "ieee",
-            "UPCAST": interpreted(),
-        }
+        self.common = arithmetic(x.dtype)
 
     @property
     def empty(self) -> bool:
         return not self.batch or not self.count
-
-    @property
-    def full(self) -> bool:
-        """Whether every query has a pair with every key."""
-        return self.count == self.queries * self.keys
 
     def chunks(self, row_bytes: int) -> tables.Chunks:
         """Classes that go back together, a pair of one sample taking so many bytes."""
@@ -306,10 +286,6 @@ class Problem:
         if self.device.type != "cuda":
             return 1
         return _processors(self.device) * (2 if warps < 8 else 1)
-
-
-def _allows_tf32(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def _options(got: Blocks) -> dict[str, int]:

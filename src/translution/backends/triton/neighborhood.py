@@ -22,7 +22,8 @@ from ...caches import kept
 from ...neighborhoods import Neighborhood
 from ..torch.neighborhood import as_map, places, room
 from ..torch.offset import wide
-from .support import interpreted
+from .blocks import power
+from .support import arithmetic, interpreted, launch
 
 __all__ = ["neighborhood_attention", "neighborhood_attention_backward"]
 
@@ -88,24 +89,19 @@ class _Launch:
     """What the kernels of one call have in common."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, area: Neighborhood):
-        import triton.language as tl
-
         self.area = area
         self.query, self.key, self.value = places(query), places(key), places(value)
         self.batch, self.keys, self.heads, self.dim = self.key.shape
         self.queries, self.channels = self.query.shape[1], self.value.shape[3]
-        padded = [max(16, 1 << (n - 1).bit_length()) for n in (self.dim, self.channels)]
+        padded = [power(n, 16) for n in (self.dim, self.channels)]
         even = padded == [self.dim, self.channels]
         self.block = block_sizes(max(padded), query.dtype, even)
-        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         self.constants: dict[str, Any] = {
             "DIM": padded[0],
             "CHANNELS": padded[1],
             "EVEN_DIM": padded[0] == self.dim,
             "EVEN_CHANNELS": padded[1] == self.channels,
-            "SUMS": tl.float64 if query.dtype == torch.float64 else tl.float32,
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "UPCAST": interpreted(),
+            **arithmetic(query.dtype),
         }
 
     def __call__(
@@ -118,16 +114,13 @@ class _Launch:
         block = self.block
         table = tables(self.area, self.query.device, side, block.rows, block.others)
         tiles, blocks = len(table.rows), table.others.shape[1] // block.others
-        programs = self.batch * self.heads * tiles
-        if not programs:
-            return
-        with torch.cuda.device_of(self.query):  # Triton launches on the current device
-            getattr(neighborhood_kernels, name)[(programs,)](
-                *tensors, *table,
-                self.queries, self.keys, self.heads, tiles, blocks, self.dim, self.channels,
-                *numbers, **self.constants, ROWS=block.rows, OTHERS=block.others,
-                num_warps=block.warps, num_stages=block.stages,
-            )  # fmt: skip
+        launch(
+            getattr(neighborhood_kernels, name), (self.batch * self.heads * tiles,),
+            *tensors, *table,
+            self.queries, self.keys, self.heads, tiles, blocks, self.dim, self.channels,
+            *numbers, **self.constants, ROWS=block.rows, OTHERS=block.others,
+            num_warps=block.warps, num_stages=block.stages,
+        )  # fmt: skip
 
 
 def neighborhood_attention(
@@ -142,10 +135,10 @@ def neighborhood_attention(
     Returns:
         [batch, heads, out height, out width, value channels].
     """
-    launch = _Launch(query, key, value, area)
-    y = room(query, launch.channels)
-    tensors = launch.query, launch.key, launch.value, y
-    launch("attend", "queries", tensors, (scale * LOG2E,))
+    call = _Launch(query, key, value, area)
+    y = room(query, call.channels)
+    tensors = call.query, call.key, call.value, y
+    call("attend", "queries", tensors, (scale * LOG2E,))
     return as_map(y, area.out)
 
 
@@ -159,13 +152,13 @@ def neighborhood_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value from that of y, what `neighborhood_attention` gave."""
-    launch = _Launch(query, key, value, area)
-    up, q, k, v = places(grad), launch.query, launch.key, launch.value
+    call = _Launch(query, key, value, area)
+    up, q, k, v = places(grad), call.query, call.key, call.value
     gq, gk, gv = (room(x, x.shape[4]) for x in (query, key, value))
-    shape = (launch.batch, launch.heads, launch.queries)
+    shape = (call.batch, call.heads, call.queries)
     # two of them: a half of one would begin where nothing is aligned, and be compiled for
     logs, along = (query.new_empty(shape, dtype=wide(query.dtype)) for _ in range(2))
     numbers = scale * LOG2E, scale
-    launch("attend_to_queries", "queries", (q, k, v, places(y), up, gq, logs, along), numbers)
-    launch("attend_to_keys", "keys", (q, k, v, up, gk, gv, logs, along), numbers)
+    call("attend_to_queries", "queries", (q, k, v, places(y), up, gq, logs, along), numbers)
+    call("attend_to_keys", "keys", (q, k, v, up, gk, gv, logs, along), numbers)
     return as_map(gq, area.out), as_map(gk, area.size), as_map(gv, area.size)

@@ -34,7 +34,7 @@ def scores(
     wq, wk, bq, bk = (_cast(t, xq.dtype) for t in (wq, wk, bq, bk))
     problem = _problem(layout, xq, heads, (xq if wq is None else wq).shape[-1], wq, wk)
     shape = (problem.batch, heads, problem.queries, problem.keys)
-    if problem.full:
+    if layout.full:
         s = xq.new_empty(shape, dtype=problem.wide)
     else:
         s = xq.new_full(shape, float("-inf"), dtype=problem.wide)
@@ -102,7 +102,7 @@ def mix_backward(
     problem = _problem(layout, x, a.shape[1], w.shape[-1], w)
     da = None
     if wanted[0]:
-        written = problem.full and not problem.empty
+        written = layout.full and not problem.empty
         da = torch.empty_like(a) if written else torch.zeros_like(a)
     value = Side(False, x, w, dx, dw, db)
     # the products that give the weights' gradients also give the rows: grad · v, and a · grad

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...layouts import Layout
 from . import tables
 from .blocks import power
-from .launch import Problem, launch, long, split_evenly
+from .launch import Problem, long, split_evenly
 from .small_kernels import class_tables, pair_walk
-from .support import interpreted
+from .support import interpreted, launch
 
 __all__ = ["SmallProblem"]
 

@@ -1,13 +1,15 @@
-"""Where the Triton backend can compute."""
+"""Where the Triton backend can compute, and how its kernels are run."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["interpreted", "unavailable"]
+__all__ = ["arithmetic", "interpreted", "launch", "unavailable"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,3 +34,25 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """The constants SUMS, PRECISION and UPCAST of the kernels (see `tile_math`) for a dtype."""
+    import triton.language as tl
+
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "SUMS": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "UPCAST": interpreted(),
+    }
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel; or only compile it, where its tensors are on the meta device."""
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    if first.device.type == "meta":
+        kernel.warmup(*arguments, grid=programs, **constants)
+    elif min(programs) > 0:
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            kernel[programs](*arguments, **constants)
