@@ -46,7 +46,7 @@ def test_old_paths_within_moved_packages():
     code = """
 import translution
 import translution.convert.resizing
-import translution.interop.convert.resizing as resizing
+import translution.interop.conversion.resizing as resizing
 from translution.convert.converting import Plan
 from translution.training.config import Config
 from translution.apps.training import config

@@ -25,6 +25,7 @@ from translution import Layout
 from translution.backends.triton import ahead, blocks, offset
 from translution.backends.triton import launch as launching
 from translution.backends.triton import small as small_path
+from translution.operands import Operand
 
 HALF = torch.bfloat16
 
@@ -113,10 +114,11 @@ def step(
         if strided:  # a view that begins between two vectors of 16 bytes
             x, q = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, q))
         w = torch.zeros(layout.classes, channels, channels, dtype=tables, device=device)
-        s = offset.scores(q, x, w, w, None, None, heads, 0.3, layout)
-        y = offset.mix(s, x, w, None, layout)
-        offset.mix_backward(y, s, x, w, None, layout, [True] * 4)
-        offset.scores_backward(s, q, x, w, w, None, None, heads, 0.3, layout, [True] * 6)
+        query, key = Operand(q, w), Operand(x, w)
+        s = offset.scores(query, key, heads, 0.3, layout)
+        y = offset.mix(s, key, layout)
+        offset.mix_backward(y, s, key, layout, [True] * 4)
+        offset.scores_backward(s, query, key, heads, 0.3, layout, [True] * 6)
 
 
 LAYOUTS = {
@@ -161,10 +163,10 @@ def ahead_of_time() -> dict[str, list[str]]:
         w = torch.zeros(
             layout.classes, channels, channels, dtype=tables, requires_grad=True
         )  # fmt: skip
-        ahead.prepare_scores(x, x, w, w, None, None, 3, layout)
+        ahead.prepare_scores(Operand(x, w), Operand(x, w), 3, layout)
         found[f"{name}: scores"] = counted.new()
         a = torch.zeros(4, 3, 12, 12, requires_grad=True)
-        ahead.prepare_mix(a, x, w, None, layout)
+        ahead.prepare_mix(a, Operand(x, w), layout)
         found[f"{name}: mix"] = counted.new()
         step(layout, channels=channels, tables=tables)
         found[f"{name}: step"] = counted.new()

@@ -9,7 +9,7 @@ on 2 cores. Any name of `list_models()` that takes `features_only` will do. The 
 library are made small (`SMALL` below); options of a backbone are given with `--override`, for all
 backbones or for those whose names match a pattern:
 
-    --override width=24 --override "acmix_*:attention_kernel=5"
+    --override width=24 --override "acmix_*:kernel_size=5"
 
 The folder gets results.json, weights as safetensors (`segmenter.load_segmenter` reads them),
 predictions.png, iou.png and report.html, which needs nothing beside it. Ctrl-C keeps the runs that
@@ -40,7 +40,7 @@ from segmenter import Segmenter, iou_per_class, save_segmenter, train
 from translution.apps.compare.report import percent, seconds
 from translution.apps.compare.results import spread
 from translution.apps.training.engine import DEVICES, pick_device
-from translution.models.blocks import choose
+from translution.models.configuration import check_choice
 from translution.utils.files import write_whole
 from translution.utils.measuring import machine, multiply_adds
 
@@ -101,7 +101,7 @@ class Options:
         for name in ("learning_rate", "background"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want more than 0, at most 1")
-        choose("device", self.device, DEVICES)
+        check_choice("device", self.device, DEVICES)
         pick_device(self.device)
         for backbone in self.backbones:
             self.model(backbone)

@@ -13,10 +13,10 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import functional
-    from .interop.convert import convert, make_relative, make_shared, resize_offsets
+    from .interop.conversion import convert, make_relative, make_shared, resize_offsets
     from .interop.published import export_published, load_published
     from .layouts import Layout
-    from .models import (  # type: ignore[no-redef]  # functions named as their modules
+    from .models import (
         GPT,
         GPTConfig,
         ViT,
@@ -85,7 +85,7 @@ __all__ = [
 _ELSEWHERE = {
     "Layout": "layouts",
     **dict.fromkeys(["convert", "make_relative", "make_shared", "resize_offsets"],
-                    "interop.convert"),
+                    "interop.conversion"),
     **dict.fromkeys(["export_published", "load_published"], "interop.published"),
     **dict.fromkeys(
         ["GPT", "GPTConfig", "ViT", "ViTConfig", "attention_weights", "create_model", "gpt",

@@ -20,14 +20,27 @@ __all__ = ["MOVED", "install", "now"]
 
 FLOORS = {
     "apps": "bench catalogue cli compare config data demo experiments training",
-    "interop": "convert export parallel published timm transformers",
+    "interop": "export parallel published timm transformers",
     "utils": "files measuring words",
+}
+RENAMED = {
+    "convert": "interop.conversion",
+    "interop.convert": "interop.conversion",
+    "functional.row": "functional.single_query",
+    "models.attention_weights": "models.inspection",
+    "models.gpt": "models.language_model",
+    "models.pvt": "models.pyramid_transformer",
+    "models.resnet": "models.residual_network",
+    "models.san": "models.self_attention_network",
+    "models.swin": "models.swin_transformer",
+    "models.vit": "models.vision_transformer",
+    "modules.local": "modules.acmix",
 }
 MOVED = {
     f"translution.{name}": f"translution.{floor}.{name}"
     for floor, names in FLOORS.items()
     for name in names.split()
-}
+} | {f"translution.{old}": f"translution.{new}" for old, new in RENAMED.items()}
 """Where each moved module, with all that is in it, is now."""
 
 
@@ -69,16 +82,21 @@ class _Finder(MetaPathFinder):
         if name is None or found is None:
             return None
         warnings.warn(f"{fullname} is now {name}", DeprecationWarning, stacklevel=2)
+        sys.modules[fullname.rpartition(".")[0]].__class__ = _Package
         package = found.submodule_search_locations is not None
         return ModuleSpec(fullname, _Loader(name), is_package=package)
 
 
 class _Package(ModuleType):
-    """The package `translution`. Its `convert` stays the function of that name: the import system
-    would put the module in its place that `import translution.convert.resizing` finds."""
+    """A package that has a public function with the old name of a module, such as `convert`.
+
+    After importing a module the import system sets it as an attribute of its package. Here a moved
+    module does not replace the function.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "convert" or not isinstance(value, ModuleType):
+        moved = isinstance(value, ModuleType) and value.__name__ != f"{self.__name__}.{name}"
+        if not (moved and name in getattr(self, "__all__", ())):
             super().__setattr__(name, value)
 
 
@@ -87,4 +105,3 @@ def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         # first: the folder of a moved package would otherwise be searched for its modules again
         sys.meta_path.insert(0, _Finder())
-    sys.modules[__package__].__class__ = _Package

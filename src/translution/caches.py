@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["TABLES", "Cache", "kept"]
+__all__ = ["TABLES", "Cache", "cached"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,7 +98,7 @@ TABLES = Cache()
 """All index tables of the library."""
 
 
-def kept(make: Callable[P, R]) -> Callable[P, R]:
+def cached(make: Callable[P, R]) -> Callable[P, R]:
     """Keep in `TABLES` what a function of (geometry, device, ...) returns. Do not write to it.
 
     The geometry is hashable or has a `key`; all arguments are given by place.

@@ -1,4 +1,9 @@
-"""Which class each (query, key) pair has. Nothing else in the library knows geometry."""
+"""Geometry: which matrix of a table each (query, key) pair of tokens uses.
+
+A table holds one projection matrix per *offset class*. A `Layout` gives each pair of tokens the
+number of its class, or -1 where the query does not see the key. Grids, causality, windows, buckets
+and prefix tokens are all expressed here, and no other module computes positions or offsets.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +18,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .caches import kept
+from .caches import cached
 
-__all__ = ["Layout", "Pairs"]
+__all__ = ["Layout", "OptionalSizes", "Pairs", "Sizes"]
 
+Sizes = int | Sequence[int]
+"""One int for every axis, or one int per axis."""
+OptionalSizes = int | Sequence[int | None] | None
+"""The same, where None sets no limit (on all axes, or on one of them)."""
 
-_CPU = torch.device("cpu")  # geometry is worked out there, also under torch.device("meta")
+# Geometry is always computed on the CPU, also inside `with torch.device("meta")`.
+_CPU = torch.device("cpu")
 
 
 class Pairs(NamedTuple):
-    """The pairs that exist, sorted by class (and within a class by query, then key).
+    """The pairs that exist, sorted by class, and within a class by query and then by key.
 
-    ``query``, ``key``: int32 [pairs], places in the query set and in the key set.
-    ``flat``: int32 [pairs], ``query * n_keys + key``.
-    ``slot``: int32 [n_queries * n_keys], where each dense cell is found in the sorted list;
-    absent pairs point one past its end.
-    ``starts``: class ``c`` owns the pairs ``starts[c] : starts[c + 1]``.
+    Attributes:
+        query, key: int32 [pairs], the position of each pair's query among the queries, and of its
+            key among the keys.
+        flat: int32 [pairs], `query * n_keys + key`: the pair's cell in the [queries, keys] matrix.
+        slot: int32 [n_queries * n_keys], the inverse of `flat`: where each cell is in the sorted
+            list. Cells of absent pairs hold the number of pairs, one past the end.
+        starts: the pairs of class `c` are `starts[c] : starts[c + 1]`.
     """
 
     query: Tensor
@@ -42,29 +54,34 @@ class Pairs(NamedTuple):
 class Layout:
     """The class of every (query, key) pair of tokens on a grid.
 
-    Tokens are ``prefix`` tokens without a place, then the grid in row-major order. On the grid the
-    class of a pair is its offset, position(query) - position(key), counted from the most negative
-    offset, the last axis fastest. After the offsets come the prefix classes: ``prefix**2``
-    prefix -> prefix (query-major), ``prefix`` prefix query -> grid key, ``prefix`` grid query ->
-    prefix key.
+    The tokens are `prefix` tokens without a position, then the tokens of the grid in row-major
+    order. Two grid tokens have the class of their offset, position(query) - position(key); offsets
+    are numbered from the most negative one, the last axis fastest. After them come the classes of
+    pairs with a prefix token: `prefix**2` for prefix query and prefix key (query-major), `prefix`
+    for prefix query and grid key, `prefix` for grid query and prefix key. A class here is a row of
+    a table and has nothing to do with the classes of a classifier.
 
     Args:
         grid: tokens per axis (1 to 3 axes) that the tables are made for. An int means one axis.
-        causal: only keys at or before the query (one axis only). A prefix token then sees the
-            prefix alone, and the classes prefix query -> grid key do not exist.
-        window: largest offset per axis, in steps of ``dilation``; None is no limit. A window of w
-            is a neighbourhood of 2w + 1 steps, as a convolution of kernel 2w + 1.
-        dilation: only offsets that are multiples of it, per axis.
-        buckets: classes on each side of offset 0, per axis: exact near, log-spaced far, and
-            everything beyond the grid shares the last one. None is one class per offset.
-        prefix: tokens without a place (class token, registers).
-        prefix_queries: only the prefix tokens ask; tables hold no other rows.
-        input_grid: the grid of this input. At most ``grid``, except on an axis with buckets or
-            with a window that ``grid`` holds whole: there it may be any size.
-        queries, keys: the tokens (places in prefix + grid) on each side; None is all of them.
-        share: (rank, ranks): only the classes rank, rank + ranks, ... exist, numbered 0, 1, ...;
-            the pairs of all others are absent. None is all of them. Dealt out in turn, every
-            rank gets near and far offsets, so about as many pairs as the others.
+        causal: a query sees only keys at or before it (one axis only). A prefix token then sees
+            prefix tokens only, and the classes of prefix query and grid key do not exist.
+        window: the largest offset that is seen, per axis, in steps of `dilation`. A window of w
+            covers 2w + 1 positions, as a convolution of kernel size 2w + 1 does. None sets no
+            limit.
+        dilation: only offsets that are multiples of this number are seen, per axis.
+        buckets: the number of classes on each side of offset 0, per axis. Near offsets have a class
+            each, farther ones share classes that grow with the logarithm of the distance, and all
+            offsets beyond the grid have the last class. None gives every offset its own class.
+        prefix: the number of tokens without a position (class token, registers).
+        prefix_queries: only the prefix tokens are queries, and tables hold no other classes.
+        input_grid: the grid of the input at hand. It is at most `grid`, except on an axis with
+            buckets, or with a window that fits into `grid`: there it may have any size.
+        queries, keys: the tokens that are queries, or keys, as positions in prefix + grid. None
+            means all tokens.
+        shard: (rank, world size) of a table that is divided over processes: only the classes rank,
+            rank + world size, ... exist here, renumbered 0, 1, ..., and the pairs of all other
+            classes are absent. Taking every n-th class gives each process near and far offsets, and
+            with them about the same number of pairs. None is the whole table.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -80,30 +97,33 @@ class Layout:
     input_grid: tuple[int, ...] = ()
     queries: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
-    share: tuple[int, int] | None = None
+    shard: tuple[int, int] | None = None
 
-    # What follows from the above; plain attributes, so that tracing reads them as constants.
-    key: str = field(init=False, compare=False, repr=False, default="")
-    """This layout as a string, from which `parse` rebuilds it (operators carry it)."""
+    # Derived values. They are plain attributes so that tracing reads them as constants.
+    spec: str = field(init=False, compare=False, repr=False, default="")
+    """This layout as a string: the registered operators take it, and `parse` reads it."""
     axis_classes: tuple[int, ...] = field(init=False, compare=False, repr=False, default=())
-    """How many offset classes each axis has; the grid's classes are their product."""
+    """The number of offset classes of each axis. Their product is the number for the grid."""
     offset_classes: int = field(init=False, compare=False, repr=False, default=0)
-    """Rows of a table that belong to offsets; those of the prefix follow them."""
+    """The number of a table's rows that belong to offsets. The rows of prefix pairs follow."""
     classes: int = field(init=False, compare=False, repr=False, default=0)
-    """Rows of a table."""
+    """The number of rows of a table."""
     tokens: int = field(init=False, compare=False, repr=False, default=0)
-    """Tokens of the whole input, prefix included."""
+    """The number of tokens of the input, including the prefix."""
     n_queries: int = field(init=False, compare=False, repr=False, default=0)
     n_keys: int = field(init=False, compare=False, repr=False, default=0)
     full: bool = field(init=False, compare=False, repr=False, default=False)
-    """Every query has every key."""
+    """Whether every query sees every key."""
     plain_causal: bool = field(init=False, compare=False, repr=False, default=False)
-    """All tokens ask all tokens that are not after them, and nothing else is restricted."""
+    """Whether every token sees exactly the tokens at or before it (ordinary causal attention)."""
     may_be_empty: bool = field(init=False, compare=False, repr=False, default=False)
-    """Some query may have no key at all."""
-    row: tuple[int, int] | None = field(init=False, compare=False, repr=False, default=None)
-    """(count, step) where the last token alone asks, and sees itself and every `step`-th token
-    before it, `count` in all, which have the classes 0, 1, 2 and so on. Else None."""
+    """Whether some query may see no key at all."""
+    single_query: tuple[int, int] | None = field(
+        init=False, compare=False, repr=False, default=None
+    )
+    """(count, step) for the layout of text generation: the last token is the only query, and it
+    sees itself and every `step`-th token before it, `count` tokens in all, which have the classes
+    0, 1, 2, and so on. None for every other layout."""
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -126,7 +146,8 @@ class Layout:
             if size > most and not self._unbounded(axis):
                 raise ValueError(
                     f"grid: got {size} tokens on axis {axis}, but the tables are made for at most "
-                    f"{most}; make them larger, or use buckets or a window"
+                    f"{most}; translution.resize_offsets makes them larger, and a layer with "
+                    "buckets or a window takes any size"
                 )
         sides = [len(self.bucket_starts(axis)) for axis in range(axes)]
         put("axis_classes", tuple(n + 1 if self.causal else 2 * n + 1 for n in sides))
@@ -134,10 +155,10 @@ class Layout:
         outward = 0 if self.causal else self.prefix
         inward = 0 if self.prefix_queries else self.prefix
         put("classes", self.offset_classes + self.prefix**2 + outward + inward)
-        if self.share is not None:
-            rank, ranks = _check_share(self.share)
-            put("offset_classes", len(range(rank, self.offset_classes, ranks)))
-            put("classes", len(range(rank, self.classes, ranks)))
+        if self.shard is not None:
+            rank, world_size = _check_shard(self.shard)
+            put("offset_classes", len(range(rank, self.offset_classes, world_size)))
+            put("classes", len(range(rank, self.classes, world_size)))
         put("tokens", self.prefix + math.prod(self.input_grid))
         for name in ("queries", "keys"):
             put(name, self._tokens(name, getattr(self, name)))
@@ -145,25 +166,25 @@ class Layout:
         put("n_keys", self._count(self.keys))
         limited = any(self._limited(axis, n) for axis, n in enumerate(self.input_grid))
         limited = limited and not self.prefix_queries
-        alone = self.share is None
-        put("full", alone and not limited and not (self.causal and self.prefix))
-        put("may_be_empty", self.keys is not None or not alone)
-        whole = self.queries is None and self.keys is None and not self.prefix and alone
+        undivided = self.shard is None
+        put("full", undivided and not limited and not (self.causal and self.prefix))
+        put("may_be_empty", self.keys is not None or not undivided)
+        whole = self.queries is None and self.keys is None and not self.prefix and undivided
         unlimited = self.window is None and self.dilation == (1,)
         put("plain_causal", whole and self.causal and unlimited)
-        put("row", self._row())
-        put("key", _key(self))
+        put("single_query", self._single_query())
+        put("spec", _spec(self))
 
-    def _count(self, some: tuple[int, ...] | None, every: int | None = None) -> int:
-        if some is not None:
-            return len(some)
-        return self.tokens if every is None else every
+    def _count(self, chosen: tuple[int, ...] | None, available: int | None = None) -> int:
+        if chosen is not None:
+            return len(chosen)
+        return self.tokens if available is None else available
 
     def _limited(self, axis: int, size: int) -> bool:
-        """Whether some pair is absent on this axis."""
+        """Whether some pair is absent because of this axis."""
         w = None if self.window is None else self.window[axis]
         near = w is not None and w < size - 1
-        later = self.causal and self.queries != (self.tokens - 1,)  # nothing is after the last
+        later = self.causal and self.queries != (self.tokens - 1,)  # no token follows the last
         return size > 1 and (later or self.dilation[axis] > 1 or near)
 
     # -- the table ---------------------------------------------------------------------------
@@ -175,7 +196,7 @@ class Layout:
 
     @property
     def reach(self) -> tuple[int | None, ...]:
-        """The farthest that a query sees on each axis, in tokens; None where nothing limits it."""
+        """The largest distance that a query sees on each axis, in tokens. None: no limit."""
         windows = self.window or (None,) * len(self.grid)
         pairs = zip(windows, self.dilation, strict=True)
         return tuple(None if w is None else w * dilation for w, dilation in pairs)
@@ -188,7 +209,10 @@ class Layout:
         return w is not None and w * self.dilation[axis] <= self.grid[axis] - 1
 
     def bucket_starts(self, axis: int) -> list[int]:
-        """The least distance, in steps of `dilation`, of each class beside 0 on an axis, rising."""
+        """The smallest distance, in steps of `dilation`, of each class on one side of offset 0.
+
+        The list rises, and has one entry per class.
+        """
         reach = (self.grid[axis] - 1) // self.dilation[axis]
         w = None if self.window is None else self.window[axis]
         if w is not None:
@@ -204,8 +228,8 @@ class Layout:
             starts.append(max(starts[-1] + 1, spaced))
         return starts
 
-    def _row(self) -> tuple[int, int] | None:
-        whole = self.causal and not self.prefix and self.keys is None and self.share is None
+    def _single_query(self) -> tuple[int, int] | None:
+        whole = self.causal and not self.prefix and self.keys is None and self.shard is None
         if not whole or self.queries != (self.tokens - 1,):
             return None
         step, w = self.dilation[0], None if self.window is None else self.window[0]
@@ -213,7 +237,7 @@ class Layout:
         most = most if w is None else min(w, most)
         starts = self.bucket_starts(0)
         if most and (len(starts) < most or starts[most - 1] != most):
-            return None  # some of them share a class
+            return None  # several distances share a class
         return most + 1, step
 
     def at(self, grid: int | Sequence[int]) -> Layout:
@@ -224,16 +248,16 @@ class Layout:
     def select(
         self, queries: Sequence[int] | None = None, keys: Sequence[int] | None = None
     ) -> Layout:
-        """The same tables for a part of the tokens, such as one new query against all keys."""
+        """The same tables for some of the tokens, such as one new query and all keys."""
         return dataclasses.replace(
             self,
             queries=None if queries is None else tuple(queries),
             keys=None if keys is None else tuple(keys),
         )
 
-    def part(self, rank: int, ranks: int) -> Layout:
-        """Only every `ranks`-th class, from `rank` on: `share`."""
-        return _part(self, rank, ranks)
+    def sharded(self, rank: int, world_size: int) -> Layout:
+        """The same layout with the `shard` (rank, world_size)."""
+        return _sharded(self, rank, world_size)
 
     def _tokens(self, name: str, value: Any) -> tuple[int, ...] | None:
         if value is None:
@@ -246,39 +270,39 @@ class Layout:
         return value
 
     @staticmethod
-    def parse(key: str) -> Layout:
-        """The layout of a `key`."""
-        return _parse(key)
+    def parse(spec: str) -> Layout:
+        """The layout that a `spec` describes."""
+        return _parse(spec)
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
-        """int64 [grid tokens, axes]: the place of every grid token of this input."""
+        """The position of every grid token of this input, int64 [grid tokens, axes]."""
         axes = [torch.arange(n, device=device or _CPU) for n in self.input_grid]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
 
     @property
     def index(self) -> Tensor:
-        """int64 [queries, keys]: the class of each pair, -1 where the pair is absent."""
+        """The class of each pair, int64 [queries, keys]; -1 where the pair is absent."""
         return self.index_on("cpu").clone()
 
     def index_on(self, device: torch.device | str) -> Tensor:
-        """`index` on a device. Built once per layout and device: do not write to it."""
+        """`index` on a device. It is cached: do not write to it."""
         return _index(self, torch.device(device))
 
     def pairs_on(self, device: torch.device | str) -> Pairs:
-        """The pairs sorted by class. Built once per layout and device: do not write to them."""
+        """The pairs sorted by class, on a device. They are cached: do not write to them."""
         return _pairs(self, torch.device(device))
 
     def _build(self) -> Tensor:
-        if self.share is not None:
-            rank, ranks = self.share
-            index = _index(dataclasses.replace(self, share=None), _CPU)
-            own = (index >= 0) & (index % ranks == rank)
-            return torch.where(own, index // ranks, -1)
-        # only the rows and columns that are asked for: one new query costs as much as it has keys
-        p, every = self.prefix, torch.arange(self.tokens, device=_CPU)
-        queries = every[:p] if self.prefix_queries else every
+        if self.shard is not None:
+            rank, world_size = self.shard
+            index = _index(dataclasses.replace(self, shard=None), _CPU)
+            own = (index >= 0) & (index % world_size == rank)
+            return torch.where(own, index // world_size, -1)
+        # Only the chosen rows and columns are computed, so that one new query costs one row.
+        p, tokens = self.prefix, torch.arange(self.tokens, device=_CPU)
+        queries = tokens[:p] if self.prefix_queries else tokens
         query = (queries if self.queries is None else _tensor(self.queries))[:, None]
-        key = (every if self.keys is None else _tensor(self.keys))[None, :]
+        key = (tokens if self.keys is None else _tensor(self.keys))[None, :]
         index = torch.zeros((), dtype=torch.int64, device=_CPU)
         present = torch.ones((), dtype=torch.bool, device=_CPU)
         for axis, (size, count) in enumerate(zip(self.input_grid, self.axis_classes, strict=True)):
@@ -297,7 +321,7 @@ class Layout:
         return index
 
     def _axis_class(self, axis: int, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """The class of each offset on one axis, and whether the pair is there."""
+        """The class of each offset on one axis, and whether that offset is seen."""
         dilation = self.dilation[axis]
         starts = torch.tensor(self.bucket_starts(axis), dtype=torch.int64, device=_CPU)
         step = torch.div(offset, dilation, rounding_mode="floor")
@@ -314,7 +338,7 @@ class Layout:
 def _sizes(
     name: str, value: Any, axes: int | None, least: int, optional: bool = False
 ) -> tuple[Any, ...] | None:
-    """One int per axis from an int or a sequence."""
+    """An int or a sequence as one int per axis."""
     if value is None and optional:
         return None
     kind = "an int" + (" or None" if optional else "")
@@ -326,24 +350,26 @@ def _sizes(
     if axes is not None and len(sizes) != axes:
         raise ValueError(f"{name}: got {sizes}, want {kind} or {axes} of them, one per axis")
     for size in sizes:
-        fine = isinstance(size, int) and not isinstance(size, bool) and size >= least
-        if not (fine or (optional and size is None)):
+        valid = isinstance(size, int) and not isinstance(size, bool) and size >= least
+        if not (valid or (optional and size is None)):
             raise ValueError(f"{name}: got {value!r}, want {kind} of at least {least} per axis")
     return None if optional and all(size is None for size in sizes) else sizes
 
 
-def _check_share(share: Any) -> tuple[int, int]:
-    ints = isinstance(share, tuple) and [type(n) for n in share] == [int, int]
-    if not ints or not 0 <= share[0] < share[1]:
-        raise ValueError(f"share: got {share!r}, want (rank, ranks) with 0 <= rank < ranks")
-    return share
+def _check_shard(shard: Any) -> tuple[int, int]:
+    ints = isinstance(shard, tuple) and [type(n) for n in shard] == [int, int]
+    if not ints or not 0 <= shard[0] < shard[1]:
+        raise ValueError(
+            f"shard: got {shard!r}, want (rank, world size) with 0 <= rank < world size"
+        )
+    return shard
 
 
 def _tensor(tokens: tuple[int, ...]) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64, device=_CPU)
 
 
-def _key(layout: Layout) -> str:
+def _spec(layout: Layout) -> str:
     fields = {}
     for given in dataclasses.fields(layout):
         value = getattr(layout, given.name)
@@ -359,8 +385,8 @@ def _range(value: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse(key: str) -> Layout:
-    fields = json.loads(key)
+def _parse(spec: str) -> Layout:
+    fields = json.loads(spec)
     for name, value in fields.items():
         if name in ("queries", "keys") and isinstance(value, str):
             start, stop = value.split(":")
@@ -370,16 +396,16 @@ def _parse(key: str) -> Layout:
 
 
 @functools.lru_cache(maxsize=256)
-def _part(layout: Layout, rank: int, ranks: int) -> Layout:
-    return dataclasses.replace(layout, share=(rank, ranks))
+def _sharded(layout: Layout, rank: int, world_size: int) -> Layout:
+    return dataclasses.replace(layout, shard=(rank, world_size))
 
 
-@kept
+@cached
 def _index(layout: Layout, device: torch.device) -> Tensor:
     return layout._build() if device.type == "cpu" else _index(layout, _CPU).to(device)
 
 
-@kept
+@cached
 def _pairs(layout: Layout, device: torch.device) -> Pairs:
     if device.type != "cpu":
         pairs = _pairs(layout, _CPU)

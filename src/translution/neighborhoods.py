@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .caches import kept
+from .caches import cached
 
 __all__ = ["Blocks", "Neighborhood", "Sizes", "Tiles", "pair", "reflect"]
 
@@ -254,7 +254,7 @@ def _blocks(area: Neighborhood, side: str, rows: int, step: int) -> Blocks:
     )
 
 
-@kept
+@cached
 def _tiles(area: Neighborhood, device: torch.device, dtype: torch.dtype) -> Tiles:
     # on large maps flat tiles waste less; on small ones whole ones have one halo
     tall = TILE if min(area.out) <= 2 * TILE else (TILE + 1) // 2

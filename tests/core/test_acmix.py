@@ -39,7 +39,7 @@ def acmix(m, x):
             places[0, i, j] = -1 + 2 * j / (width - 1) if width > 1 else -1
             places[1, i, j] = -1 + 2 * i / (height - 1) if height > 1 else -1
     p = torch.einsum("dc,chw->dhw", w, places)
-    rows, reach = [], (m.attention_kernel - 1) // 2
+    rows, reach = [], (m.kernel_size - 1) // 2
     steps = [m.dilation * t for t in range(-reach, reach + 1)]
     for i in range(0, height, m.stride):
         for j in range(0, width, m.stride):
@@ -66,18 +66,18 @@ def acmix(m, x):
     size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     heads=st.integers(1, 3),
     head_dim=st.integers(1, 3),
-    attention_kernel=st.sampled_from([1, 3, 5]),
-    conv_kernel=st.sampled_from([1, 3, 5]),
+    kernel_size=st.sampled_from([1, 3, 5]),
+    conv_kernel_size=st.sampled_from([1, 3, 5]),
     stride=st.integers(1, 3),
     dilation=st.integers(1, 3),
     bias=st.booleans(),
     published=st.booleans(),
 )
 def test_equals_the_oracle(
-    size, heads, head_dim, attention_kernel, conv_kernel, stride, dilation, bias, published
+    size, heads, head_dim, kernel_size, conv_kernel_size, stride, dilation, bias, published
 ):
     m = ACmix2d(
-        3, heads * head_dim, heads, attention_kernel, conv_kernel, stride, dilation, bias,
+        3, heads * head_dim, heads, kernel_size, conv_kernel_size, stride, dilation, bias,
         published=published,
     )  # fmt: skip
     stirred(m.double())
@@ -231,8 +231,8 @@ def test_memory_is_far_below_that_of_copies():
     ("call", "message"),
     [
         (lambda: ACmix2d(4, 6, 4), "heads: got 4, want a divisor of out_channels 6"),
-        (lambda: ACmix2d(4, 4, 2, 4), "attention_kernel: got 4, want an odd int"),
-        (lambda: ACmix2d(4, 4, 2, conv_kernel=2), "conv_kernel: got 2, want an odd int"),
+        (lambda: ACmix2d(4, 4, 2, 4), "kernel_size: got 4, want an odd int"),
+        (lambda: ACmix2d(4, 4, 2, conv_kernel_size=2), "conv_kernel_size: got 2, want an odd int"),
         (lambda: ACmix2d(4, 4, 2, stride=0), "stride: got 0, want an int of at least 1"),
         (lambda: ACmix2d(4, 4, 2, dilation=1.5), "dilation: got 1.5"),
         (lambda: ACmix2d(4, 4, 2)(torch.zeros(1, 3, 5, 5)), r"x: got .* want floating point of"),

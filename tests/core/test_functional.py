@@ -257,14 +257,14 @@ def test_opcheck(layout, kinds):
     xk, wk, bk = tensors(layout, kinds[1], 4, 4, layout.tokens, bias=True)
     sides = graded([xq, xk, wq, wk, bq, bk])
     torch.library.opcheck(
-        torch.ops.translution.offset_scores.default, (*sides, 2, 0.5, layout.key, "auto")
+        torch.ops.translution.offset_scores.default, (*sides, 2, 0.5, layout.spec, "auto")
     )
     a = torch.randn(2, 2, layout.tokens, layout.tokens, dtype=torch.float64)
     x, w, b = tensors(layout, "table", 4, 4, layout.tokens, bias=True)
     mix = graded([a, x, w, b])
-    torch.library.opcheck(torch.ops.translution.offset_mix.default, (*mix, layout.key, "auto"))
-    torch.library.opcheck(torch.ops.translution.layout_index.default, (x, layout.key))
-    torch.library.opcheck(torch.ops.translution.layout_positions.default, (x, layout.key))
+    torch.library.opcheck(torch.ops.translution.offset_mix.default, (*mix, layout.spec, "auto"))
+    torch.library.opcheck(torch.ops.translution.layout_index.default, (x, layout.spec))
+    torch.library.opcheck(torch.ops.translution.layout_positions.default, (x, layout.spec))
 
 
 def test_nothing_of_size_pairs_times_channels_is_held():

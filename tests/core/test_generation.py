@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from translution import Layout, SelfAttention, Translution1d, Translution2d, gpt
-from translution.functional import offset_mix, offset_scores
-from translution.functional.row import row_mix, row_scores
+from translution.functional import offset, single_query
 from translution.models.blocks import IMAGE_MIXERS, MIXERS
 from translution.models.generation import generate, probabilities
 from translution.modules.cache import Cache
+from translution.operands import Operand
 
 CAUSAL = [name for name in MIXERS if name not in IMAGE_MIXERS]
 VOCAB = 11
@@ -57,7 +57,7 @@ def sizes_of(draw, total):
 def test_parts_equal_the_whole(mixer, geometry, data):
     relative = data.draw(st.sampled_from(SUBSETS))
     hybrid = data.draw(st.sampled_from([None, 1])) if mixer in ("translution", "alpha") else None
-    model = model_of(mixer, relative=relative, relative_layers=hybrid, **geometry)
+    model = model_of(mixer, relative=relative, relative_depth=hybrid, **geometry)
     length = data.draw(st.integers(1, 20 if model.unbounded else 12))
     ids = torch.randint(0, VOCAB, (data.draw(st.integers(1, 3)), length))
     y, caches = in_parts(model, ids, data.draw(sizes_of(length)))
@@ -87,8 +87,8 @@ def test_one_query_in_one_call(geometry, bias):
         given_ = Layout((9,), causal=True, **geometry)
         layout = given_.at(n).select(queries=(n - 1,))
         index = layout.index[0]
-        if layout.row is not None:
-            count, step = layout.row
+        if layout.single_query is not None:
+            count, step = layout.single_query
             want = torch.full((n,), -1)
             for c in range(count):
                 want[n - 1 - c * step] = c
@@ -104,12 +104,13 @@ def test_one_query_in_one_call(geometry, bias):
             (tables[0], biases[0], None, None),
             (tables[0], biases[0], tables[1], biases[1]),
         ]:
-            more = {"heads": 2, "bias_query": bq, "bias_key": bk, "scale": 0.3}
-            want = offset_scores(xq, xk, wq, wk, layout, **more)
-            torch.testing.assert_close(row_scores(xq, xk, wq, wk, layout, **more), want)
+            query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
+            want = offset.scores(query, key, layout, heads=2, scale=0.3)
+            got = single_query.scores(query, key, layout, heads=2, scale=0.3)
+            torch.testing.assert_close(got, want)
         a = torch.rand(2, 2, 1, n).double()
-        want = offset_mix(a, xk, tables[2], layout, bias_value=biases[2])
-        got = row_mix(a, xk, tables[2], layout, bias_value=biases[2])
+        value = Operand(xk, tables[2], biases[2])
+        want, got = offset.mix(a, value, layout), single_query.mix(a, value, layout)
         torch.testing.assert_close(got, want)
 
 
@@ -117,7 +118,9 @@ def test_one_query_in_one_call(geometry, bias):
 def test_modules_with_biases_and_weights():
     """A layer by itself, with biased projections; the weights' keys are what is held and new."""
     x = torch.randn(2, 10, 8).double()
-    layers = [Translution1d(8, 10, heads=2, relative=r, bias=True, causal=True) for r in SUBSETS]
+    layers = [
+        Translution1d(8, 10, heads=2, relative=r, qkv_bias=True, causal=True) for r in SUBSETS
+    ]
     layers += [SelfAttention(8, 10, heads=2, position=p, causal=True) for p in ("none", "rotary")]
     for layer in layers:
         layer = layer.double()

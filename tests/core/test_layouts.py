@@ -72,9 +72,9 @@ def test_key_rebuilds_the_layout(case):
     layout = Layout(**keywords).at(input_grid)
     part = layout.select(queries=[layout.n_queries - 1], keys=range(layout.tokens))
     for each in (layout, part):
-        again = Layout.parse(each.key)
+        again = Layout.parse(each.spec)
         assert again == each
-        assert again.key == each.key
+        assert again.spec == each.spec
         assert torch.equal(again.index, each.index)
 
 

@@ -26,11 +26,10 @@ def tiny_gpt(mixer, **more):
 
 MODELS = {f"vit {mixer}": (lambda m=mixer: tiny_vit(m)) for mixer in MIXERS}
 MODELS |= {f"vit {m} mean": (lambda m=m: tiny_vit(m, pool="mean")) for m in MIXERS}
-MODELS |= {f"vit {m} hybrid": (lambda m=m: tiny_vit(m, relative_layers=1)) for m in MIXERS}
+MODELS |= {f"vit {m} hybrid": (lambda m=m: tiny_vit(m, relative_depth=1)) for m in MIXERS}
 MODELS |= {f"gpt {m}": (lambda m=m: tiny_gpt(m)) for m in MIXERS if m not in IMAGE_MIXERS}
 MODELS |= {
-    f"gpt {m} hybrid": (lambda m=m: tiny_gpt(m, relative_layers=1))
-    for m in ("translution", "alpha")
+    f"gpt {m} hybrid": (lambda m=m: tiny_gpt(m, relative_depth=1)) for m in ("translution", "alpha")
 }
 
 
@@ -95,7 +94,7 @@ def test_smaller_and_non_square_images(mixer):
 
 
 def test_the_last_block_holds_only_the_class_tokens_rows():
-    lean, whole = tiny_vit("translution"), tiny_vit("translution", all_rows=True)
+    lean, whole = tiny_vit("translution"), tiny_vit("translution", full_last_block=True)
     assert lean.blocks[-1].mixer.q_proj.weight.shape[0] == 2
     assert whole.blocks[-1].mixer.q_proj.weight.shape[0] == 28
     state = whole.state_dict()
@@ -123,11 +122,13 @@ def test_published_parameter_counts_vit(patch, qkv, kv, v, alpha, attention, bas
     with torch.device("meta"):
         name = f"_vit_tiny_patch{patch}_224"
         for relative, want in (("qkv", qkv), ("kv", kv), ("v", v)):
-            model = create_model("translution" + name, all_rows=True, relative=relative)
+            model = create_model("translution" + name, full_last_block=True, relative=relative)
             assert count(model) == pytest.approx(want, abs=6e-4)
-        assert count(create_model("alpha" + name, all_rows=True)) == pytest.approx(alpha, abs=6e-4)
+        assert count(create_model("alpha" + name, full_last_block=True)) == pytest.approx(
+            alpha, abs=6e-4
+        )
         assert count(create_model("attention" + name)) == pytest.approx(attention, abs=6e-4)
-        model = create_model(f"translution_vit_base_patch{patch}_224", all_rows=True)
+        model = create_model(f"translution_vit_base_patch{patch}_224", full_last_block=True)
         assert count(model) == pytest.approx(base, rel=1e-3)
 
 
@@ -200,7 +201,10 @@ def test_checkpointing_forgets_and_gives_the_same(mixer):
 
 def test_checkpointing_of_text_and_under_compile():
     torch._dynamo.reset()
-    plain, forgetful = tiny_gpt("translution"), tiny_gpt("translution", checkpoint="selective")
+    plain, forgetful = (
+        tiny_gpt("translution"),
+        tiny_gpt("translution", activation_checkpointing="selective"),
+    )
     forgetful.load_state_dict(plain.state_dict())
     ids = inputs(plain)
     want = torch.autograd.grad(plain(ids).square().sum(), list(plain.parameters()))
@@ -250,11 +254,16 @@ def test_head_dim_is_a_heads_share_unless_given():
         (lambda: vit(mixer="mamba"), "mixer: got 'mamba'"),
         (lambda: vit(image_size=225), r"image_size: got \(225, 225\), want a multiple"),
         (lambda: vit(pool="max"), "pool: got 'max'"),
-        (lambda: vit(checkpoint="some"), "checkpoint: got 'some', want one of"),
+        (lambda: vit(activation_checkpointing="some"), "activation_checkpointing: got 'some'"),
+        (lambda: vit("tiny", "acmix", position="rotary"), "position: got 'rotary', want one of"),
+        (lambda: vit("tiny", "rotary", position="bias"), "position: got 'bias', want one of"),
         (lambda: vit(width=3), "option of ViTConfig: got 'width'"),
         (lambda: tiny_vit("convolution", pool="cls"), "mixer: 'convolution' mixes images without"),
-        (lambda: tiny_vit("alpha", relative_layers=3), "relative_layers: got 3, want 0 to depth 2"),
-        (lambda: tiny_vit("translution", rotary=True), "rotary: got True with relative='qkv'"),
+        (lambda: tiny_vit("alpha", relative_depth=3), "relative_depth: got 3, want 0 to depth 2"),
+        (
+            lambda: tiny_vit("translution", position="rotary"),
+            "position: got 'rotary' with relative",
+        ),
         (lambda: gpt(mixer="convolution"), "mixer: got 'convolution'"),
         (lambda: gpt(mixer="acmix"), "mixer: got 'acmix'"),
         (lambda: tiny_gpt("alpha", context=0), "context"),

@@ -62,7 +62,7 @@ def slow_translution(module, layout, x, mask=None):
     index = layout.index
     query = x[:, : layout.prefix] if layout.prefix_queries else x
     (wq, bq), (wk, bk), (wv, bv) = (table_of(getattr(module, f"{name}_proj")) for name in "qkv")
-    if module.rotary:
+    if module.position == "rotary":
         places = [None] * layout.prefix + [tuple(p) for p in layout.positions().tolist()]
 
         def turn(x, w, b, places):
@@ -134,7 +134,7 @@ def test_equals_the_oracle(family, relative, case, masked, bias):
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_rotary_equals_the_oracle(relative, grid, prefix):
     case = ({"grid": grid, "prefix": prefix}, grid)
-    module, layout, x, _ = build("Translution", case, relative, rotary=True)
+    module, layout, x, _ = build("Translution", case, relative, position="rotary")
     same(module(x, grid=grid), slow_translution(module, layout, x)[0])
 
 
@@ -272,9 +272,11 @@ def test_prefix_queries_are_the_prefix_of_all(family):
 
 EVERY = {
     "translution": lambda: Translution2d(8, (2, 3), heads=2, prefix=1),
-    "v rotary": lambda: Translution2d(8, (2, 3), heads=2, prefix=1, relative="v", rotary=True),
+    "v rotary": lambda: Translution2d(
+        8, (2, 3), heads=2, prefix=1, relative="v", position="rotary"
+    ),
     "alpha": lambda: AlphaTranslution2d(8, (2, 3), heads=2, prefix=1, rank=2),
-    "alpha rotary": lambda: AlphaTranslution2d(8, (2, 3), heads=2, prefix=1, rotary=True),
+    "alpha rotary": lambda: AlphaTranslution2d(8, (2, 3), heads=2, prefix=1, position="rotary"),
     "none": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1),
     "rotary": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1, position="rotary"),
     "bias": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1, position="bias"),
@@ -422,8 +424,11 @@ T = torch.zeros(2, 6, 8)
         (lambda: Translution1d(8, 6, init="zeros"), "init: got 'zeros'"),
         (lambda: Translution1d(8, (2, 3)), r"grid: got \(2, 3\), want 1 sizes"),
         (lambda: Translution2d(8, (2, 3), causal=True), "causal: needs a grid of one axis"),
-        (lambda: Translution1d(8, 6, rotary=True), "rotary: got True with relative='qkv'"),
-        (lambda: Translution2d(8, 6, head_dim=6, relative="v", rotary=True), "head_dim: got 6"),
+        (lambda: Translution1d(8, 6, position="rotary"), "position: got 'rotary' with relative='qkv'"),
+        (
+            lambda: Translution2d(8, 6, head_dim=6, relative="v", position="rotary"),
+            "head_dim: got 6",
+        ),
         (lambda: AlphaTranslution1d(8, 6, rank=0), "rank: got 0"),
         (lambda: SelfAttention(8, 6, position="absolute"), "position: got 'absolute'"),
         (lambda: Convolution2d(8, 6, 2), "kernel_size: got 2"),

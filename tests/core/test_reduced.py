@@ -225,7 +225,7 @@ def test_compiles(heads):
         (lambda: ReducedAttention2d(6, (4, 4, 4), 2), r"grid: got \(4, 4, 4\), want two ints"),
         (lambda: ReducedAttention2d(6, (4, 0), 2), r"grid: got \(4, 0\)"),
         (lambda: ReducedACmix2d(6, 4, 2, head_dim=4), "head_dim: got 4, want a divisor of dim 6"),
-        (lambda: ReducedACmix2d(6, 4, 2, conv_kernel=2), "conv_kernel: got 2"),
+        (lambda: ReducedACmix2d(6, 4, 2, conv_kernel_size=2), "conv_kernel_size: got 2"),
         (lambda: ReducedAttention2d(6, 4, 2)(torch.zeros(1, 15, 6)), r"x: got .*\(1, 15, 6\)"),
         (lambda: ReducedAttention2d(6, 4, 2)(torch.zeros(1, 6, 4, 4)), "x: got"),
         (

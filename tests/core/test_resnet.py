@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from translution import create_model, list_models
-from translution.models.resnet import ResNet, ResNetConfig, resnet
+from translution.models.residual_network import ResNet, ResNetConfig, resnet
 from translution.utils.measuring import multiply_adds
 
-SMALL = {"layers": (1, 2, 1, 1), "width": 8, "num_classes": 5, "in_channels": 2, "heads": 2}
+SMALL = {"depths": (1, 2, 1, 1), "dim": 8, "num_classes": 5, "in_channels": 2, "heads": 2}
 
 
 def small(mixer, **more):
-    return ResNet(ResNetConfig(mixer=mixer, **SMALL | {"attention_kernel": 3} | more))
+    return ResNet(ResNetConfig(mixer=mixer, **SMALL | {"kernel_size": 3} | more))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_shifts_survive_the_models_initialisation():
 
 def test_compile():
     torch._dynamo.reset()
-    model = small("acmix", layers=(1, 1, 1, 1)).eval()
+    model = small("acmix", depths=(1, 1, 1, 1)).eval()
     x = torch.randn(1, 2, 33, 32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def test_names():
     [
         (lambda: resnet("18"), "size: got '18'"),
         (lambda: resnet(mixer="attention"), "mixer: got 'attention'"),
-        (lambda: small("acmix", layers=(1, 1)), "layers: got"),
+        (lambda: small("acmix", depths=(1, 1)), "depths: got"),
         (lambda: small("acmix", heads=3), "heads: got 3, want a divisor"),
         (lambda: small("acmix", num_classes=0), "num_classes: got 0"),
         (lambda: resnet(depth=3), "option of ResNetConfig: got 'depth'"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from translution.functional import shift_and_sum
-from translution.models.san import SANS, SANConfig, san
+from translution.models.self_attention_network import SANS, SANConfig, san
 from translution.modules.patchwise import PatchwiseACmix2d, PatchwiseAttention2d
 from translution.utils.measuring import multiply_adds
 
@@ -65,7 +65,7 @@ def patchwise(module, x):
     for i, place in enumerate(places):
         channels = []
         for c in range(module.out_channels):
-            group = c % (module.out_channels // module.share)
+            group = c % (module.out_channels // module.group_size)
             total = 0
             for tap, (a, b) in enumerate(neighbors(*place)):
                 total = total + w[:, group * k * k + tap, i] * value[:, c, a, b]
@@ -132,11 +132,13 @@ def convolved(module, x):
     st.integers(1, 7), st.integers(1, 7), st.sampled_from([1, 3, 5]), st.sampled_from([1, 3]),
     st.integers(1, 2), st.integers(1, 2), st.integers(0, 2**31),
 )  # fmt: skip
-def test_acmix_is_the_sum_of_its_paths(height, width, kernel, conv_kernel, stride, dilation, seed):
+def test_acmix_is_the_sum_of_its_paths(
+    height, width, kernel, conv_kernel_size, stride, dilation, seed
+):
     torch.manual_seed(seed)
     # two places at least: a variance of nothing is all rounding
     x = torch.randn(2, 3, height + stride, width, dtype=torch.float64)
-    module = shaken(PatchwiseACmix2d(3, 4, 2, 2, kernel, conv_kernel, stride, dilation))
+    module = shaken(PatchwiseACmix2d(3, 4, 2, 2, kernel, conv_kernel_size, stride, dilation))
     got, want = both(
         module, lambda m, x: m.alpha * patchwise(m, x) + m.beta * convolved(m, x), x
     )  # fmt: skip
@@ -203,16 +205,22 @@ def test_half_precision_batches_and_compile(kind):
         (lambda: PatchwiseAttention2d(0, 8, 2), "in_channels: got 0, want an int of at least 1"),
         (lambda: PatchwiseAttention2d(4, 8, 2.0), "relation_channels: got 2.0"),
         (lambda: PatchwiseAttention2d(4, 8, 2, kernel_size=4), "kernel_size: got 4, want an odd"),
-        (lambda: PatchwiseAttention2d(4, 12, 2), "share: got 8, want a divisor of out_channels 12"),
+        (
+            lambda: PatchwiseAttention2d(4, 12, 2),
+            "group_size: got 8, want a divisor of out_channels 12",
+        ),
         (lambda: PatchwiseAttention2d(4, 8, 2)(torch.zeros(1, 3, 4, 4)), r"x: got .* \(1, 3, 4, 4"),
         (lambda: PatchwiseAttention2d(4, 8, 2)(torch.zeros(4, 4, 4)), r"x: got .* \(4, 4, 4\)"),
         (lambda: PatchwiseACmix2d(4, 8, 3), "relation_channels: got 3, want a divisor"),
-        (lambda: PatchwiseACmix2d(4, 8, 2, conv_kernel=2), "conv_kernel: got 2, want an odd"),
+        (
+            lambda: PatchwiseACmix2d(4, 8, 2, conv_kernel_size=2),
+            "conv_kernel_size: got 2, want an odd",
+        ),
         (lambda: san("50"), "size: got '50', want one of"),
         (lambda: san(mixer="acmixx"), "mixer: got 'acmixx'"),
-        (lambda: san(layers=(1, 2, 3, 4)), "layers: got .* want five"),
-        (lambda: san(kernels=(3, 7, 7, 7, 0)), "kernels: got .* want five"),
-        (lambda: san(width=40), "width: got 40, want a multiple of 16"),
+        (lambda: san(depths=(1, 2, 3, 4)), "depths: got .* want five"),
+        (lambda: san(kernel_sizes=(3, 7, 7, 7, 0)), "kernel_sizes: got .* want five"),
+        (lambda: san(dim=40), "dim: got 40, want a multiple of 16"),
         (lambda: san(num_classes=0), "num_classes: got 0, want at least 1"),
         (lambda: san(depth=3), "option of SANConfig: got 'depth'"),
         (lambda: small("acmix")(torch.zeros(1, 1, 8, 8)), r"image: got shape \(1, 1, 8, 8\)"),
@@ -229,7 +237,7 @@ MIXERS = ["attention", "acmix"]
 
 
 def small(mixer, **more):
-    options = {"layers": (1, 1, 2, 1, 1), "width": 16, "share": 4, "num_classes": 5}
+    options = {"depths": (1, 1, 2, 1, 1), "dim": 16, "group_size": 4, "num_classes": 5}
     return san("10", mixer, **options | more)
 
 
@@ -277,10 +285,10 @@ def test_compiles(mixer):
 
 
 def test_acmix_stands_in_the_wide_stages_only():
-    model = san("10", width=16, share=4)
+    model = san("10", dim=16, group_size=4)
     kinds = [{type(block.attention) for block in stage.blocks} for stage in model.stages]
     assert kinds == [{PatchwiseAttention2d}] + [{PatchwiseACmix2d}] * 4
-    assert SANConfig().layers == SANS["19"]
+    assert SANConfig().depths == SANS["19"]
 
 
 def as_san_counts(model, x):

@@ -5,18 +5,24 @@ import copy
 import pytest
 import torch
 
-from translution.models.backbone import ChannelNorm, DropPath, drop_rates
-from translution.models.pvt import PVT, PVTConfig, pvt
-from translution.models.swin import PatchMerging, Swin, SwinConfig, swin
+from translution.models.backbone import ChannelNorm, DropPath, drop_path_rates
+from translution.models.pyramid_transformer import PVT, PVTConfig, pvt
+from translution.models.swin_transformer import PatchMerging, Swin, SwinConfig, swin
 from translution.utils.measuring import multiply_adds
 
-SWIN = {"layers": (1, 2, 2, 1), "width": 8, "heads": (2, 2, 4, 4), "window": 4, "drop_path": 0.0}
+SWIN = {
+    "depths": (1, 2, 2, 1),
+    "dim": 8,
+    "heads": (2, 2, 4, 4),
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+}
 PYRAMID = {
-    "layers": (1, 2, 1, 2),
-    "widths": (8, 8, 12, 16),
+    "depths": (1, 2, 1, 2),
+    "dims": (8, 8, 12, 16),
     "heads": (1, 2, 3, 8),
     "mlp_ratios": (2, 2, 2, 2),
-    "drop_path": 0.0,
+    "drop_path_rate": 0.0,
     "image_size": 64,
 }
 
@@ -43,7 +49,7 @@ MODELS = [
     ("swin", "acmix", {"learned_shifts": False}),
     ("pvt", "attention", {}),
     ("pvt", "acmix", {}),
-    ("pvt", "acmix", {"all_rows": True}),
+    ("pvt", "acmix", {"full_last_block": True}),
 ]
 
 
@@ -63,7 +69,7 @@ MODELS = [
     ],
 )
 def test_counts(make, size, mixer, parameters, adds):
-    more = {"all_rows": True} if make is pvt else {}
+    more = {"full_last_block": True} if make is pvt else {}
     with torch.device("meta"):
         model, image = make(size, mixer, **more).eval(), torch.empty(1, 3, 224, 224)
         got = sum(p.numel() for p in model.parameters()) / 1e6
@@ -88,8 +94,11 @@ def test_counts(make, size, mixer, parameters, adds):
 def test_what_the_last_block_of_a_pvt_saves(size, mixer, saved_parameters, saved_adds):
     with torch.device("meta"):
         counts = []
-        for all_rows in (True, False):
-            model, image = pvt(size, mixer, all_rows=all_rows).eval(), torch.empty(1, 3, 224, 224)
+        for full_last_block in (True, False):
+            model, image = (
+                pvt(size, mixer, full_last_block=full_last_block).eval(),
+                torch.empty(1, 3, 224, 224),
+            )
             adds = multiply_adds(lambda m=model, i=image: m(i))
             counts.append((sum(p.numel() for p in model.parameters()), adds))
         assert counts[0][0] - counts[1][0] == saved_parameters
@@ -130,7 +139,7 @@ def dead_parameters(model, kind, mixer, more):
     if kind == "swin":
         return set()
     last = "stages.3.blocks.1.attention."
-    if more.get("all_rows"):
+    if more.get("full_last_block"):
         # nothing reads the places after the last block, and the class token has no convolution
         dead = {n for n in names if n.startswith((last + "convolution", last + "beta"))}
         return dead | {last + "k_proj.bias"}
@@ -139,7 +148,7 @@ def dead_parameters(model, kind, mixer, more):
 
 @pytest.mark.parametrize("mixer", ["attention", "acmix"])
 def test_the_class_token_alone_gives_the_same_logits(mixer):
-    whole, lean = small("pvt", mixer, all_rows=True), small("pvt", mixer)
+    whole, lean = small("pvt", mixer, full_last_block=True), small("pvt", mixer)
     lean.load_state_dict(whole.state_dict(), strict=mixer == "attention")
     x = torch.randn(2, 2, 64, 64)
     torch.testing.assert_close(lean(x), whole(x), rtol=1e-4, atol=1e-5)
@@ -204,14 +213,14 @@ def test_pvt_positions_belong_to_the_image(mixer):
 @pytest.mark.parametrize("kind", ["swin", "pvt"])
 def test_compile(kind):
     torch._dynamo.reset()
-    model = small(kind, "acmix", layers=(1, 1, 1, 2)).eval()
+    model = small(kind, "acmix", depths=(1, 1, 1, 2)).eval()
     x = torch.randn(2, 2, 67, 45)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_every_second_block_is_shifted():
-    model = swin("tiny", width=12)
+    model = swin("tiny", dim=12)
     shifts = [[b.attention.shift for b in s if hasattr(b, "attention")] for s in model.stages]
     assert shifts == [[0, 3], [0, 3], [0, 3] * 3, [0, 3]]
     rates = [b.drop_path.rate for s in model.stages for b in s if hasattr(b, "attention")]
@@ -239,8 +248,8 @@ def test_drop_path():
     assert torch.equal(y.amin((1, 2)), y.amax((1, 2)))
     assert float(y.mean()) == pytest.approx(1, abs=0.05)
     assert path.eval()(x) is x
-    assert drop_rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3])
-    assert drop_rates(0.3, 1) == [0]
+    assert drop_path_rates(0.3, 4) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert drop_path_rates(0.3, 1) == [0]
 
 
 def test_channel_norm():
@@ -253,7 +262,7 @@ def test_channel_norm():
 
 @pytest.mark.parametrize("kind", ["swin", "pvt"])
 def test_training_steps_lower_the_loss(kind):
-    model = small(kind, "acmix", drop_path=0.1)
+    model = small(kind, "acmix", drop_path_rate=0.1)
     x, y = torch.randn(6, 2, 32, 32), torch.arange(6) % 5
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -273,14 +282,14 @@ def test_training_steps_lower_the_loss(kind):
         (lambda: swin(mixer="convolution"), "mixer: got 'convolution'"),
         (lambda: swin(depth=3), "option of SwinConfig: got 'depth'"),
         (lambda: swin(heads=(1, 2)), r"heads: got \(1, 2\), want four"),
-        (lambda: swin(width=0), "width: got 0"),
-        (lambda: swin(width=10), "heads: got 3, want a divisor of channels 10"),
-        (lambda: swin(drop_path=1.0), "drop_path: got 1.0"),
+        (lambda: swin(dim=0), "dim: got 0"),
+        (lambda: swin(dim=10), "heads: got 3, want a divisor of dim 10"),
+        (lambda: swin(drop_path_rate=1.0), "drop_path_rate: got 1.0"),
         (lambda: pvt("huge"), "size: got 'huge'"),
         (lambda: pvt(mixer="rotary"), "mixer: got 'rotary'"),
         (lambda: pvt(window=3), "option of PVTConfig: got 'window'"),
         (lambda: pvt(image_size=0), "image_size: got 0"),
-        (lambda: pvt(layers=(1, 1, 0, 1)), "layers: got"),
+        (lambda: pvt(depths=(1, 1, 0, 1)), "depths: got"),
         (lambda: pvt(reductions=(1, 1, 1, 2)), "prefix: got 1, want 0 with a reduction of 2"),
         (lambda: small("pvt", "acmix").feature_maps(torch.zeros(1, 2, 8, 8)), "features_only: got"),
         (lambda: small("swin", "acmix")(torch.zeros(1, 3, 8, 8)), r"image: got shape \(1, 3"),

@@ -23,6 +23,7 @@ from translution.backends import triton as backend
 from translution.backends.triton import blocks, launch, small, support, tables
 from translution.backends.triton import offset as primitives
 from translution.functional import offset_mix, offset_scores
+from translution.operands import Operand
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -40,7 +41,7 @@ CASES = {
     "shorter": Layout(6, causal=True).at((4,)),
     "one token": Layout(1),
     "one query": Layout(5, causal=True).select(queries=(4,)),
-    "a part of the classes": Layout((2, 3)).part(1, 2),
+    "a part of the classes": Layout((2, 3)).sharded(1, 2),
     "blocks of tokens": Layout((3, 4), prefix=1, window=1),
 }
 
@@ -382,11 +383,12 @@ def test_a_second_call_makes_no_tables_and_asks_for_no_number(path, monkeypatch)
     xq, xk, wq, wk, wv, bq, bk, bv = (t.detach() for t in leaves(layout, torch.float32, bias=True))
 
     def call():
-        s = primitives.scores(xq, xk, wq, wk, bq, bk, 2, 0.4, layout)
+        query, key, value = Operand(xq, wq, bq), Operand(xk, wk, bk), Operand(xk, wv, bv)
+        s = primitives.scores(query, key, 2, 0.4, layout)
         a = torch.zeros_like(s)
-        y = primitives.mix(a, xk, wv, bv, layout)
-        primitives.mix_backward(y, a, xk, wv, bv, layout, [True] * 4)
-        primitives.scores_backward(s, xq, xk, wq, wk, bq, bk, 2, 0.4, layout, [True] * 6)
+        y = primitives.mix(a, value, layout)
+        primitives.mix_backward(y, a, value, layout, [True] * 4)
+        primitives.scores_backward(s, query, key, 2, 0.4, layout, [True] * 6)
 
     def nothing(*_, **__):
         pass
@@ -410,7 +412,7 @@ def test_a_second_call_makes_no_tables_and_asks_for_no_number(path, monkeypatch)
 
 def test_modules_run_on_it(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "torch", backend)
-    layer = Translution2d(6, (2, 2), heads=2, prefix=1, bias=True).to(DEVICE)
+    layer = Translution2d(6, (2, 2), heads=2, prefix=1, qkv_bias=True).to(DEVICE)
     x = torch.randn(2, 5, 6, device=DEVICE, requires_grad=True)
     mine = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
     monkeypatch.undo()

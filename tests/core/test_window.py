@@ -26,7 +26,7 @@ def linear(conv, x):
 def attention_oracle(module, x):
     """Pair by pair: who is in whose window, its offset's number, softmax over those seen."""
     height, width = x.shape[2:]
-    w, places = module.window, list(itertools.product(range(height), range(width)))
+    w, places = module.window_size, list(itertools.product(range(height), range(width)))
 
     def window(at):
         """Which window a place is in; the borders lie at the shift and every w from there."""
@@ -211,12 +211,12 @@ def test_learned_shifts():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: WindowAttention2d(6, 4), "heads: got 4, want a divisor of channels 6"),
-        (lambda: WindowAttention2d(0, 1), "channels: got 0, want an int of at least 1"),
-        (lambda: WindowAttention2d(6, 2, 7.0), "window: got 7.0"),
-        (lambda: WindowAttention2d(6, 2, 4, 4), "shift: got 4, want less than window 4"),
+        (lambda: WindowAttention2d(6, 4), "heads: got 4, want a divisor of dim 6"),
+        (lambda: WindowAttention2d(0, 1), "dim: got 0, want an int of at least 1"),
+        (lambda: WindowAttention2d(6, 2, 7.0), "window_size: got 7.0"),
+        (lambda: WindowAttention2d(6, 2, 4, 4), "shift: got 4, want less than window_size 4"),
         (lambda: WindowAttention2d(6, 2, 4, -1), "shift: got -1"),
-        (lambda: WindowACmix2d(6, 2, conv_kernel=2), "conv_kernel: got 2"),
+        (lambda: WindowACmix2d(6, 2, conv_kernel_size=2), "conv_kernel_size: got 2"),
         (lambda: WindowAttention2d(6, 2)(torch.zeros(1, 5, 3, 3)), r"x: got .*\(1, 5, 3, 3\)"),
         (
             lambda: WindowAttention2d(6, 2)(torch.zeros(1, 6, 3, 3, dtype=torch.int64)),

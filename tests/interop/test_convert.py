@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from translution import Translution1d
-from translution.interop.convert import (
+from translution.interop.conversion import (
     Converted,
     convert,
     make_relative,
@@ -684,7 +684,7 @@ for name in "nms", "qnms":  # what torchvision registers, and misses here
     torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float t) -> Tensor")
 import timm
 from timm.models.vision_transformer import VisionTransformer
-from translution.interop.convert import Converted, convert
+from translution.interop.conversion import Converted, convert
 torch.manual_seed(0)
 small = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
 x = torch.randn(2, 3, 32, 32)

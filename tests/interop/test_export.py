@@ -42,7 +42,7 @@ TINY = {"dim": 16, "depth": 2, "heads": 2}
 STAGES = {"in_channels": 1, "num_classes": 5}
 
 MODELS = {
-    "vit translution": ("vit", VIT | TINY | {"mixer": "translution", "relative_layers": 1}),
+    "vit translution": ("vit", VIT | TINY | {"mixer": "translution", "relative_depth": 1}),
     "vit kv mean": ("vit", VIT | TINY | {"depth": 1, "relative": "kv", "pool": "mean"}),
     "vit acmix": ("vit", VIT | TINY | {"mixer": "acmix", "depth": 1}),
     "gpt alpha": ("gpt", GPT | TINY | {"mixer": "alpha", "depth": 1}),
@@ -312,7 +312,9 @@ def weight_of(small, key):
 
 
 def test_eight_bits_with_biases_and_size():
-    layer = Translution2d(32, grid=(3, 3), heads=2, bias=True, prefix=1, init="independent").eval()
+    layer = Translution2d(
+        32, grid=(3, 3), heads=2, qkv_bias=True, prefix=1, init="independent"
+    ).eval()
     for name in "qkv":
         torch.nn.init.normal_(getattr(layer, f"{name}_proj").bias)
     small, x = quantise(layer), torch.randn(2, 10, 32)

@@ -78,21 +78,23 @@ MODELS = {
        for r in SUBSETS},
     **{f"alpha vit {r}": (lambda r=r: small_vit(mixer="alpha", relative=r, rank=2), images)
        for r in SUBSETS},
-    "vit hybrid": (lambda: small_vit(relative_layers=1), images),
+    "vit hybrid": (lambda: small_vit(relative_depth=1), images),
     "vit mean, window": (lambda: small_vit(pool="mean", window=1, dilation=(1, 2)), images),
-    "vit all rows": (lambda: small_vit(all_rows=True, buckets=1), images),
+    "vit all rows": (lambda: small_vit(full_last_block=True, buckets=1), images),
     "gpt": (lambda: small_gpt(init="independent"), ids),
     "gpt kv, window": (lambda: small_gpt(relative="kv", window=2), ids),
     "gpt buckets": (lambda: small_gpt(buckets=2), ids),
     "alpha gpt": (lambda: small_gpt(mixer="alpha", rank=2, init="published"), ids),
-    "gpt selective": (lambda: small_gpt(checkpoint="selective"), ids),
-    "vit full": (lambda: small_vit(checkpoint="full", relative="qv"), images),
-    "alpha gpt selective": (lambda: small_gpt(mixer="alpha", checkpoint="selective"), ids),
-    "bias": (lambda: Alone(Translution2d(6, (2, 3), 2, prefix=2, bias=True)), tokens(8)),
-    "bias kv": (lambda: Alone(Translution2d(6, (2, 3), 2, relative="kv", bias=True)), tokens(6)),
-    "alpha bias": (lambda: Alone(AlphaTranslution1d(6, 5, 2, rank=2, bias=True)), tokens(5)),
+    "gpt selective": (lambda: small_gpt(activation_checkpointing="selective"), ids),
+    "vit full": (lambda: small_vit(activation_checkpointing="full", relative="qv"), images),
+    "alpha gpt selective": (
+        lambda: small_gpt(mixer="alpha", activation_checkpointing="selective"), ids,
+    ),
+    "bias": (lambda: Alone(Translution2d(6, (2, 3), 2, prefix=2, qkv_bias=True)), tokens(8)),
+    "bias kv": (lambda: Alone(Translution2d(6, (2, 3), 2, relative="kv", qkv_bias=True)), tokens(6)),
+    "alpha bias": (lambda: Alone(AlphaTranslution1d(6, 5, 2, rank=2, qkv_bias=True)), tokens(5)),
     "causal prefix": (lambda: Alone(Translution1d(6, 5, 2, prefix=1, causal=True)), tokens(6)),
-    "rotary v": (lambda: Alone(Translution1d(6, 5, 1, relative="v", rotary=True)), tokens(5)),
+    "rotary v": (lambda: Alone(Translution1d(6, 5, 1, relative="v", position="rotary")), tokens(5)),
     "mask": (lambda: Alone(Translution1d(6, 5, 2), mask=masked(5)), tokens(5)),
     "weights": (lambda: Alone(Translution1d(6, 5, 2), return_weights=True), tokens(5)),
     "dropout": (lambda: small_vit(dropout=0.3), images),
@@ -470,7 +472,7 @@ def test_shares_are_balanced(layout, ranks, most):
 
 def test_a_share_is_part_of_a_layout():
     layout = Layout((3, 2), prefix=1).part(1, 4)
-    assert Layout.parse(layout.key) == layout
+    assert Layout.parse(layout.spec) == layout
     assert layout.at((2, 2)).share == (1, 4)
     assert not layout.full
     for share in ((4, 4), (-1, 2), (0, 0), 3, (0.0, 2)):

@@ -31,8 +31,8 @@ from translution import (
     vit,
 )
 from translution.interop.published import export_published, load_published
-from translution.models.resnet import Bottleneck, ResNetConfig, resnet
-from translution.models.swin import Block, swin
+from translution.models.residual_network import Bottleneck, ResNetConfig, resnet
+from translution.models.swin_transformer import Block, swin
 
 SUBSETS = ["".join(s) for n in range(4) for s in itertools.combinations("qkv", n)]
 DIM, HEADS, HEAD_DIM, RANK = 6, 2, 4, 3
@@ -317,7 +317,7 @@ def test_rotary_attention(grid, prefix):
 def test_rotary_low_rank():
     """The ordinary branch is turned."""
     weights = random(layer_shapes("v", (3, 2), 1, True)) | constants((3, 2), rotary=True)
-    layer = loaded(make_layer("v", (3, 2), 1, True, rotary=True), weights)
+    layer = loaded(make_layer("v", (3, 2), 1, True, position="rotary"), weights)
     x = torch.randn(2, 7, DIM, dtype=torch.float64)
     want = layer_twin(weights, x, (3, 2), 1, "v", True)
     torch.testing.assert_close(layer(x), want, rtol=0, atol=1e-6)
@@ -337,8 +337,8 @@ def test_rotations_that_turn_nothing():
     there["rope.cos_cached"] = there["rope.cos_cached"] + 0.1
     with pytest.raises(ValueError, match=r"constant: rope.cos_cached"):
         load_published(layer, there)
-    with pytest.raises(ValueError, match=r"rotary: .*never turns"):
-        export_published(make_layer("v", (3, 2), 1, rotary=True))
+    with pytest.raises(ValueError, match=r"position: .*never applies"):
+        export_published(make_layer("v", (3, 2), 1, position="rotary"))
 
 
 # -- the published models of Translution ------------------------------------------------------
@@ -436,9 +436,9 @@ def test_vit(mixer, relative, first):
     low_rank = mixer == "alpha"
     weights = vit_weights("translution", relative, low_rank, first=first)
     how = {"relative": relative, "low_rank": low_rank, "first": first}
-    image, options = an_image(), {"relative": relative, "relative_layers": first}
+    image, options = an_image(), {"relative": relative, "relative_depth": first}
     want = vit_twin(weights, image, "translution", **how)
-    model = make_vit(mixer, **options, all_rows=True)
+    model = make_vit(mixer, **options, full_last_block=True)
     assert load_published(poison(model), weights) == []
     torch.testing.assert_close(model(image), want, rtol=0, atol=1e-9 if first == 2 else 1e-6)
     turned = tuple(name for name in weights if name.endswith("cached"))
@@ -478,10 +478,10 @@ def test_vit_rotary_baseline():
     """It has learned positions beside the rotation."""
     weights = vit_weights("transformer", "", first=0, positions=True)
     model, image = make_vit("rotary"), an_image()
-    with pytest.raises(ValueError, match=r"positions: .*published=True"):
+    with pytest.raises(ValueError, match=r"positions: .*learned_positions=True"):
         export_published(model)
     if "published" in ViTConfig.__dataclass_fields__:
-        model = make_vit("rotary", published=True)
+        model = make_vit("rotary", learned_positions=True)
     else:
         model.positions = nn.Parameter(torch.zeros(1, *GRID, DIM, dtype=torch.float64))
     loaded(model, weights)
@@ -495,13 +495,13 @@ def test_vit_rotary_low_rank(relative):
     weights = vit_weights("translution", relative, low_rank=True)
     for i in range(2):
         weights |= under(f"translution.layers.{i}.0", constants(GRID, rotary=True))
-    model = make_vit("alpha", relative=relative, rotary=True, all_rows=True)
+    model = make_vit("alpha", relative=relative, position="rotary", full_last_block=True)
     assert load_published(poison(model), weights) == []
     image = an_image()
     want = vit_twin(weights, image, "translution", relative=relative, low_rank=True)
     torch.testing.assert_close(model(image), want, rtol=0, atol=1e-6)
     same(export_published(model), weights, but=tuple(n for n in weights if n.endswith("cached")))
-    plain = make_vit("alpha", relative=relative, all_rows=True)
+    plain = make_vit("alpha", relative=relative, full_last_block=True)
     with pytest.raises(ValueError, match=r"rope\.cos_cached"):
         load_published(plain, weights)
 
@@ -529,7 +529,7 @@ def gpt_twin(w, ids, stem, **how) -> Tensor:
     return lin(w, norm(w, x, "norm"), "output_head")
 
 
-def make_gpt(mixer, published=True, **more) -> nn.Module:
+def make_gpt(mixer, double_final_norm=True, **more) -> nn.Module:
     flag = published and "published" in GPTConfig.__dataclass_fields__
     model = gpt(
         mixer=mixer, context=CONTEXT, vocab_size=WORDS, dim=DIM, depth=2, heads=HEADS,
@@ -555,11 +555,11 @@ def test_gpt(mixer, relative):
 
 
 def test_gpt_that_cannot_be():
-    with pytest.raises(ValueError, match=r"two layer norms.*published=True"):
+    with pytest.raises(ValueError, match=r"two layer norms.*double_final_norm=True"):
         export_published(make_gpt("translution", published=False))
     for first in (0, 1):
-        with pytest.raises(ValueError, match=r"relative_layers.*no causal mask"):
-            export_published(make_gpt("translution", relative_layers=first))
+        with pytest.raises(ValueError, match=r"relative_depth.*no causal mask"):
+            export_published(make_gpt("translution", relative_depth=first))
 
 
 # -- the published code of ACmix --------------------------------------------------------------
@@ -616,7 +616,7 @@ def convolution_twin(w, q, k, v, heads, stride=1) -> Tensor:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_acmix(stride):
     weights = random(acmix_shapes())
-    layer = ACmix2d(8, 8, 2, attention_kernel=3, stride=stride, published=True).double()
+    layer = ACmix2d(8, 8, 2, kernel_size=3, stride=stride, published=True).double()
     assert load_published(poison(layer), weights) == ["conv_p.bias: all of it"]
     x = torch.randn(2, 8, 4, 6, dtype=torch.float64)
     close(layer(x), acmix_twin(weights, x, stride=stride))
@@ -663,7 +663,7 @@ def bottleneck_twin(w, x, stride, mixer="acmix") -> Tensor:
 @pytest.mark.parametrize(("before", "stride"), [(8, 1), (32, 1), (16, 2)])
 def test_bottleneck(before, stride):
     weights = random(bottleneck_shapes(before, 8, shortcut=before != 32))
-    config = ResNetConfig(heads=2, attention_kernel=3, published=True)
+    config = ResNetConfig(heads=2, kernel_size=3, published=True)
     block = Bottleneck(before, 8, 32, stride, config.middle).double()
     x = torch.randn(1, before, 4, 4, dtype=torch.float64)
     close(loaded(block, weights)(x), bottleneck_twin(weights, x, stride))
@@ -683,7 +683,7 @@ def test_resnet(mixer):
             before = 4 * width * 2**s
     weights = random(shapes)
     model = resnet(
-        mixer=mixer, layers=(1, 2, 1, 1), width=width, heads=2, attention_kernel=3,
+        mixer=mixer, depths=(1, 2, 1, 1), dim=width, heads=2, kernel_size=3,
         num_classes=CLASSES, published=True,
     ).double()  # fmt: skip
     loaded(model, weights)
@@ -819,7 +819,7 @@ def test_swin(mixer):
             shapes |= {f"layers.{s}.downsample.norm.{k}": (four,) for k in ("weight", "bias")}
     weights = random(shapes) | fixed
     model = swin(
-        mixer=mixer, layers=(2, 2, 2, 2), width=width, heads=heads, window=window,
+        mixer=mixer, depths=(2, 2, 2, 2), dim=width, heads=heads, window_size=window,
         patch_size=patch, num_classes=CLASSES, published=True,
     ).double()  # fmt: skip
     loaded(model, weights, image_size=image_size)
@@ -845,8 +845,8 @@ def test_swin(mixer):
 def test_parameters_are_the_published_number():
     """Of the whole models, as counted there: nothing is left out but what is told."""
     for name, more, count in (
-        ("translution_vit_tiny_patch56_224", {"all_rows": True}, 38.526),
-        ("alpha_vit_tiny_patch32_224", {"all_rows": True}, 5.350),
+        ("translution_vit_tiny_patch56_224", {"full_last_block": True}, 38.526),
+        ("alpha_vit_tiny_patch32_224", {"full_last_block": True}, 5.350),
         ("acmix_swin_tiny", {"published": True}, 28.65),
     ):
         entries = export_published(create_model(name, **more))
@@ -888,8 +888,8 @@ def test_everything_that_differs_is_named():
         (lambda: Translution2d(4, 3, 2, buckets=1), "buckets: "),
         (lambda: Translution2d(4, 3, 2, prefix=2), "prefix: .*want at most 1"),
         (lambda: Translution1d(4, 3, 2, causal=True, prefix=1), "prefix: .*at most 0"),
-        (lambda: Translution2d(4, 3, 2, bias=True), "bias: "),
-        (lambda: AlphaTranslution2d(4, 3, 2, bias=True), "bias: "),
+        (lambda: Translution2d(4, 3, 2, qkv_bias=True), "qkv_bias: "),
+        (lambda: AlphaTranslution2d(4, 3, 2, qkv_bias=True), "qkv_bias: "),
         (lambda: Translution2d(4, 3, 1), "heads: .*output projection"),
         (lambda: SelfAttention(4, (2, 2), 2, position="bias"), "position: "),
         (lambda: make_vit("translution", pool="mean"), "pool: got 'mean'.*class token"),
@@ -897,7 +897,7 @@ def test_everything_that_differs_is_named():
         (lambda: ACmix2d(8, 8, 2), "published: ACmix2d"),
         (lambda: ACmix2d(8, 8, 2, published=True, learned_shifts=False), "learned_shifts"),
         (lambda: ACmix2d(8, 8, 2, published=True, dilation=2), "dilation: got 2"),
-        (lambda: resnet("26", published=True, features_only=True, width=4), "features_only"),
+        (lambda: resnet("26", published=True, features_only=True, dim=4), "features_only"),
         (lambda: create_model("san10", features_only=True), "module: got SAN"),
         (lambda: Translution2d(4, 3, 2).to("meta"), "meta device"),
     ],

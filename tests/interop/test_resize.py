@@ -19,8 +19,8 @@ from translution import (
     gpt,
     vit,
 )
-from translution.interop.convert import make_relative, make_shared, resize_offsets
-from translution.modules.projections import sharing
+from translution.interop.conversion import make_relative, make_shared, resize_offsets
+from translution.modules.projections import sharding
 
 
 def offset_rows(layout, weight):
@@ -54,7 +54,7 @@ def linear_table(layer, name="v_proj"):
 def test_a_linear_table_stays_linear(old, new, prefix, stretch):
     """Within the old offsets it is linear in the share of the grid (or in tokens), beyond the last
     one constant; prefix rows stay."""
-    layer = Translution2d(4, old, heads=2, prefix=prefix, relative="kv", bias=True).double()
+    layer = Translution2d(4, old, heads=2, prefix=prefix, relative="kv", qkv_bias=True).double()
     slopes = linear_table(layer)
     kept = layer.v_proj.weight[layer.layout.offset_classes :].clone()
     resize_offsets(layer, new, stretch=stretch)
@@ -238,7 +238,7 @@ def test_all_layers_change_or_none():
 
 
 def test_divided_tables_are_refused():
-    with sharing((0, 2)):
+    with sharding((0, 2)):
         layer = Translution1d(8, 4)
     with pytest.raises(ValueError, match="divided over processes"):
         resize_offsets(layer, 8)
@@ -248,7 +248,7 @@ def test_divided_tables_are_refused():
 
 def test_what_can_not_change_hands():
     with pytest.raises(ValueError, match="rotary"):
-        make_relative(Translution1d(8, 4, heads=2, relative="v", rotary=True), "q")
+        make_relative(Translution1d(8, 4, heads=2, relative="v", position="rotary"), "q")
     with pytest.raises(ValueError, match="layer: got SelfAttention"):
         make_relative(SelfAttention(8, 4), "q")
     with pytest.raises(ValueError, match="layer: got ModuleList, want Translution1d, 2d or 3d, or"):

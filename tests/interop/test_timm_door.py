@@ -129,7 +129,7 @@ for name in SMALL:
         plain.load_state_dict(some.model.state_dict())
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain(x), every, strict=True))
 
-vit = make(all_rows=True)
+vit = make(full_last_block=True)
 tokens, (last,) = vit.forward_intermediates(x, indices=1)
 assert tokens.shape == (2, 17, 12) and last.shape == (2, 12, 4, 4)
 rows = vit.norm(last.flatten(2).transpose(1, 2))

@@ -1,9 +1,13 @@
 """The two primitives that every operator of the family is made of.
 
-`offset_scores` gives one number per (pair, batch, head), `offset_mix` the weighted sum over the
-keys. Each projection is shared by all pairs or differs by class (a table). The classes of the pairs
-come from a `Layout`. With tables, q, k and v of a pair exist only while its class is computed, in
-both directions: nothing of size tokens² x channels is ever held.
+`offset_scores` gives one number per (pair, batch, head), and `offset_mix` the weighted sum over the
+keys. Each projection is either shared by all pairs (one matrix) or differs from offset class to
+offset class (a table, with one matrix per class). The class of a pair comes from a `Layout`. The
+projected query, key and value of a pair exist only while its class is computed, in both directions:
+nothing of size tokens² · channels is ever stored.
+
+The functions here check their arguments, and apply shared projections as ordinary matrix products.
+Tables go to operators that are registered with torch, which a backend computes.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layouts import Layout
+from ..operands import Operand
 
 __all__ = ["masked_softmax", "offset_mix", "offset_scores"]
 
@@ -32,60 +37,32 @@ def offset_scores(
     scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Scores s_ij = scale · (x_i Wq[c] + bq[c]) · (x_j Wk[c] + bk[c]) with c the class of (i, j).
+    """Scores s_ij = scale · (x_i Wq[c] + bq[c]) · (x_j Wk[c] + bk[c]), c being the class of (i, j).
+
+    This is the score of Translution, section 3, before its softmax.
 
     Args:
         x_query: [batch, queries, channels].
         x_key: [batch, keys, channels].
         w_query, w_key: a table [classes, channels, heads · head_dim]; or one matrix for all pairs
             [channels, heads · head_dim]; or None where the tokens are projected already.
-        layout: the `Layout` of these queries and keys (or its `key`).
-        heads: heads that the projected channels are divided into.
+        layout: the `Layout` of these queries and keys (or its `spec`).
+        heads: the number of heads that the projected channels are divided into.
         bias_query, bias_key: [classes, heads · head_dim] beside a table, [heads · head_dim] beside
             one matrix.
         scale: a factor on every score.
         backend: "auto", or the name of one in `translution.backends`.
 
     Returns:
-        [batch, heads, queries, keys], -inf where the pair is absent; float32 for half precision
-        tokens (the sums are taken in it), else the dtype of the tokens.
+        [batch, heads, queries, keys], -inf where the pair is absent. The dtype is float32 for half
+        precision tokens (sums are taken in it), and else that of the tokens.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
-    x_query, x_key = autocast(x_query), autocast(x_key)
-    _check_tokens("x_query", x_query, layout.n_queries)
-    _check_tokens("x_key", x_key, layout.n_keys)
-    if x_query.shape[0] != x_key.shape[0]:
-        raise ValueError(
-            f"x_key: got a batch of {x_key.shape[0]}, want that of x_query, {x_query.shape[0]}"
-        )
-    x_query, wq, bq = _shared("query", x_query, w_query, bias_query, layout)
-    x_key, wk, bk = _shared("key", x_key, w_key, bias_key, layout)
-    if x_query.dtype != x_key.dtype:
-        raise ValueError(f"x_key: got {x_key.dtype}, want that of x_query, {x_query.dtype}")
-    inner_query, inner_key = (
-        (x if w is None else w).shape[-1] for x, w in ((x_query, wq), (x_key, wk))
-    )
-    if inner_query != inner_key:
-        raise ValueError(
-            f"w_key: projects to {inner_key} channels, want those of the query, {inner_query}"
-        )
-    if heads < 1 or inner_query % heads:
-        raise ValueError(f"heads: got {heads}, want a divisor of the {inner_query} channels")
-    if wq is None and wk is None:
-        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (x_query, x_key))
-        s = (q * scale) @ k.transpose(-1, -2)
-        if s.dtype in HALF:
-            s = s.float()
-        return s if layout.full else s.masked_fill(_absent(s, layout), float("-inf"))
-    chosen = check_backend(backend, x_query)
-    if chosen is not None:
-        chosen.prepare_scores(x_query, x_key, wq, wk, bq, bk, heads, layout)
-    return torch.ops.translution.offset_scores(
-        x_query, x_key, wq, wk, bq, bk, heads, float(scale), layout.key, backend
-    )
+    query, key = Operand(x_query, w_query, bias_query), Operand(x_key, w_key, bias_key)
+    return scores(query, key, layout, heads=heads, scale=scale, backend=backend)
 
 
 def offset_mix(
@@ -97,14 +74,16 @@ def offset_mix(
     bias_value: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The mix y_i = Σ_j a_ij (x_j Wv[c] + bv[c]) with c the class of (i, j), per head.
+    """The weighted sum y_i = Σ_j a_ij (x_j Wv[c] + bv[c]) per head, c being the class of (i, j).
+
+    This is the output of Translution, section 3, before its output projection.
 
     Args:
-        a: weights [batch, heads, queries, keys]; those of absent pairs are not looked at.
+        a: weights [batch, heads, queries, keys]; those of absent pairs are not read.
         x_value: [batch, keys, channels].
         w_value: a table [classes, channels, heads · head_dim]; or one matrix for all pairs; or None
             where the tokens are projected already.
-        layout: the `Layout` of these queries and keys (or its `key`).
+        layout: the `Layout` of these queries and keys (or its `spec`).
         bias_value: [classes, heads · head_dim] beside a table, [heads · head_dim] beside a matrix.
         backend: "auto", or the name of one in `translution.backends`.
 
@@ -115,54 +94,102 @@ def offset_mix(
         ValueError: naming the argument, what came and what is wanted.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
-    x_value = autocast(x_value)
-    _check_tokens("x_value", x_value, layout.n_keys)
-    want = (x_value.shape[0], layout.n_queries, layout.n_keys)
+    return mix(a, Operand(x_value, w_value, bias_value), layout, backend=backend)
+
+
+def scores(
+    query: Operand,
+    key: Operand,
+    layout: Layout,
+    *,
+    heads: int = 1,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`offset_scores` of two operands, whose weight may be one matrix as well as a table."""
+    query = query._replace(x=autocast(query.x))
+    key = key._replace(x=autocast(key.x))
+    _check_tokens("x_query", query.x, layout.n_queries)
+    _check_tokens("x_key", key.x, layout.n_keys)
+    if query.x.shape[0] != key.x.shape[0]:
+        raise ValueError(
+            f"x_key: got a batch of {key.x.shape[0]}, want that of x_query, {query.x.shape[0]}"
+        )
+    query = _without_shared("query", query, layout)
+    key = _without_shared("key", key, layout)
+    if query.x.dtype != key.x.dtype:
+        raise ValueError(f"x_key: got {key.x.dtype}, want that of x_query, {query.x.dtype}")
+    if query.inner != key.inner:
+        raise ValueError(
+            f"w_key: projects to {key.inner} channels, want those of the query, {query.inner}"
+        )
+    if heads < 1 or query.inner % heads:
+        raise ValueError(f"heads: got {heads}, want a divisor of the {query.inner} channels")
+    if query.weight is None and key.weight is None:
+        q, k = (side.x.unflatten(-1, (heads, -1)).transpose(1, 2) for side in (query, key))
+        s = (q * scale) @ k.transpose(-1, -2)
+        if s.dtype in HALF:
+            s = s.float()
+        return s if layout.full else s.masked_fill(_absent(s, layout), float("-inf"))
+    chosen = check_backend(backend, query.x)
+    if chosen is not None:
+        chosen.prepare_scores(query, key, heads, layout)
+    sides = query.x, key.x, query.weight, key.weight, query.bias, key.bias
+    return torch.ops.translution.offset_scores(*sides, heads, float(scale), layout.spec, backend)
+
+
+def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> Tensor:
+    """`offset_mix` of an operand, whose weight may be one matrix as well as a table."""
+    value = value._replace(x=autocast(value.x))
+    _check_tokens("x_value", value.x, layout.n_keys)
+    want = (value.x.shape[0], layout.n_queries, layout.n_keys)
     if a.ndim != 4 or (a.shape[0], *a.shape[2:]) != want:
         raise ValueError(
             f"a: got shape {tuple(a.shape)}, want (batch {want[0]}, heads, queries {want[1]}, "
             f"keys {want[2]})"
         )
-    x_value, w, b = _shared("value", x_value, w_value, bias_value, layout)
+    value = _without_shared("value", value, layout)
     heads = a.shape[1]
-    inner = (x_value if w is None else w).shape[-1]
-    if heads < 1 or inner % heads:
-        raise ValueError(f"a: got {heads} heads, want a divisor of the {inner} channels of v")
-    if w is None:
+    if heads < 1 or value.inner % heads:
+        raise ValueError(f"a: got {heads} heads, want a divisor of the {value.inner} channels of v")
+    if value.weight is None:
         if not layout.full:
             a = a.masked_fill(_absent(a, layout), 0.0)
-        v = x_value.unflatten(-1, (heads, -1)).transpose(1, 2)
+        v = value.x.unflatten(-1, (heads, -1)).transpose(1, 2)
         return (a.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    chosen = check_backend(backend, x_value)
+    chosen = check_backend(backend, value.x)
     if chosen is not None:
-        chosen.prepare_mix(a, x_value, w, b, layout)
-    return torch.ops.translution.offset_mix(a, x_value, w, b, layout.key, backend)
+        chosen.prepare_mix(a, value, layout)
+    return torch.ops.translution.offset_mix(a, *value, layout.spec, backend)
 
 
 def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
-    """Softmax over the keys; a row that may look nowhere yields zeros, not NaN.
+    """Softmax over the keys. A query that sees no key gets zeros, not NaN.
 
     Args:
         s: scores [batch, heads, queries, keys], -inf where a pair is absent.
-        mask: boolean, True = may look, broadcastable to the scores.
-        empty_rows: rows may be all -inf even without a mask.
+        mask: boolean, True where the query sees the key, broadcastable to the scores.
+        empty_rows: whether a row may be all -inf even without a mask.
 
     Returns:
-        weights of the shape and dtype of the scores, each row's sum 1 or 0.
+        weights of the shape and dtype of the scores. Each row sums to 1, or to 0 if it is empty.
     """
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
     if mask is None and not empty_rows:
         return s.softmax(-1)
-    nowhere = s.isneginf().all(-1, keepdim=True)
-    return s.masked_fill(nowhere, 0.0).softmax(-1).masked_fill(nowhere, 0.0)
+    empty = s.isneginf().all(-1, keepdim=True)
+    return s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def autocast(x: Tensor) -> Tensor:
-    """The tokens in autocast's dtype. Tables stay as they are and are cast class by class."""
+    """The tokens in autocast's dtype.
+
+    Tables keep their dtype here; a backend casts the part of a table that it is about to use.
+    """
     kind = x.device.type
     known = torch.amp.autocast_mode.is_autocast_available(kind)
     if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
@@ -171,10 +198,13 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def check_backend(backend: str, x: Tensor) -> ModuleType | None:
-    """The backend that will serve; refused before anything runs if it cannot.
+    """The backend that will compute an operator on x.
 
-    None while torch.compile traces, which cannot look for packages and devices: the operator then
-    chooses when it runs.
+    While torch.compile traces, this is None: tracing cannot search for packages and devices, so the
+    operator chooses its backend when it runs.
+
+    Raises:
+        ValueError: the backend is unknown or cannot compute with this dtype on this device.
     """
     return None if torch.compiler.is_compiling() else backends.choose(backend, x.device, x.dtype)
 
@@ -186,14 +216,13 @@ def _check_tokens(name: str, x: Tensor, tokens: int) -> None:
         raise ValueError(f"{name}: got {x.dtype}, want a floating point dtype")
 
 
-def _shared(
-    side: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Take a shared projection now, as (projected tokens, None, None); keep a relative one."""
+def _without_shared(side: str, operand: Operand, layout: Layout) -> Operand:
+    """Apply a projection that all pairs share, so that only a table remains to be applied."""
+    x, weight, bias = operand
     if weight is None:
         if bias is not None:
             raise ValueError(f"bias_{side}: needs w_{side}")
-        return x, None, None
+        return operand
     classes = layout.classes if weight.ndim == 3 else None
     head = "(" if classes is None else f"(classes {classes}, "
     if weight.ndim not in (2, 3) or (
@@ -208,16 +237,19 @@ def _shared(
             f"bias_{side}: got shape {tuple(bias.shape)}, want {head}{weight.shape[-1]})"
         )
     if classes is not None:
-        return x, weight, bias
+        return operand
     x = x @ weight.to(x.dtype)
-    return x if bias is None else x + bias.to(x.dtype), None, None
+    return Operand(x if bias is None else x + bias.to(x.dtype))
 
 
 def _absent(like: Tensor, layout: Layout) -> Tensor:
-    return torch.ops.translution.layout_index(like, layout.key) < 0
+    return torch.ops.translution.layout_index(like, layout.spec) < 0
 
 
-# -- the operators as torch knows them: opaque to tracing, their layout a string -----------------
+# -- Operators registered with torch -------------------------------------------------------------
+#
+# torch.compile and torch.export see each of them as one node. Their arguments are tensors, numbers
+# and strings only, so an operand arrives as its three tensors and a layout as its `spec`.
 
 
 @torch.library.custom_op("translution::layout_index", mutates_args=())
@@ -257,7 +289,8 @@ def _scores(
     backend: str,
 ) -> Tensor:
     chosen = backends.choose(backend, xq.device, xq.dtype)
-    return chosen.scores(xq, xk, wq, wk, bq, bk, heads, scale, Layout.parse(layout))
+    query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
+    return chosen.scores(query, key, heads, scale, Layout.parse(layout))
 
 
 @_scores.register_fake
@@ -283,8 +316,8 @@ def _scores_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     chosen = backends.choose(backend, xq.device, xq.dtype)
-    parsed = Layout.parse(layout)
-    return chosen.scores_backward(grad, xq, xk, wq, wk, bq, bk, heads, scale, parsed, wanted)
+    query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
+    return chosen.scores_backward(grad, query, key, heads, scale, Layout.parse(layout), wanted)
 
 
 def _fake_grads(
@@ -324,7 +357,7 @@ _scores.register_autograd(_backward_scores, setup_context=_save_scores)
 @torch.library.custom_op("translution::offset_mix", mutates_args=())
 def _mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: str, backend: str) -> Tensor:
     chosen = backends.choose(backend, x.device, x.dtype)
-    return chosen.mix(a, x, w, b, Layout.parse(layout))
+    return chosen.mix(a, Operand(x, w, b), Layout.parse(layout))
 
 
 @_mix.register_fake
@@ -344,7 +377,7 @@ def _mix_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = backends.choose(backend, x.device, x.dtype)
-    return chosen.mix_backward(grad, a, x, w, b, Layout.parse(layout), wanted)
+    return chosen.mix_backward(grad, a, Operand(x, w, b), Layout.parse(layout), wanted)
 
 
 @_mix_backward.register_fake

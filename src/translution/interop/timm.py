@@ -25,8 +25,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..models import PVT, SAN, Backbone, ResNet, Swin, ViT, create_model, list_models
-from ..models.backbone import truncated
-from ..models.registry import FAMILIES
+from ..models.backbone import init_truncated_normal
+from ..models.registry import families
 
 __all__: list[str] = []  # timm adds the names of what it registers
 
@@ -110,7 +110,7 @@ class _Timm(nn.Module):
         if num_classes:
             self.config = dataclasses.replace(self.config, num_classes=num_classes)
             self.head = nn.Linear(self.num_features, num_classes).to(like)
-            truncated(self.head)
+            init_truncated_normal(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:
@@ -130,7 +130,7 @@ class _Timm(nn.Module):
 
 class TimmViT(_Timm, ViT):
     """Its features are tokens [batch, tokens, dim], of the last block: with a class token that one
-    alone, unless all_rows=True. Its maps are those of the blocks."""
+    alone, unless full_last_block=True. Its maps are those of the blocks."""
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -146,8 +146,10 @@ class TimmViT(_Timm, ViT):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         grid = self.grid_of(x)
-        if self.prefix and not self.config.all_rows:
-            raise ValueError("all_rows: got False, maps want a ViT made with True (or pool='mean')")
+        if self.prefix and not self.config.full_last_block:
+            raise ValueError(
+                "full_last_block: got False, maps want a ViT made with True (or pool='mean')"
+            )
         each: list[Tensor] = []
         self.tokens(x, each)
         return [t[:, self.prefix :].transpose(1, 2).unflatten(2, grid) for t in each]
@@ -196,7 +198,7 @@ class TimmSwin(_TimmBackbone, Swin):
 
 class TimmPVT(_TimmBackbone, PVT):
     """Its features are the tokens of the last stage, normed, the class token first and alone unless
-    all_rows=True."""
+    full_last_block=True."""
 
     global_pool = "token"
 
@@ -247,7 +249,7 @@ def _build(
             raise ValueError(f"global_pool: got {global_pool!r}, want one of {list(POOLS)}")
         options["pool"] = POOLS[global_pool]
     if features_only:
-        options["all_rows" if of_vit else "features_only"] = True
+        options["full_last_block" if of_vit else "features_only"] = True
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate: got {drop_rate}, want at least 0 and less than 1")
     with torch.device("meta"):  # which costs nothing, and has all the options
@@ -278,7 +280,7 @@ def _entrypoint(name: str, known_as: str) -> Callable[..., nn.Module]:
 _NAMES = {
     f"translution_{name.removeprefix('translution_')}": name
     for name in list_models()
-    if name not in FAMILIES and "_gpt_" not in name
+    if name not in families() and "_gpt_" not in name
 }
 # with timm's mean and std, those of ImageNet
 default_cfgs = generate_default_cfgs(

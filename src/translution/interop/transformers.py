@@ -33,6 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifie
 
 from ..models import GPT, create_model
 from ..models.pretrained import Pretrained
+from ..models.registry import current_options
 from ..modules import cache as modules_cache
 
 __all__ = [
@@ -49,7 +50,7 @@ M = TypeVar("M", bound="_Wrapped")
 def _resolve(architecture: str, options: dict[str, Any]) -> Pretrained:
     """The model that they say, on the meta device: it checks them, and has all the options."""
     with torch.device("meta"):
-        model = create_model(architecture, **options)
+        model = create_model(architecture, **current_options(architecture, options, warn=False))
     if not isinstance(model, Pretrained):
         raise ValueError(f"architecture: got {architecture!r}, want a model of this library")
     return model
@@ -151,7 +152,7 @@ class _Wrapped(PreTrainedModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        options = dict(config.options)
+        options = current_options(config.architecture, dict(config.options), warn=False)
         if self._classes_option:
             options[self._classes_option] = config.num_labels
         self.model = create_model(config.architecture, **options)

@@ -1,15 +1,15 @@
-"""Models made of the modules, each read top to bottom in one file."""
+"""Models made of the modules: one file per family, which reads from top to bottom."""
 
-from .attention_weights import attention_weights
 from .backbone import Backbone
-from .gpt import GPT, GPTConfig, gpt
+from .inspection import attention_weights
+from .language_model import GPT, GPTConfig, gpt
 from .pretrained import Pretrained
-from .pvt import PVT, PVTConfig, pvt
+from .pyramid_transformer import PVT, PVTConfig, pvt
 from .registry import create_model, list_models, model_options, register_model
-from .resnet import ResNet, ResNetConfig, resnet
-from .san import SAN, SANConfig, san
-from .swin import Swin, SwinConfig, swin
-from .vit import ViT, ViTConfig, vit
+from .residual_network import ResNet, ResNetConfig, resnet
+from .self_attention_network import SAN, SANConfig, san
+from .swin_transformer import Swin, SwinConfig, swin
+from .vision_transformer import ViT, ViTConfig, vit
 
 __all__ = [
     "GPT",

@@ -1,4 +1,4 @@
-"""What image backbones share: logits, or the maps that detection and segmentation use."""
+"""What all image backbones share: they return logits, or feature maps for dense prediction."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 from .pretrained import Pretrained
 
-__all__ = ["Backbone", "ChannelNorm", "DropPath", "drop_rates", "truncated"]
+__all__ = ["Backbone", "ChannelNorm", "DropPath", "drop_path_rates", "init_truncated_normal"]
 
 
 class Backbone(Pretrained):
-    """An image classifier in stages, whose maps can be had instead of its logits.
+    """An image classifier in stages that can return its feature maps instead of logits.
 
     Subclasses set `channels` and `strides`, and implement `feature_maps` and `classify`. With
-    `features_only` they make no head.
+    `features_only` they have no head.
 
     Attributes:
-        in_channels: of the image.
-        channels: of each map, first to last.
-        strides: pixels of the image per place of each map: 4, 8, 16, 32.
-        features_only: whether calling the model returns the maps.
+        in_channels: channels of the image.
+        channels: channels of each feature map, from the first to the last.
+        strides: pixels of the image per position of each feature map, such as (4, 8, 16, 32).
+        features_only: whether calling the model returns the feature maps.
     """
 
     in_channels: int
@@ -29,17 +29,27 @@ class Backbone(Pretrained):
     features_only: bool = False
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """image [batch, in_channels, height, width] -> logits [batch, num_classes], or with
-        `features_only` the maps [batch, channels, height / stride, width / stride] (rounded up).
+        """Logits [batch, num_classes], or with `features_only` the list of feature maps.
+
+        Args:
+            image: [batch, in_channels, height, width].
+
+        Returns:
+            the logits; or feature maps [batch, channels, height / stride, width / stride], with
+            sizes rounded up.
 
         Raises:
-            ValueError: an image of another shape.
+            ValueError: the image has another shape.
         """
         image = self.checked(image)
         return self.feature_maps(image) if self.features_only else self.logits(image)
 
     def checked(self, image: Tensor) -> Tensor:
-        """The image, if it is one of this model's."""
+        """Return the image.
+
+        Raises:
+            ValueError: it has another number of axes or channels.
+        """
         if image.ndim != 4 or image.shape[1] != self.in_channels:
             raise ValueError(
                 f"image: got shape {tuple(image.shape)}, want (batch, {self.in_channels}, height, "
@@ -48,33 +58,36 @@ class Backbone(Pretrained):
         return image
 
     def logits(self, image: Tensor) -> Tensor:
-        """Without `features_only`: from the last map, unless a model has more than its maps."""
+        """The logits [batch, num_classes], by default from the last feature map."""
         return self.classify(self.feature_maps(image)[-1])
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
-        """The maps at the four strides."""
+        """The feature maps, one per entry of `strides`."""
         raise NotImplementedError
 
     def classify(self, last: Tensor) -> Tensor:
-        """Logits from the last map."""
+        """The logits from the last feature map."""
         raise NotImplementedError
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each place: [batch, channels, height, width] in and out."""
+    """Layer norm over the channels of each position of a map [batch, channels, height, width]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):
-    """In training, zeros a residual branch for a random `rate` of the samples and scales the
-    others up (stochastic depth)."""
+    """Stochastic depth: in training, set a residual branch to zero for some of the samples.
+
+    Args:
+        rate: the probability for each sample. The branch of the others is scaled by 1 / (1 - rate).
+    """
 
     def __init__(self, rate: float):
         super().__init__()
         if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop_path: got {rate}, want at least 0 and less than 1")
+            raise ValueError(f"drop_path_rate: got {rate}, want at least 0 and less than 1")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,13 +101,14 @@ class DropPath(nn.Module):
         return f"{self.rate:.3g}"
 
 
-def drop_rates(last: float, depth: int) -> list[float]:
-    """Rates of `DropPath` for the blocks of a model: from 0 to `last`, linearly."""
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rate of `DropPath` for each block of a model, rising linearly from 0 to `last`."""
     return [last * i / max(depth - 1, 1) for i in range(depth)]
 
 
-def truncated(*layers: nn.Module) -> None:
-    """Start these layers as transformers of images do: normal weights of 0.02, no biases."""
+def init_truncated_normal(*layers: nn.Module) -> None:
+    """Initialise layers as vision transformers do: weights from a truncated normal distribution
+    with standard deviation 0.02, and biases of zero."""
     for layer in layers:
         nn.init.trunc_normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         if layer.bias is not None:

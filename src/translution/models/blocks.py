@@ -1,4 +1,4 @@
-"""The one transformer block, and the one place where the name of a mixer becomes a module."""
+"""The transformer block of ViT and GPT, and how the name of a mixer becomes a module."""
 
 from __future__ import annotations
 
@@ -15,49 +15,39 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ..modules.attention import (
-    AlphaTranslution1d,
-    AlphaTranslution2d,
-    SelfAttention,
-    Translution1d,
-    Translution2d,
-)
+from .._renamed import renamed_arguments
+from ..layouts import OptionalSizes, Sizes
+from ..modules.alpha import AlphaTranslution1d, AlphaTranslution2d
+from ..modules.attention import SelfAttention, position_of
 from ..modules.cache import Cache
 from ..modules.convolution import Convolution2d
 from ..modules.reduced import ReducedACmix2d
+from ..modules.translution import Translution1d, Translution2d
+from .configuration import check_choice
 
 __all__ = [
+    "ACTIVATION_CHECKPOINTING",
     "IMAGE_MIXERS",
     "MIXERS",
     "SIZES",
     "Block",
     "Mixing",
     "Size",
-    "choose",
-    "head_dim_of",
-    "input_shape",
-    "mixers_of_layers",
+    "mixers_of_blocks",
 ]
 
-# Mixers, and whether the model adds a learned absolute position to its tokens.
-MIXERS = {
-    "attention": True,
-    "rotary": False,
-    "bias": False,
-    "convolution": False,
-    "acmix": True,
-    "translution": False,
-    "alpha": False,
-}
-CHECKPOINTS = ("none", "selective", "full")
+MIXERS = ("attention", "rotary", "bias", "convolution", "acmix", "translution", "alpha")
+"""The names of token mixers. "rotary" and "bias" are attention with that kind of position."""
 
-# Those that mix images only.
 IMAGE_MIXERS = ("convolution", "acmix")
+"""The mixers that cannot be causal, and so mix images only."""
+
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width, number of blocks and heads of a model."""
+    """The dimensions of a named model size."""
 
     dim: int
     depth: int
@@ -73,58 +63,74 @@ SIZES = {
 }
 
 
-def choose(name: str, value: str, known: Sequence[str]) -> str:
-    """`value`, if it is known."""
-    if value not in known:
-        raise ValueError(f"{name}: got {value!r}, want one of {list(known)}")
-    return value
-
-
-def input_shape(config: Any) -> tuple[int, ...]:
-    """Of one sample of a model: (context,) of a text, else (in_channels, height, width), for 224
-    pixels where a model is for images of any size."""
-    if hasattr(config, "context"):
-        return (config.context,)
-    return (config.in_channels, *getattr(config, "image_size", (224, 224)))
-
-
-def head_dim_of(dim: int, heads: int, head_dim: int | None) -> int:
-    """head_dim, or where it is not given dim / heads."""
-    if head_dim is None:
-        if dim % heads:
-            raise ValueError(f"heads: got {heads}, want a divisor of dim {dim} (or give head_dim)")
-        return dim // heads
-    if head_dim < 1:
-        raise ValueError(f"head_dim: got {head_dim}, want at least 1")
-    return head_dim
-
-
+@renamed_arguments(
+    relative_layers="relative_depth",
+    rotary=position_of,
+    kernel_size="conv_kernel_size",
+    checkpoint="activation_checkpointing",
+)
 @dataclass
 class Mixing:
-    """How the tokens of a model are mixed: the part of a configuration that all models share.
+    """How a model mixes its tokens: the options that ViT and GPT have in common.
 
-    mixer: one of `MIXERS`. relative: which of "qkv" have tables. relative_layers: only the first so
-    many blocks use the mixer, those after it attention (rotary on images, plain on text); None is
-    all. rank: of α's branch, per head. rotary: rotary positions too, on α's ordinary branch, or on
-    the q and k that Translution shares (relative "v" or ""). window, dilation, buckets, init: as in
-    Translution. kernel_size: of the mixers "convolution" and "acmix" (whose attention is global).
-    checkpoint: what a block forgets going forward and computes again going back, in training:
-    "none"; "selective", all but the results of matrix products and of the library's operators; or
-    "full", everything but its input.
+    Args:
+        mixer: one of `MIXERS`.
+        relative: which of "q", "k" and "v" have tables, in Translution and α-Translution.
+        relative_depth: the number of blocks, from the first, that use the mixer. The blocks after
+            them use attention, with rotary positions in a ViT and without in a GPT. None is all.
+        rank: channels per head of α-Translution's relative branch.
+        position: what the mixer adds to its queries and keys: "none", or "rotary", which
+            Translution allows where q and k have no table. The mixer "attention" also takes "bias".
+        learned_positions: whether learned absolute positions are added to the tokens. None adds
+            them for the mixers "acmix" and "attention", the latter with position "none".
+        window, dilation, buckets, init: as in `Translution2d`.
+        conv_kernel_size: the kernel size of the mixers "convolution" and "acmix".
+        dropout: the probability with which attention weights and outputs of the MLPs are dropped.
+        activation_checkpointing: what a block recomputes in the backward pass instead of storing
+            it. "none"; "selective": all but the results of matrix products and of this library's
+            operators; "full": everything but its input.
     """
 
     mixer: str = "translution"
     relative: str = "qkv"
-    relative_layers: int | None = None
+    relative_depth: int | None = None
     rank: int = 8
-    rotary: bool = False
-    window: Any = None
-    dilation: Any = 1
-    buckets: Any = None
+    position: str = "none"
+    learned_positions: bool | None = None
+    window: OptionalSizes = None
+    dilation: Sizes = 1
+    buckets: OptionalSizes = None
     init: str = "equal"
-    kernel_size: int = 3
+    conv_kernel_size: int = 3
     dropout: float = 0.0
-    checkpoint: str = "none"
+    activation_checkpointing: str = "none"
+
+    def check_mixing(self, mixers: Sequence[str]) -> None:
+        """Check the options that are not checked by the modules themselves.
+
+        Raises:
+            ValueError: naming the option, what came and what is wanted.
+        """
+        check_choice("mixer", self.mixer, mixers)
+        check_choice("position", self.position, self._positions())
+        name = "activation_checkpointing"
+        check_choice(name, self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
+
+    def _positions(self) -> list[str]:
+        """The values of `position` that fit the mixer."""
+        if self.mixer == "attention":
+            return ["none", "rotary", "bias"]
+        if self.mixer in ("rotary", "bias"):
+            return ["none", self.mixer]
+        return ["none"] if self.mixer in IMAGE_MIXERS else ["none", "rotary"]
+
+    @property
+    def adds_learned_positions(self) -> bool:
+        """Whether the model adds learned absolute positions to its tokens."""
+        if self.learned_positions is not None:
+            return self.learned_positions
+        plain_attention = self.mixer == "attention" and self.position == "none"
+        return plain_attention or self.mixer == "acmix"
 
     def make(
         self,
@@ -137,19 +143,23 @@ class Mixing:
         prefix: int = 0,
         prefix_queries: bool = False,
     ) -> nn.Module:
-        """The token mixer of one block. Causality and geometry go to every mixer from here."""
+        """The token mixer of one block, with causality and geometry as given.
+
+        Raises:
+            ValueError: the mixer cannot be causal, or cannot have prefix tokens.
+        """
         if mixer in IMAGE_MIXERS and causal:
             raise ValueError(f"mixer: {mixer!r} mixes images only")
         if mixer == "convolution":
             if prefix:
                 raise ValueError("mixer: 'convolution' mixes images without a class token only")
-            return Convolution2d(dim, grid, self.kernel_size)
+            return Convolution2d(dim, grid, self.conv_kernel_size)
         if mixer == "acmix":
             return ReducedACmix2d(
-                dim, grid, heads, head_dim=head_dim, conv_kernel=self.kernel_size, prefix=prefix,
-                prefix_queries=prefix_queries, dropout=self.dropout,
+                dim, grid, heads, head_dim=head_dim, conv_kernel_size=self.conv_kernel_size,
+                prefix=prefix, prefix_queries=prefix_queries, dropout=self.dropout,
             )  # fmt: skip
-        keywords: dict[str, Any] = {
+        options: dict[str, Any] = {
             "heads": heads,
             "head_dim": head_dim,
             "causal": causal,
@@ -160,35 +170,39 @@ class Mixing:
             "dilation": self.dilation,
             "buckets": self.buckets,
         }
-        flat = len(grid) == 1
-        if mixer in ("translution", "alpha"):
-            keywords |= {"relative": self.relative, "init": self.init, "rotary": self.rotary}
+        if mixer in ("rotary", "bias"):
+            return SelfAttention(dim, grid, position=mixer, **options)
+        # blocks after `relative_depth` have another mixer than the one that `position` is for
+        options["position"] = self.position if mixer == self.mixer else "none"
+        if mixer == "attention":
+            return SelfAttention(dim, grid, **options)
+        options |= {"relative": self.relative, "init": self.init}
+        one_axis = len(grid) == 1
         if mixer == "translution":
-            return (Translution1d if flat else Translution2d)(dim, _one(grid), **keywords)
-        if mixer == "alpha":
-            keywords["rank"] = self.rank
-            return (AlphaTranslution1d if flat else AlphaTranslution2d)(dim, _one(grid), **keywords)
-        position = {"attention": "none"}.get(mixer, mixer)
-        return SelfAttention(dim, grid, position=position, **keywords)
+            return (Translution1d if one_axis else Translution2d)(dim, grid, **options)
+        options["rank"] = self.rank
+        return (AlphaTranslution1d if one_axis else AlphaTranslution2d)(dim, grid, **options)
 
 
-def _one(grid: tuple[int, ...]) -> Any:
-    return grid[0] if len(grid) == 1 else grid
-
-
-def mixers_of_layers(mixing: Mixing, depth: int, after: str) -> list[str]:
-    """The mixer of each block: `mixing.mixer` in the first `relative_layers`, `after` then."""
-    first = depth if mixing.relative_layers is None else mixing.relative_layers
+def mixers_of_blocks(mixing: Mixing, depth: int, after: str) -> list[str]:
+    """The mixer of each block: `mixing.mixer` for the first `relative_depth`, then `after`."""
+    first = depth if mixing.relative_depth is None else mixing.relative_depth
     if not 0 <= first <= depth:
-        raise ValueError(f"relative_layers: got {first}, want 0 to depth {depth}")
+        raise ValueError(f"relative_depth: got {first}, want 0 to depth {depth}")
     return [mixing.mixer] * first + [after] * (depth - first)
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); each norm before its branch.
+    """A transformer block: x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    A mixer that answers for the prefix alone (`prefix_queries`) cuts the tokens to the prefix.
-    `checkpoint`: as in `Mixing`.
+    After a mixer with `prefix_queries` only the prefix tokens remain.
+
+    Args:
+        dim: channels of a token.
+        mixer: maps tokens [batch, tokens, dim] on a `grid` to tokens.
+        mlp_ratio: hidden channels of the MLP, as a multiple of dim.
+        dropout: the probability with which an output of the MLP is dropped.
+        activation_checkpointing: as in `Mixing`.
     """
 
     def __init__(
@@ -197,10 +211,10 @@ class Block(nn.Module):
         mixer: nn.Module,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
-        checkpoint: str = "none",
+        activation_checkpointing: str = "none",
     ):
         super().__init__()
-        self.checkpoint = choose("checkpoint", checkpoint, CHECKPOINTS)
+        self.activation_checkpointing = activation_checkpointing
         hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
@@ -214,23 +228,29 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None = None) -> Tensor:
-        """`cache`: of a causal mixer; `x` are then the tokens after those that it has seen."""
-        if self.checkpoint == "none" or not (self.training and torch.is_grad_enabled()):
+        """Tokens [batch, tokens, dim] on a grid -> the same shape, or the prefix only.
+
+        With the `cache` of a causal mixer, `x` holds the tokens that follow the cached ones.
+        """
+        if self.activation_checkpointing == "none" or not (
+            self.training and torch.is_grad_enabled()
+        ):
             return self._forward(x, grid, cache)
         more: dict[str, Any] = {}
-        if self.checkpoint == "selective":
-            more["context_fn"] = _remembering
+        if self.activation_checkpointing == "selective":
+            more["context_fn"] = _selective_contexts
         return checkpoint(self._forward, x, grid, cache, use_reentrant=False, **more)
 
     def _forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None) -> Tensor:
-        more = {} if cache is None else {"cache": cache}  # not every mixer knows one
+        more = {} if cache is None else {"cache": cache}  # not every mixer takes one
         y = self.mixer(self.norm1(x), grid=grid, **more)
         x = x[:, : y.shape[1]] + y
         return x + self.mlp(self.norm2(x))
 
 
-# What costs enough to be kept: the rest (norms, activations, softmax, views) is cheap to repeat.
-_KEPT = {
+# Operators whose results are stored: they cost much. All others (norms, activations, softmax,
+# views) are cheap to recompute.
+_STORED = {
     torch.ops.translution.offset_scores.default,
     torch.ops.translution.offset_mix.default,
     torch.ops.translution.neighborhood_attention.default,
@@ -246,8 +266,8 @@ _KEPT = {
 
 
 def _policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    keep = operator in _KEPT
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    store = operator in _STORED
+    return CheckpointPolicy.MUST_SAVE if store else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_remembering = functools.partial(create_selective_checkpoint_contexts, _policy)
+_selective_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -1,4 +1,4 @@
-"""The model card: what a model is, costs, was trained on and reached."""
+"""The model card (README.md) that is saved with a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..utils.measuring import multiply_adds
-from .blocks import input_shape
+from .configuration import input_shape
 
 __all__ = ["model_card"]
 
@@ -21,11 +21,12 @@ def model_card(
     results: Mapping[str, float] | None = None,
     classes: Sequence[str] | None = None,
 ) -> str:
-    """A README.md for the Hub.
+    """The text of the model card: architecture, cost, options, training data and results.
 
     Args:
-        plain: the model on the meta device, where its cost is counted.
-        family, task: its architecture's name, and what the Hub calls what it does.
+        plain: the model on the meta device, on which its cost is counted.
+        family: the name of its architecture.
+        task: the Hub's name for what the model does.
         data, results, classes: as in `Pretrained.save_pretrained`.
     """
     config, name = plain.config, type(plain).__name__
@@ -33,7 +34,6 @@ def model_card(
     parameters = sum(p.numel() for p in plain.parameters())
     image, count = _cost(plain)
     call = f"{name}.from_pretrained(FOLDER_OR_NAME)"
-    told = vars(config).items()
     lines = [
         "---",
         "library_name: translution",
@@ -58,10 +58,10 @@ def model_card(
         "## Options",
         "| | |",
         "| --- | --- |",
-        *(f"| {option} | {_cell(value)} |" for option, value in told),
+        *(f"| {option} | {_cell(value)} |" for option, value in vars(config).items()),
         "",
         "## Training data",
-        data or "Not told.",
+        data or "Not given.",
         "",
         "## Results",
     ]
@@ -69,7 +69,7 @@ def model_card(
         lines += ["| | |", "| --- | --- |"]
         lines += [f"| {_cell(key)} | {value:.6g} |" for key, value in results.items()]
     else:
-        lines.append("Not told.")
+        lines.append("Not given.")
     if classes is not None:
         shown = ", ".join(_cell(c) for c in classes[:50]) + (", …" if len(classes) > 50 else "")
         lines += ["", "## Classes", f"{len(classes)}: {shown}"]
@@ -77,17 +77,17 @@ def model_card(
 
 
 def _cost(plain: Any) -> tuple[str, int]:
-    """What one call was counted for, and its multiply-adds."""
+    """The input that a forward pass is counted for, in words, and its multiply-adds."""
     shape = input_shape(plain.config)
     with torch.device("meta"), torch.no_grad():
         if len(shape) == 1:
-            x, said = torch.zeros(1, *shape, dtype=torch.int64), f"a text of {shape[0]} tokens"
+            x, words = torch.zeros(1, *shape, dtype=torch.int64), f"a text of {shape[0]} tokens"
         else:
-            x, said = torch.zeros(1, *shape), f"an image of {shape[1]}×{shape[2]}"
-        return said, multiply_adds(lambda: plain.eval()(x))
+            x, words = torch.zeros(1, *shape), f"an image of {shape[1]}×{shape[2]}"
+        return words, multiply_adds(lambda: plain.eval()(x))
 
 
 def _cell(value: Any) -> str:
-    """As it stands in a table."""
+    """A value as the text of a table's cell."""
     text = "×".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
     return " ".join(text.replace("|", "\\|").split())

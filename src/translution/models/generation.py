@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from .gpt import GPT
+from .language_model import GPT
 
 __all__ = ["generate", "probabilities"]
 

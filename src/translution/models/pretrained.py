@@ -1,12 +1,11 @@
-"""Models in folders and on the Hub: what is written, and how a model is made from it again.
+"""Models in folders and on the Hub: saving them, and loading them again.
 
     <folder>/model.safetensors   the weights
             /config.json         the architecture and all its options: alone enough for the model
             /README.md           the model card
 
-A checkpoint of a training run (`checkpoint.json` instead of `config.json`) is read too. Nothing is
-unpickled. safetensors is needed, and huggingface_hub to send a model to the Hub or have it from
-there.
+A checkpoint of a training run (with `checkpoint.json` instead of `config.json`) is read, too.
+Nothing is unpickled. Saving and loading need safetensors, and the Hub needs huggingface_hub.
 """
 
 from __future__ import annotations
@@ -23,8 +22,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._version import __version__
 from ..utils.files import write_whole
 from ..utils.words import some
+from .card import model_card
+from .registry import create_model, current_options, families
 
 __all__ = [
     "ABOUT",
@@ -52,14 +54,15 @@ MARK = "<!-- Written by translution, and replaced at the next save unless this l
 
 
 class Pretrained(nn.Module):
-    """A model that can be saved, shared, and made again.
+    """A model that can be saved, shared and loaded.
 
-    Its `config` is a dataclass, of one of the families of the registry. Called on a family's class
-    (`ViT.from_pretrained`), loading takes that family alone; called on this class, any.
+    Its `config` is a dataclass of one of the registered families. `ViT.from_pretrained` loads a ViT
+    only, and `Pretrained.from_pretrained` a model of any family.
     """
 
     config: Any
-    task: ClassVar[str] = "image-classification"  # as the Hub calls it
+    task: ClassVar[str] = "image-classification"
+    """The Hub's name for what the model does."""
 
     def save_pretrained(
         self,
@@ -89,9 +92,6 @@ class Pretrained(nn.Module):
         if results is not None and not all(isinstance(n, int | float) for n in numbers):
             raise ValueError(f"results: got {results!r}, want numbers by what was measured")
         save_file = _needed("safetensors.torch").save_file
-        from .._version import __version__
-        from .card import model_card
-
         weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         with torch.device("meta"):
             plain = type(self)(self.config)
@@ -178,13 +178,13 @@ class Pretrained(nn.Module):
 
     @property
     def family(self) -> str:
-        """Its architecture's name in the registry."""
-        from .registry import FAMILIES  # which imports the models
-
-        for name, (_, kind) in FAMILIES.items():
+        """The name of its family in the registry."""
+        for name, kind in families().items():
             if type(self.config) is kind:
                 return name
-        raise ValueError(f"config: got {type(self.config).__name__}, want one of {list(FAMILIES)}")
+        raise ValueError(
+            f"config: got {type(self.config).__name__}, want one of {list(families())}"
+        )
 
     def _classes(self, names: Sequence[str]) -> list[str]:
         want = getattr(self.config, "num_classes", 0)
@@ -195,8 +195,6 @@ class Pretrained(nn.Module):
     @classmethod
     def _from_config(cls: type[P], folder: Path) -> P:
         """The model that a folder describes, with new weights."""
-        from .registry import create_model
-
         if (folder / CONFIG).is_file():
             source, config = folder / CONFIG, read_config(folder)
             name, options = config["architecture"], config["options"]
@@ -206,7 +204,7 @@ class Pretrained(nn.Module):
             source, about = folder / ABOUT, read_about(folder)["model"]
             name, options = about["name"], about["options"]
         try:
-            model = create_model(name, **options)
+            model = create_model(name, **current_options(name, options, warn=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {name!r}: {error}") from None
         if not isinstance(model, cls) and issubclass(cls, type(model)):

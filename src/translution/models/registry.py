@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Models by name. Each model's file registers its own names here when it is imported."""
 
 from __future__ import annotations
 
@@ -11,38 +11,46 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import IMAGE_MIXERS, MIXERS, SIZES
-from .gpt import GPTConfig, gpt
-from .pvt import PVTS, PVTConfig, pvt
-from .resnet import RESNETS, ResNetConfig, resnet
-from .san import SANS, SANConfig, san
-from .swin import SWINS, SwinConfig, swin
-from .vit import ViTConfig, vit
+from .._renamed import current_arguments
 
-__all__ = ["FAMILIES", "create_model", "list_models", "model_options", "register_model"]
-
-# A family is a name of its own; its configuration says which options there are.
-FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {
-    "vit": (vit, ViTConfig),
-    "gpt": (gpt, GPTConfig),
-    "resnet": (resnet, ResNetConfig),
-    "san": (san, SANConfig),
-    "pvt": (pvt, PVTConfig),
-    "swin": (swin, SwinConfig),
-}
+__all__ = [
+    "create_model",
+    "current_options",
+    "families",
+    "list_models",
+    "model_options",
+    "register_family",
+    "register_model",
+]
 
 _MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
+_FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {}
 
 
-def register_model(name: str, make: Callable[..., nn.Module], **keywords: Any) -> None:
-    """Let `create_model(name)` call `make(**keywords)`.
+def register_model(name: str, make: Callable[..., nn.Module], **options: Any) -> None:
+    """Let `create_model(name)` call `make(**options)`.
 
     Raises:
-        ValueError: a name that is registered already.
+        ValueError: the name is registered already.
     """
     if name in _MODELS:
         raise ValueError(f"name: {name!r} is registered already")
-    _MODELS[name] = (make, keywords)
+    _MODELS[name] = (make, options)
+
+
+def register_family(name: str, make: Callable[..., nn.Module], config: type) -> None:
+    """Register a family of models: a name of its own, and the class of its configurations.
+
+    Raises:
+        ValueError: the name is registered already.
+    """
+    register_model(name, make)
+    _FAMILIES[name] = (make, config)
+
+
+def families() -> dict[str, type]:
+    """The class of the configuration of each family, by the family's name."""
+    return {name: config for name, (_, config) in _FAMILIES.items()}
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
@@ -50,13 +58,13 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Args:
         name: one of `list_models`.
-        overrides: options of its configuration, such as num_classes; `model_options` has them.
+        overrides: options of its configuration, such as num_classes; `model_options` lists them.
 
     Raises:
-        ValueError: an unknown name (it lists the close ones), or options that don't fit.
+        ValueError: an unknown name (the message lists similar ones), or options that do not fit.
     """
-    make, keywords = _find(name)
-    return make(**(keywords | overrides))
+    make, options = _find(name)
+    return make(**(options | overrides))
 
 
 def model_options(name: str) -> dict[str, Any]:
@@ -66,8 +74,8 @@ def model_options(name: str) -> dict[str, Any]:
         ValueError: an unknown name.
     """
     make, _ = _find(name)
-    kinds = dict(FAMILIES.values())
-    configured = typing.get_type_hints(kinds[make]) if make in kinds else {}
+    configs = dict(_FAMILIES.values())
+    configured = typing.get_type_hints(configs[make]) if make in configs else {}
     hints = typing.get_type_hints(make)
     own = {
         parameter.name: hints.get(parameter.name, Any)
@@ -77,12 +85,20 @@ def model_options(name: str) -> dict[str, Any]:
     return own | {option: hint for option, hint in configured.items() if option not in own}
 
 
-def _find(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    if name not in _MODELS:
-        close = difflib.get_close_matches(name, _MODELS, n=5, cutoff=0.5)
-        hint = f"did you mean {close}" if close else "list_models() has them all"
-        raise ValueError(f"name: there is no model {name!r}; {hint}")
-    return _MODELS[name]
+def current_options(name: str, options: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Options of the model of this name, with option names of earlier versions replaced.
+
+    Args:
+        name: one of `list_models`.
+        options: by name.
+        warn: whether each earlier name gives a DeprecationWarning.
+
+    Raises:
+        ValueError: an unknown model, or an option that is given by both of its names.
+    """
+    make, _ = _find(name)
+    config = dict(_FAMILIES.values()).get(make)
+    return options if config is None else current_arguments(config, options, warn, stacklevel=3)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -90,25 +106,9 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-for _family, (_make, _) in FAMILIES.items():
-    register_model(_family, _make)
-for _mixer in MIXERS:
-    for _size in SIZES:
-        for _patch in (16, 32, 56):
-            register_model(
-                f"{_mixer}_vit_{_size}_patch{_patch}_224", vit,
-                size=_size, mixer=_mixer, image_size=224, patch_size=_patch,
-            )  # fmt: skip
-        if _mixer not in IMAGE_MIXERS:
-            register_model(f"{_mixer}_gpt_{_size}", gpt, size=_size, mixer=_mixer, context=1024)
-# The backbones of ACmix, and their parents with what ACmix replaces in them.
-_BACKBONES: dict[str, tuple[Callable[..., nn.Module], list[str], str]] = {
-    "resnet{}": (resnet, list(RESNETS), "convolution"),
-    "san{}": (san, list(SANS), "attention"),
-    "pvt_{}": (pvt, list(PVTS), "attention"),
-    "swin_{}": (swin, list(SWINS), "attention"),
-}
-for _name, (_make, _sizes, _parent) in _BACKBONES.items():
-    for _size in _sizes:
-        register_model(_name.format(_size), _make, size=_size, mixer=_parent)
-        register_model("acmix_" + _name.format(_size), _make, size=_size, mixer="acmix")
+def _find(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, _MODELS, n=5, cutoff=0.5)
+        hint = f"did you mean {close}" if close else "list_models() has them all"
+        raise ValueError(f"name: there is no model {name!r}; {hint}")
+    return _MODELS[name]

@@ -1,35 +1,36 @@
-"""What a causal layer remembers of the tokens before, so that new ones don't need them again."""
+"""The key and value cache of a causal layer, for text that is generated token by token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .projections import Projected
+from ..operands import Operand
 
-__all__ = ["Cache", "remember"]
+__all__ = ["Cache", "append_to_cache"]
 
 
 class Cache:
-    """The memory of one causal layer between calls.
+    """What one causal layer keeps of the tokens that it has seen.
 
-    It holds what a key or value is made from: of a shared projection its result, of a relative one
-    the layer's inputs, since each new query stands at another offset and takes another matrix. The
-    room doubles when it is full, so that all copying together is of the order of the tokens. Where
-    a window ends, tokens are dropped.
+    For a shared projection it keeps the projected keys or values. For a table it keeps the layer's
+    inputs instead: each new query has another offset to an old token and so needs another matrix.
+    The buffers double their size when they are full, so that copying costs a constant amount per
+    token. Tokens that a window hides from all later queries are dropped.
 
     Args:
-        reach: the farthest that a query sees, in tokens; None is no limit.
+        reach: the largest distance that a query sees, in tokens; None is no limit.
 
     Attributes:
-        length: tokens that the layer has seen.
-        dropped: how many of them no later query can see; they are not kept.
-        held: how many are kept.
+        length: the number of tokens that the layer has seen.
+        dropped: the number of them that are no longer kept, because no later query sees them.
+        held: the number that is kept.
     """
 
     def __init__(self, reach: int | None = None):
         self.reach, self.length = reach, 0
-        self._kept: dict[str, tuple[int, Tensor]] = {}  # the token in the first row, the rows
+        # by name: the position of the token in the first row, and the rows
+        self._buffers: dict[str, tuple[int, Tensor]] = {}
 
     @property
     def dropped(self) -> int:
@@ -41,26 +42,29 @@ class Cache:
 
     @property
     def batch(self) -> int:
-        """Texts, 0 before the first token."""
-        return next((len(rows) for _, rows in self._kept.values()), 0)
+        """The number of sequences; 0 before the first token."""
+        return next((len(rows) for _, rows in self._buffers.values()), 0)
 
     def extend(self, name: str, x: Tensor) -> Tensor:
-        """What is kept under this name, then `x`; doing it again before `advance` changes nothing.
+        """Append `x` to the rows with this name, and return all of them.
+
+        Calling it again before `advance` gives the same result.
 
         Args:
-            name: what `x` is, such as "k".
+            name: what the rows are, such as "k".
             x: [batch, new tokens, channels].
 
         Returns:
             [batch, held + new tokens, channels], a view that the next call may write to.
 
         Raises:
-            ValueError: gradients are wanted, or another batch, width, dtype or device is kept.
+            ValueError: `x` needs a gradient, or the cache has another batch, number of channels,
+                dtype or device.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("cache: gradients do not flow through it, want torch.no_grad()")
         need = self.held + x.shape[1]
-        first, rows = self._kept.get(name, (self.dropped, x[:, :0]))
+        first, rows = self._buffers.get(name, (self.dropped, x[:, :0]))
         here = (x.shape[0], x.shape[2], x.dtype, x.device)
         kept = (rows.shape[0], rows.shape[2], rows.dtype, rows.device)
         if here != kept:
@@ -72,21 +76,24 @@ class Cache:
             old = rows[:, self.dropped - first : self.length - first]
             first, rows = self.dropped, x.new_empty(x.shape[0], 2 * need, x.shape[2])
             rows[:, : self.held] = old
-            self._kept[name] = first, rows
+            self._buffers[name] = first, rows
         start, end = self.length - first, self.length - first + x.shape[1]
         rows[:, start:end] = x
         return rows[:, self.dropped - first : end]
 
     def advance(self, tokens: int) -> None:
-        """The tokens that every name was extended by have been seen."""
+        """Count so many tokens, by which the rows of every name were extended, as seen."""
         self.length += tokens
 
-    def select(self, texts: Tensor) -> None:
-        """Go on with these texts of the batch, int64, in this order; one may come several times."""
-        for name, (first, rows) in self._kept.items():
-            self._kept[name] = first, rows.index_select(0, texts.to(rows.device))
+    def select(self, sequences: Tensor) -> None:
+        """Continue with these sequences of the batch (int64), in this order; repeats are allowed.
+
+        Beam search uses it to keep the best continuations.
+        """
+        for name, (first, rows) in self._buffers.items():
+            self._buffers[name] = first, rows.index_select(0, sequences.to(rows.device))
 
 
-def remember(cache: Cache | None, name: str, side: Projected) -> Projected:
-    """A key's or value's side with what the cache holds before it; without a cache, as it is."""
-    return side if cache is None else side._replace(x=cache.extend(name, side.x))
+def append_to_cache(cache: Cache | None, name: str, new: Operand) -> Operand:
+    """A key or value with the cached tokens before it; unchanged without a cache."""
+    return new if cache is None else new._replace(x=cache.extend(name, new.x))

@@ -11,13 +11,13 @@ __all__ = ["check_dtype", "check_image", "check_int"]
 
 
 def check_int(name: str, value: Any, least: int) -> None:
-    """An int (not a bool) of at least `least`."""
+    """Check that `value` is an int (not a bool) of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: got {value!r}, want an int of at least {least}")
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Tokens or maps have the dtype of the weights, unless autocast takes care of that."""
+    """Check that an input has the dtype of the weights, unless autocast is on and converts it."""
     kind = x.device.type
     known = torch.amp.autocast_mode.is_autocast_available(kind)
     if x.dtype != weight.dtype and not (known and torch.is_autocast_enabled(kind)):
@@ -27,7 +27,7 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def check_image(x: Tensor, channels: int, weight: Tensor) -> None:
-    """An image [batch, channels, height, width] for a layer with these weights."""
+    """Check that x is an image [batch, channels, height, width] in the dtype of these weights."""
     if x.ndim != 4 or x.shape[1] != channels or not x.dtype.is_floating_point:
         raise ValueError(
             f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "

@@ -1,10 +1,13 @@
-"""Convolution as a token mixer, the other parent of Translution."""
+"""Convolution over the grid of tokens, the second operator that Translution generalises."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+
+from ..layouts import Sizes
 
 __all__ = ["Convolution2d"]
 
@@ -12,12 +15,13 @@ __all__ = ["Convolution2d"]
 class Convolution2d(nn.Module):
     """A k×k convolution over the grid, then an output projection: tokens in, tokens out.
 
-    Every token is on the grid; there are no prefix tokens. Zero padding keeps the grid's size.
+    All tokens are on the grid; prefix tokens are not possible. Zero padding keeps the grid's size.
 
     Args:
         dim: channels of a token.
         grid: the default grid of `forward`, two sizes (or one int for both).
         kernel_size: odd.
+        device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
         conv: nn.Conv2d(dim, dim, kernel_size).
@@ -27,20 +31,29 @@ class Convolution2d(nn.Module):
         ValueError: naming the argument, what came and what is wanted.
     """
 
-    def __init__(self, dim: int, grid: int | Sequence[int], kernel_size: int = 3):
+    def __init__(
+        self,
+        dim: int,
+        grid: Sizes,
+        kernel_size: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: got {kernel_size!r}, want an odd int of at least 1")
         self.dim = dim
         self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, bias=False)
-        self.o_proj = nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(
+            dim, dim, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
+        )
+        self.o_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """x [batch, tokens, dim], row-major over `grid` -> the same shape.
+        """Mix the tokens x [batch, tokens, dim], row-major over `grid`; the shape stays the same.
 
         Raises:
-            ValueError: another number of tokens or channels.
+            ValueError: x has another number of tokens or channels.
         """
         height, width = self.grid if grid is None else tuple(grid)
         if x.ndim != 3 or x.shape[1] != height * width or x.shape[2] != self.dim:

@@ -1,4 +1,4 @@
-"""Projections: one matrix for all pairs (nn.Linear), or a table with one per class."""
+"""Projections of tokens: one matrix for all pairs (nn.Linear), or a table with one per class."""
 
 from __future__ import annotations
 
@@ -6,58 +6,56 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INITS", "Projected", "RelativeLinear", "projection", "sharing"]
+from ..operands import Operand
+
+__all__ = ["INITS", "RelativeLinear", "SharedLinear", "projection", "sharding"]
 
 INITS = ("equal", "independent", "published")
-_SHARE: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
-    "share", default=None
+"""How a table starts; `RelativeLinear` describes each."""
+
+_SHARD: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar(
+    "shard", default=None
 )
 
 
 @contextlib.contextmanager
-def sharing(share: tuple[int, int] | None) -> Iterator[None]:
-    """Tables made within hold only the rows of this share (`Layout.share`), and start with the
-    values that these rows of a whole table have: nowhere is a whole one made."""
-    token = _SHARE.set(share)
+def sharding(shard: tuple[int, int] | None) -> Iterator[None]:
+    """Tables made inside this context hold the rows of one shard only (`Layout.shard`).
+
+    The rows start with the values that they have in a whole table, which is made nowhere.
+    """
+    token = _SHARD.set(shard)
     try:
         yield
     finally:
-        _SHARE.reset(token)
-
-
-class Projected(NamedTuple):
-    """What one side hands to a primitive: its tokens, and a table if it is relative."""
-
-    x: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+        _SHARD.reset(token)
 
 
 class RelativeLinear(nn.Module):
-    """A table of projections, one per class of pairs: q_ij = x_i W[c] + b[c] (c of the pair i, j).
+    """A table of projections, one per offset class: q_ij = x_i W[c] + b[c], c the class of (i, j).
 
     Args:
-        classes: rows of the whole table (`Layout.classes`).
+        classes: the number of matrices in the whole table (`Layout.classes`).
         in_features, out_features: channels in and out.
-        bias: one bias per class.
-        init: "equal", every entry starts as the same draw of nn.Linear's distribution, so that the
-            layer starts as self-attention; "independent", every entry is a draw of its own;
-            "published", as the published code, whose bound is 1/in_features instead of
-            1/sqrt(in_features).
+        bias: whether there is a bias, one per class.
+        init: how the table starts. "equal": all matrices are the same draw from the distribution of
+            nn.Linear, so that the layer starts as self-attention. "independent": each matrix is a
+            draw of its own. "published": the same with the bound 1 / in_features of the published
+            code instead of 1 / sqrt(in_features).
+        device, dtype: of the parameters.
 
     Attributes:
         weight: [classes, in_features, out_features].
         bias: [classes, out_features] or None.
-        share: (rank, ranks) where the table is divided over processes, and holds but the rows
-            of this `Layout.share`; else None.
+        shard: (rank, world size) where the table is divided over processes and this one holds the
+            rows of that `Layout.shard`; else None.
 
     Raises:
-        ValueError: an init that is not one of `INITS`.
+        ValueError: `init` is not one of `INITS`.
     """
 
     def __init__(
@@ -74,8 +72,8 @@ class RelativeLinear(nn.Module):
         if init not in INITS:
             raise ValueError(f"init: got {init!r}, want one of {INITS}")
         self.classes, self.in_features, self.out_features = classes, in_features, out_features
-        self.init, self.share = init, _SHARE.get()
-        rows = len(range(classes)[self.own])
+        self.init, self.shard = init, _SHARD.get()
+        rows = len(range(classes)[self.own_classes])
         shape = (rows, in_features, out_features)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
@@ -84,15 +82,18 @@ class RelativeLinear(nn.Module):
         self.reset_parameters()
 
     @property
-    def own(self) -> slice:
-        """The classes whose rows are here."""
-        rank, ranks = self.share or (0, 1)
-        return slice(rank, None, ranks)
+    def own_classes(self) -> slice:
+        """The classes whose matrices this process holds."""
+        rank, world_size = self.shard or (0, 1)
+        return slice(rank, None, world_size)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew. Every process of a divided table draws all of it, a row at a time, and keeps
-        its own: with equal seeds the table is the one of a single process."""
+        """Draw new weights as `init` says, and set the bias to zero.
+
+        Each process of a divided table draws all matrices, one at a time, and keeps its own. With
+        equal seeds the table is therefore the same for any number of processes.
+        """
         bound = 1 / math.sqrt(self.in_features)
         if self.init == "published":
             bound = 1 / self.in_features
@@ -100,7 +101,7 @@ class RelativeLinear(nn.Module):
         if self.init == "equal":
             self.weight[:] = row
         elif not self.weight.is_meta:
-            own = range(self.classes)[self.own]
+            own = range(self.classes)[self.own_classes]
             for c in range(self.classes):
                 drawn = row if c == 0 else row.uniform_(-bound, bound)
                 if c in own:
@@ -108,12 +109,12 @@ class RelativeLinear(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Projected:
-        """The tokens beside the table: a primitive takes their product pair by pair."""
-        return Projected(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Operand:
+        """The tokens together with the table, which a primitive multiplies pair by pair."""
+        return Operand(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        part = "" if self.share is None else f" (share {self.share[0]} of {self.share[1]})"
+        part = "" if self.shard is None else f" (shard {self.shard[0]} of {self.shard[1]})"
         return (
             f"classes={self.classes}{part}, in_features={self.in_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}, init={self.init!r}"
@@ -121,10 +122,10 @@ class RelativeLinear(nn.Module):
 
 
 class SharedLinear(nn.Linear):
-    """nn.Linear, handing over tokens that are projected already."""
+    """An nn.Linear that returns an `Operand`, whose tokens are projected already."""
 
-    def forward(self, x: Tensor) -> Projected:  # type: ignore[override]
-        return Projected(super().forward(x))
+    def forward(self, x: Tensor) -> Operand:  # type: ignore[override]
+        return Operand(super().forward(x))
 
 
 def projection(
@@ -133,8 +134,10 @@ def projection(
     classes: int | None,
     bias: bool,
     init: str = "equal",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> RelativeLinear | SharedLinear:
-    """A table with this many classes, or for None one matrix for all pairs."""
+    """A table with one matrix for each of so many classes; for None, one matrix for all pairs."""
     if classes is None:
-        return SharedLinear(in_features, out_features, bias=bias)
-    return RelativeLinear(classes, in_features, out_features, bias=bias, init=init)
+        return SharedLinear(in_features, out_features, bias, device, dtype)
+    return RelativeLinear(classes, in_features, out_features, bias, init, device, dtype)

@@ -1,16 +1,22 @@
-"""Attention of all tokens over a spatially reduced grid (PVT), or over all, and its ACmix."""
+"""PVT's attention, whose keys and values come from a coarser grid, and its ACmix.
+
+With a reduction of 1 it is ordinary self-attention, and its ACmix the one that ViTs use here.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .acmix import ConvolutionPath, filled
+from .._renamed import renamed_arguments
+from ..layouts import Sizes
 from .checks import check_dtype, check_int
+from .convolution_path import ConvolutionPath, pad_to_multiple
 
 __all__ = ["ReducedACmix2d", "ReducedAttention2d"]
 
@@ -18,21 +24,23 @@ __all__ = ["ReducedACmix2d", "ReducedAttention2d"]
 class ReducedAttention2d(nn.Module):
     """Attention whose keys and values come from a grid made `reduction` times coarser.
 
-    A convolution of size and stride `reduction`, and a layer norm, turn reduction² tokens into one
-    before they are projected to a key and a value (pyramid vision transformer, section 3.3, "SRA").
-    A size that the reduction does not divide is filled up with zeros: the coarse grid is rounded
-    up. With reduction 1 it is ordinary self-attention.
+    A convolution of size and stride `reduction` and a layer norm turn reduction² tokens into one,
+    which is then projected to a key and a value (pyramid vision transformer, section 3.3, "SRA").
+    Where the reduction does not divide a size, the grid is padded with zeros, so that the size of
+    the coarse grid is rounded up. With reduction 1 it is ordinary self-attention.
 
     Args:
         dim: channels of a token.
         grid: rows and columns of the default grid of `forward` (an int for both).
-        heads, head_dim: head_dim is dim / heads unless given.
-        reduction: tokens per axis that become one key.
-        prefix: tokens without a place, before the grid. They have no place in a coarser grid
-            either, so only with reduction 1.
-        prefix_queries: only the prefix tokens ask (the last layer before a class token is read).
-        dropout: of the attention weights.
-        bias: on the query, key and value projections.
+        heads, head_dim: the number of heads and their channels; head_dim defaults to dim / heads.
+        reduction: the number of tokens per axis that become one key.
+        prefix: the number of tokens before the grid that have no position. They have none in a
+            coarser grid either, so they need reduction 1.
+        prefix_queries: only the prefix tokens are queries, as in a last layer of which only the
+            class token is read.
+        dropout: the probability with which an attention weight is dropped in training.
+        bias: whether the query, key and value projections have a bias.
+        device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
         q_proj, k_proj, v_proj, o_proj: nn.Linear.
@@ -49,7 +57,7 @@ class ReducedAttention2d(nn.Module):
     def __init__(
         self,
         dim: int,
-        grid: int | Sequence[int],
+        grid: Sizes,
         heads: int = 8,
         reduction: int = 1,
         head_dim: int | None = None,
@@ -57,6 +65,8 @@ class ReducedAttention2d(nn.Module):
         prefix_queries: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -77,39 +87,40 @@ class ReducedAttention2d(nn.Module):
         self.reduction, self.prefix, self.prefix_queries = reduction, prefix, prefix_queries
         self.dropout = dropout
         inner = self.heads * self.head_dim
-        # the keys' bias is the same for all keys and cancels in the softmax: without a convolution
-        # path its gradient is zero
-        self.q_proj = nn.Linear(dim, inner, bias=bias)
-        self.k_proj = nn.Linear(dim, inner, bias=bias)
-        self.v_proj = nn.Linear(dim, inner, bias=bias)
-        self.o_proj = nn.Linear(inner, dim)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        # The bias of the keys is the same for all keys and cancels in the softmax, so without a
+        # convolution path its gradient is zero.
+        self.q_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        self.k_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        self.v_proj = nn.Linear(dim, inner, bias=bias, **factory)
+        self.o_proj = nn.Linear(inner, dim, **factory)
         if reduction > 1:
-            self.reduce = nn.Conv2d(dim, dim, reduction, reduction)
-            self.norm = nn.LayerNorm(dim)
+            self.reduce = nn.Conv2d(dim, dim, reduction, reduction, **factory)
+            self.norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Mix the tokens x, on the grid that the layer was made for or another one."""
         return self.attend(*self.project(x, self._checked(x, grid)))
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [batch, queries, inner], keys and values [batch, keys, inner]; inner =
+        """Queries [batch, queries, inner], and keys and values [batch, keys, inner], where inner is
         heads · head_dim."""
         query, source = x[:, : self.prefix] if self.prefix_queries else x, x
         if self.reduction > 1:
             image = x.transpose(1, 2).unflatten(2, grid)
-            source = self.reduce(filled(image, self.reduction, self.reduction))
+            source = self.reduce(pad_to_multiple(image, self.reduction, self.reduction))
             source = self.norm(source.flatten(2).transpose(1, 2))
         return self.q_proj(query), self.k_proj(source), self.v_proj(source)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The attention's answer, through the output projection."""
+        """The output of the attention, after its output projection: [batch, queries, dim]."""
         q, k, v = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """The attention weights [batch, heads, queries, keys], to be looked at."""
+        """The attention weights [batch, heads, queries, keys]; `forward` does not compute them."""
         query, key, _ = self.project(x, self._checked(x, grid))
         q, k = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in (query, key))
         return (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1)
@@ -138,7 +149,7 @@ class ReducedAttention2d(nn.Module):
 
 def _grid(grid: int | Sequence[int]) -> tuple[int, int]:
     sizes = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    # attention on a grid is made for sizes that are numbers: tracing specialises on them here
+    # The sizes must be numbers here, so tracing specialises on them.
     if len(sizes) == 2 and all(hasattr(n, "__index__") for n in sizes):
         height, width = (operator.index(n) for n in sizes)
         if height >= 1 and width >= 1:
@@ -146,25 +157,27 @@ def _grid(grid: int | Sequence[int]) -> tuple[int, int]:
     raise ValueError(f"grid: got {grid!r}, want two ints of at least 1 (or one for both)")
 
 
+@renamed_arguments(conv_kernel="conv_kernel_size")
 class ReducedACmix2d(ReducedAttention2d):
     """Spatially reduced attention and a convolution, from the same q, k and v: PVT's ACmix.
 
     y = α · o_proj(attention) + β · convolution (ACmix, section 4). The authors name PVT as a
-    backbone and released no code for it, so how the two meet is inferred here: of the designs
-    that were counted, this one comes closest to the paper's parameters and multiply-adds. The
-    queries stand at every place of the grid and the keys and values on the coarser one; the
-    convolution's maps per tap are made from each where it is, and those of keys and values then
-    brought to every place by nearest upsampling, cut to the grid's size. As in the authors' Swin,
-    fc has a bias and the output projection is on the attention's path only. Prefix tokens have no
-    place: the convolution gives them zero. With `prefix_queries` there is no convolution at all
-    (`beta` and `convolution` are None), for nothing would read it.
+    backbone and released no code for it, so how the two paths are joined is a reconstruction: of
+    several designs, this one comes closest to the paper's parameters and multiply-adds. The queries
+    are on the full grid, and the keys and values on the coarser one. Each is turned into maps per
+    tap on its own grid; the maps of keys and values are then upsampled (nearest) and cut to the
+    size of the full grid. As in the authors' Swin, fc has a bias, and only the attention's path has
+    an output projection. Prefix tokens have no position, so the convolution adds zero to them. With
+    `prefix_queries` there is no convolution (`beta` and `convolution` are None), because no prefix
+    token would read it.
 
     Args:
-        dim, grid, heads, reduction, prefix, prefix_queries, dropout: as in ReducedAttention2d.
-        head_dim: a divisor of dim; dim / heads unless given.
-        conv_kernel: size of the convolution's kernel, odd.
-        bias: on the query, key and value projections and on the convolution.
-        learned_shifts: whether the convolution's shifts may become other kernels; if not, fc has
+        dim, grid, heads, reduction, prefix, prefix_queries, dropout, device, dtype: as in
+            `ReducedAttention2d`.
+        head_dim: channels of a head, a divisor of dim; the default is dim / heads.
+        conv_kernel_size: size of the convolution's kernel, odd.
+        bias: whether the query, key and value projections and the convolution have a bias.
+        learned_shifts: whether the shift kernels of the convolution are parameters. If not, fc has
             no bias.
 
     Attributes:
@@ -186,31 +199,34 @@ class ReducedACmix2d(ReducedAttention2d):
     def __init__(
         self,
         dim: int,
-        grid: int | Sequence[int],
+        grid: Sizes,
         heads: int = 8,
         reduction: int = 1,
         head_dim: int | None = None,
-        conv_kernel: int = 3,
+        conv_kernel_size: int = 3,
         prefix: int = 0,
         prefix_queries: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
         learned_shifts: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(
-            dim, grid, heads, reduction, head_dim, prefix, prefix_queries, dropout, bias
-        )
+            dim, grid, heads, reduction, head_dim, prefix, prefix_queries, dropout, bias, device,
+            dtype,
+        )  # fmt: skip
         if dim % self.head_dim:
             raise ValueError(f"head_dim: got {head_dim}, want a divisor of dim {dim}")
-        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.alpha = nn.Parameter(torch.tensor(0.5, device=device, dtype=dtype))
         self.beta = self.convolution = None
         if not prefix_queries:
-            self.beta = nn.Parameter(torch.tensor(0.5))
-            # fc's bias through shifts that are not learned is one number for all channels, which
-            # the layer norm after it takes away
+            self.beta = nn.Parameter(torch.tensor(0.5, device=device, dtype=dtype))
+            # Through shifts that are not learned, fc's bias adds one number to all channels, which
+            # the layer norm that follows removes.
             self.convolution = ConvolutionPath(
-                3 * heads, self.head_dim, dim, conv_kernel,
-                bias=bias, fc_bias=learned_shifts, learned=learned_shifts,
+                3 * heads, self.head_dim, dim, conv_kernel_size, bias=bias,
+                fc_bias=learned_shifts, learned=learned_shifts, device=device, dtype=dtype,
             )  # fmt: skip
 
     def forward(self, x: Tensor, grid: Sequence[int] | None = None) -> Tensor:
@@ -231,7 +247,10 @@ class ReducedACmix2d(ReducedAttention2d):
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
-        """The convolution path [batch, rows · columns, dim] from the tokens of `project`."""
+        """The output of the convolution path, [batch, rows · columns, dim].
+
+        `query`, `key` and `value` are the tokens that `project` returns.
+        """
         small = (-(-grid[0] // self.reduction), -(-grid[1] // self.reduction))
         q, k, v = (
             m[:, self.prefix :].transpose(1, 2).unflatten(2, size)

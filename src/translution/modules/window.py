@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .acmix import ConvolutionPath, ImageAttention, Mixed, filled
+from .._renamed import renamed_arguments
 from .checks import check_image, check_int
+from .convolution_path import ACmixBase, ConvolutionPath, ImageAttention, pad_to_multiple
 
 __all__ = ["WindowACmix2d", "WindowAttention2d"]
 
 
+@renamed_arguments(channels="dim", window="window_size")
 class WindowAttention2d(ImageAttention):
-    """Attention within windows of w×w places, with a learned number per offset and head.
+    """Attention within windows of w×w positions, with a learned number per offset and head.
 
     s_ij = q_i · k_j / sqrt(head_dim) + bias[offset of i and j] (Swin transformer, sections 3.1 and
-    3.2). With a shift s, the borders of the windows lie at s, s + w, ..., so that successive layers
-    join what the windows of one keep apart. The map is rolled by the shift to fill whole windows,
-    and places that only the rolling brought together don't see each other. An axis that is not
-    longer than the window is one window, without a shift. Any size will do: the places that fill
-    up the last window are seen by no one.
+    3.2). With a shift s, the borders of the windows are at s, s + w, ..., so that successive layers
+    connect positions that one layer's windows separate. The map is rolled by the shift so that the
+    windows are whole, and positions that only became neighbours by rolling do not see each other.
+    An axis that is not longer than the window is one window without a shift. The map may have any
+    size: it is padded to whole windows, and no position sees the padding.
 
     Args:
-        channels: of the image, in and out.
-        heads: a divisor of channels.
-        window: size of the windows.
-        shift: of the windows, less than `window`; Swin takes half of it in every second layer.
-        bias: on the query, key and value projections.
+        dim: channels of the image, in and out.
+        heads: the number of heads, a divisor of dim.
+        window_size: positions along a side of a window.
+        shift: of the windows, less than `window_size`; Swin shifts by half a window in every second
+            layer.
+        bias: whether the query, key and value projections have a bias.
+        device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
         q_proj, k_proj, v_proj, o_proj: nn.Conv2d, 1×1.
-        position_bias: nn.Parameter [(2 · window - 1)², heads], row
-            (Δrow + window - 1) · (2 · window - 1) + Δcolumn + window - 1, Δ = query - key.
+        position_bias: nn.Parameter [(2w - 1)², heads] for window_size w; the row is
+            (Δrow + w - 1) · (2w - 1) + Δcolumn + w - 1, with Δ = query - key.
 
     Shapes:
         image [batch, channels, height, width] -> the same.
@@ -46,31 +52,39 @@ class WindowAttention2d(ImageAttention):
     v_proj: nn.Conv2d
 
     def __init__(
-        self, channels: int, heads: int, window: int = 7, shift: int = 0, bias: bool = True
+        self,
+        dim: int,
+        heads: int,
+        window_size: int = 7,
+        shift: int = 0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         for name, value, least in (
-            ("channels", channels, 1), ("heads", heads, 1), ("window", window, 1),
+            ("dim", dim, 1), ("heads", heads, 1), ("window_size", window_size, 1),
             ("shift", shift, 0),
         ):  # fmt: skip
             check_int(name, value, least)
-        if channels % heads:
-            raise ValueError(f"heads: got {heads}, want a divisor of channels {channels}")
-        if shift >= window:
-            raise ValueError(f"shift: got {shift}, want less than window {window}")
-        self.channels, self.heads, self.head_dim = channels, heads, channels // heads
-        self.window, self.shift = window, shift
-        # the keys' bias is the same for all keys and cancels in the softmax: without a convolution
-        # path its gradient is zero
+        if dim % heads:
+            raise ValueError(f"heads: got {heads}, want a divisor of dim {dim}")
+        if shift >= window_size:
+            raise ValueError(f"shift: got {shift}, want less than window_size {window_size}")
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.window_size, self.shift = window_size, shift
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        # The bias of the keys is the same for all keys and cancels in the softmax, so without a
+        # convolution path its gradient is zero.
         for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, nn.Conv2d(channels, channels, 1, bias=bias))
-        self.o_proj = nn.Conv2d(channels, channels, 1)
-        # a map smaller than the window leaves the rows of its far offsets without a gradient
-        self.position_bias = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+            setattr(self, name, nn.Conv2d(dim, dim, 1, bias=bias, **factory))
+        self.o_proj = nn.Conv2d(dim, dim, 1, **factory)
+        # On a map smaller than the window, the rows of its far offsets get no gradient.
+        self.position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, heads, **factory))
         nn.init.trunc_normal_(self.position_bias, std=0.02)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_image(x, self.channels, self.q_proj.weight)
+        check_image(x, self.dim, self.q_proj.weight)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -83,7 +97,7 @@ class WindowAttention2d(ImageAttention):
                 q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias.to(q.dtype)[None]
             ).unflatten(0, q.shape[:2])
         else:
-            # each window has its own mask: the windows stand beside the heads, over the batch
+            # Each window has a mask of its own, so windows and heads form one axis of the call.
             seen = _seen((height, width), rows, columns, query.device)[:, None]
             mask = bias.masked_fill(~seen, float("-inf")).flatten(0, 1)
             y = F.scaled_dot_product_attention(
@@ -92,30 +106,30 @@ class WindowAttention2d(ImageAttention):
         return self.o_proj(_joined(y, (height, width), rows, columns))
 
     def _axis(self, size: int) -> tuple[int, int, int]:
-        """(window, shift, places added to fill the last window) of an axis."""
-        if size <= self.window:
+        """(window size, shift, padding that completes the last window) of an axis."""
+        if size <= self.window_size:
             return size, 0, 0
-        return self.window, self.shift, -size % self.window
+        return self.window_size, self.shift, -size % self.window_size
 
     def _bias(self, height: int, width: int) -> Tensor:
-        """[heads, places, places] of a window of this size."""
-        side = 2 * self.window - 1
+        """The bias of a window of this size, [heads, positions, positions]."""
+        side = 2 * self.window_size - 1
         device = self.position_bias.device
         rows, columns = (torch.arange(n, device=device) for n in (height, width))
-        row, column = (i[:, None] - i + self.window - 1 for i in (rows, columns))
+        row, column = (i[:, None] - i + self.window_size - 1 for i in (rows, columns))
         index = row[:, None, :, None] * side + column[None, :, None, :]
         return self.position_bias[index.flatten(2).flatten(0, 1)].permute(2, 0, 1)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, heads={self.heads}, window={self.window}, shift={self.shift}"
+        return f"{self.dim}, heads={self.heads}, window_size={self.window_size}, shift={self.shift}"
 
 
 Axis = tuple[int, int, int]
 
 
 def _windows(x: Tensor, rows: Axis, columns: Axis, heads: int) -> Tensor:
-    """[batch, channels, height, width] -> [batch, windows, heads, places, head_dim]."""
-    x = filled(x, rows[0], columns[0])
+    """[batch, channels, height, width] -> [batch, windows, heads, positions, head_dim]."""
+    x = pad_to_multiple(x, rows[0], columns[0])
     if rows[1] or columns[1]:
         x = x.roll((-rows[1], -columns[1]), (2, 3))
     x = x.unflatten(3, (-1, columns[0])).unflatten(2, (-1, rows[0]))
@@ -133,45 +147,47 @@ def _joined(x: Tensor, size: tuple[int, int], rows: Axis, columns: Axis) -> Tens
 
 
 def _seen(size: tuple[int, int], rows: Axis, columns: Axis, device: torch.device) -> Tensor:
-    """[windows, places, places]: whether a place may see another of its window.
+    """Whether a position sees another one of its window, [windows, positions, positions].
 
-    Three kinds of place can meet in a window on each axis: those where they were, those that the
-    roll brought round, and the padding. They see their own kind, so that the padding, seen by
-    nothing else, has something to see as well (a softmax over nothing is NaN).
+    Three kinds of positions can be in one window, on each axis: those that were not moved, those
+    that rolling moved to the other end, and the padding. Each sees its own kind. The padding thus
+    sees itself, which nobody else does, because a softmax over nothing would be NaN.
     """
     kinds = []
     for n, (window, shift, more) in zip(size, (rows, columns), strict=True):
-        place = torch.arange(n + more, device=device)
-        kind = (place >= n + more - shift).long()
-        # rolled, place p holds what stood at p + shift
-        kind = torch.where(place.roll(-shift) >= n, 2, kind)
+        position = torch.arange(n + more, device=device)
+        kind = (position >= n + more - shift).long()
+        # After rolling, position p holds what was at p + shift.
+        kind = torch.where(position.roll(-shift) >= n, 2, kind)
         kinds.append(kind.unflatten(0, (-1, window)))
     kind = 3 * kinds[0][:, None, :, None] + kinds[1][None, :, None, :]
     kind = kind.flatten(2).flatten(0, 1)
     return kind[:, :, None] == kind[:, None, :]
 
 
-class WindowACmix2d(Mixed, WindowAttention2d):
+@renamed_arguments(conv_kernel="conv_kernel_size")
+class WindowACmix2d(ACmixBase, WindowAttention2d):
     """Window attention and a convolution, from the same q, k and v: Swin's ACmix.
 
-    y = α · o_proj(attention) + β · convolution (ACmix, section 4). The output projection is on the
-    attention's path only. The convolution takes the 3 · heads slices of q, k and v, and runs over
-    the whole map, across the borders of windows.
+    y = α · o_proj(attention) + β · convolution (ACmix, section 4). Only the attention's path has an
+    output projection. The convolution uses the 3 · heads slices of q, k and v, and runs over the
+    whole map, across the borders of windows.
 
     Args:
-        channels, heads, window, shift: as in WindowAttention2d.
-        conv_kernel: size of the convolution's kernel, odd.
-        bias: on the query, key and value projections and on the convolution.
-        learned_shifts: whether the convolution's shifts may become other kernels; if not, fc has
+        dim, heads, window_size, shift: as in `WindowAttention2d`.
+        conv_kernel_size: size of the convolution's kernel, odd.
+        bias: whether the query, key and value projections and the convolution have a bias.
+        learned_shifts: whether the shift kernels of the convolution are parameters. If not, fc has
             no bias.
-        published: agree with the published code where it differs from the paper, to use weights
-            trained with it: the convolution runs on the map rolled by the shift, where opposite
-            borders touch, has no bias, and its outputs, ordered (channel, head), are added to the
-            attention's, ordered by the output projection, as they are.
+        published: follow the published code where it differs from the paper, to use weights that
+            were trained with it: the convolution runs on the rolled map, where opposite borders
+            touch, has no bias, and its channels, ordered (channel, head), are added to the output
+            of the attention without reordering.
+        device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
         q_proj, k_proj, v_proj, o_proj: nn.Conv2d, 1×1.
-        position_bias: nn.Parameter [(2 · window - 1)², heads].
+        position_bias: nn.Parameter [(2 · window_size - 1)², heads].
         convolution: `ConvolutionPath`.
         alpha, beta: scalars that start at one half.
 
@@ -184,29 +200,33 @@ class WindowACmix2d(Mixed, WindowAttention2d):
 
     def __init__(
         self,
-        channels: int,
+        dim: int,
         heads: int,
-        window: int = 7,
+        window_size: int = 7,
         shift: int = 0,
-        conv_kernel: int = 3,
+        conv_kernel_size: int = 3,
         bias: bool = True,
         learned_shifts: bool = True,
         published: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        WindowAttention2d.__init__(self, channels, heads, window, shift, bias)
+        WindowAttention2d.__init__(self, dim, heads, window_size, shift, bias, device, dtype)
         self.published = published
-        # fc's bias through shifts that are not learned is one number for all channels, which the
-        # layer norm after it takes away
-        self.mix(
+        # Through shifts that are not learned, fc's bias adds one number to all channels, which the
+        # layer norm that follows removes.
+        self.add_convolution(
             ConvolutionPath(
                 3 * heads,
                 self.head_dim,
-                channels,
-                conv_kernel,
+                dim,
+                conv_kernel_size,
                 bias=bias and not published,
                 fc_bias=learned_shifts,
                 learned=learned_shifts,
                 grouped_order=published,
+                device=device,
+                dtype=dtype,
             )
         )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ...models.blocks import choose
+from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from .cases import OPERATORS, Case
 from .common import DTYPES, check_file, device_named, header, ints, keep, parse_grid, told_machine
@@ -84,7 +84,7 @@ def bench(
     3x3 convolution beside it instead of attention, and for the dense gather an implementation that
     unfolds keys and values to a copy per neighbour.
     """
-    choose("operator", operator, list(OPERATORS))
+    check_choice("operator", operator, list(OPERATORS))
     relative = check_relative(relative)
     least = {
         "repeats": (repeats, 1),
@@ -107,7 +107,9 @@ def bench(
     where = torch.device(device_named(device))
     earlier = _earlier(against)
     dtypes = dtype or ("bfloat16,float32" if where.type == "cuda" else "float32")
-    kinds = [DTYPES[choose("dtype", name.strip(), list(DTYPES))] for name in dtypes.split(",")]
+    kinds = [
+        DTYPES[check_choice("dtype", name.strip(), list(DTYPES))] for name in dtypes.split(",")
+    ]
     cases = []
     for (text, w, b), kind in itertools.product(
         _shapes(operator, where.type, grid, width, batch), kinds

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...models.blocks import choose
+from ...models.configuration import check_choice
 from ...utils.files import write_whole
 from ...utils.measuring import commit_here, machine
 
@@ -53,7 +53,7 @@ def ints(name: str, text: str) -> list[int]:
 
 
 def device_named(name: str) -> str:
-    choose("device", name, ["auto", "cpu", "cuda", "mps"])
+    check_choice("device", name, ["auto", "cpu", "cuda", "mps"])
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name == "auto":
         return next((kind for kind, have in there.items() if have()), "cpu")

@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ...models import GPT, gpt
-from ...models.blocks import IMAGE_MIXERS, MIXERS, choose
+from ...models.blocks import IMAGE_MIXERS, MIXERS
+from ...models.configuration import check_choice
 from ...models.generation import generate
 from ...modules import RelativeLinear
 from ...modules.attention import check_relative
@@ -78,7 +79,7 @@ def mixers_named(text: str) -> list[tuple[str, str]]:
     found = []
     for part in text.split(","):
         mixer, _, relative = part.strip().partition(":")
-        choose("mixers", mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
+        check_choice("mixers", mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
         if relative and mixer not in TABLES:
             raise ValueError(f"mixers: got {part.strip()!r}, but only {list(TABLES)} have tables")
         found.append((mixer, check_relative(relative) or "qkv"))

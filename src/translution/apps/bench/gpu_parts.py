@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...backends.triton.blocks import small_as_wide
 from ...functional import neighborhood_attention
-from ...models.blocks import choose
+from ...models.configuration import check_choice
 from ...modules import local
 from ...neighborhoods import Neighborhood
 from ...utils.measuring import seconds
@@ -277,7 +277,7 @@ def parts_named(text: str) -> list[str]:
         return []
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        choose("only", name, [*PARTS, "none"])
+        check_choice("only", name, [*PARTS, "none"])
     if "none" in names:
         raise ValueError(f"only: got {text!r}, want none by itself, or some of {list(PARTS)}")
     return [name for name in PARTS if name in names]

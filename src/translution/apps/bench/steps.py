@@ -39,7 +39,9 @@ class Step:
             raise ValueError(f"model: got {self.model!r}, want a ViT such as alpha_vit_tiny_...")
         has_tables = self.model.startswith(("translution", "alpha"))
         options = dict(self.options) | ({"relative": self.relative} if has_tables else {})
-        return cast(ViT, create_model(self.model, checkpoint=self.checkpoint, **options))
+        return cast(
+            ViT, create_model(self.model, activation_checkpointing=self.checkpoint, **options)
+        )
 
 
 def published_bytes(model: ViT, batch: int) -> int:
@@ -52,7 +54,7 @@ def published_bytes(model: ViT, batch: int) -> int:
     c = model.config
     tokens = c.grid[0] * c.grid[1] + (1 if c.pool == "cls" else 0)
     inner = c.heads * c.head_dim
-    layers = c.depth if c.relative_layers is None else c.relative_layers
+    layers = c.depth if c.relative_depth is None else c.relative_depth
     projections = layers * len(c.relative) if c.mixer == "translution" else 0
     pairs = batch * tokens * tokens
     gathered = pairs * c.dim * inner

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ...models.blocks import CHECKPOINTS, choose
+from ...models.blocks import ACTIVATION_CHECKPOINTING
+from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from .common import DTYPES, check_file, device_named, header, ints, keep, told_machine
 from .steps import Step, measure_step
@@ -49,7 +50,9 @@ def bench_step(
         str, typer.Option(help="Dtype of the products; default float32, on cuda bfloat16.")
     ] = "",
     weights: Annotated[str, typer.Option(help="Dtype of weights and states.")] = "float32",
-    checkpoint: Annotated[str, typer.Option(help=f"Some of {','.join(CHECKPOINTS)}.")] = "none",
+    checkpoint: Annotated[
+        str, typer.Option(help=f"Some of {','.join(ACTIVATION_CHECKPOINTING)}.")
+    ] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     repeats: Annotated[int, typer.Option(help="Timed steps; the median counts.")] = 3,
     threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
@@ -65,9 +68,12 @@ def bench_step(
         raise ValueError(f"repeats: got {repeats}, want at least 1")
     check_file("json", json_file)
     autocast = autocast or ("bfloat16" if where.type == "cuda" else "float32")
-    kinds = [DTYPES[choose(n, v, list(DTYPES))] for n, v in
+    kinds = [DTYPES[check_choice(n, v, list(DTYPES))] for n, v in
              (("autocast", autocast), ("weights", weights))]  # fmt: skip
-    forgets = [choose("checkpoint", name.strip(), CHECKPOINTS) for name in checkpoint.split(",")]
+    forgets = [
+        check_choice("checkpoint", name.strip(), ACTIVATION_CHECKPOINTING)
+        for name in checkpoint.split(",")
+    ]
     if threads:
         torch.set_num_threads(threads)
     known = DEFAULTS["cuda" if where.type == "cuda" else "cpu"]

@@ -43,6 +43,7 @@ class Work:
     def call(self, kind: str) -> tuple[Callable[[], Any], int]:
         """A launch of this kind, and the multiplications with additions that it counts for."""
         from ...backends.triton.launch import Problem, Side
+        from ...operands import Operand
 
         layout, c = self.layout, self.channels
         make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
@@ -61,7 +62,8 @@ class Work:
         part, whole = (end - begin) * unit, problem.count * unit
 
         def products(kind: str, wq: Any, **more: Any) -> Callable[[], None]:
-            return lambda: problem.pair_products(kind, x, x, wq, w, None, None, 0.1, **more)
+            query, key = Operand(x, wq), Operand(x, w)
+            return lambda: problem.pair_products(kind, query, key, 0.1, **more)
 
         def gradients(**room: Any) -> Callable[[], None]:
             pairs = [(side._replace(**room), r) for side, r in zip(sides, rows, strict=True)]
@@ -71,7 +73,7 @@ class Work:
         if kind == "scores":
             return products(kind, w, s=s), 2 * whole
         if kind == "mix":
-            return (lambda: problem.mix(s, x, w, None)), whole
+            return (lambda: problem.mix(s, Operand(x, w))), whole
         if kind == "score_grads":
             return products(kind, w, ds=s, to_q=rows[0], to_k=rows[1], **chunk), 2 * part
         if kind == "mix_grads":

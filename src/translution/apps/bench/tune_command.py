@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-from ...models.blocks import choose
+from ...models.configuration import check_choice
 from ...utils.measuring import matmul_rate
 from .common import DTYPES, check_file, device_named, header, keep, parse_grid, told_machine
 from .tune import KINDS, Work, tried
@@ -36,7 +36,7 @@ def bench_tune(
     they stand in src/translution/backends/triton/blocks.py. A kernel that the time does not reach
     is skipped and named.
     """
-    kinds = [choose("kernel", name.strip(), list(KINDS)) for name in kernel.split(",")]
+    kinds = [check_choice("kernel", name.strip(), list(KINDS)) for name in kernel.split(",")]
     shape, causal = parse_grid(grid)
     for name, value in (("width", width), ("batch", batch), ("repeats", repeats)):
         if value < 1:
@@ -48,7 +48,7 @@ def bench_tune(
         raise ValueError(f"budget: got {budget}, want seconds, more than 0")
     check_file("json", json_file)
     where = torch.device(device_named(device))
-    kind = DTYPES[choose("dtype", dtype, list(DTYPES))]
+    kind = DTYPES[check_choice("dtype", dtype, list(DTYPES))]
     from ... import backends
 
     reason = backends.explain(where, kind)["triton"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...modules import ACmix2d
-from ...modules.acmix import unit_position
+from ...modules.convolution_path import coordinates
 
 __all__ = ["unfold_acmix", "unfold_bytes"]
 
@@ -19,11 +19,11 @@ def unfold_acmix(layer: ACmix2d, x: Tensor) -> Tensor:
     convolution makes a map per tap of each channel and convolves those.
     """
     batch, heads, dim = len(x), layer.heads, layer.head_dim
-    kernel, stride, dilation = layer.attention_kernel, layer.stride, layer.dilation
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     reach = dilation * (kernel - 1) // 2
     maps = layer.project(x)
     q, k, v = (m.reshape(batch * heads, dim, *m.shape[2:]) for m in maps)
-    p = layer.position_proj(unit_position(*x.shape[2:], like=x))
+    p = layer.position_proj(coordinates(*x.shape[2:], like=x))
 
     def unfold(m: Tensor) -> Tensor:
         wide = F.pad(m, (reach,) * 4, mode="reflect")

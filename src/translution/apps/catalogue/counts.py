@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...models import GPT, create_model
-from ...models.blocks import input_shape
+from ...models.configuration import input_shape
 from ...utils.measuring import multiply_adds
 
 __all__ = ["Costs", "Entry", "costs", "entry"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ...models import ViT, vit
-from ...models.blocks import MIXERS, choose
+from ...models.blocks import MIXERS
+from ...models.configuration import check_choice
 from ..training.engine import DEVICES, pick_device
 
 __all__ = ["DATA", "DEFAULT_MIXERS", "REGIMES", "Options"]
@@ -59,12 +60,12 @@ class Options:
         Raises:
             ValueError: naming the option, what came and what is wanted.
         """
-        choose("data", self.data, DATA)
-        choose("device", self.device, DEVICES)
+        check_choice("data", self.data, DATA)
+        check_choice("device", self.device, DEVICES)
         if not self.mixers:
             raise ValueError(f"mixers: got none, want some of {list(MIXERS)}")
         for mixer in self.mixers:
-            choose("mixers", mixer, list(MIXERS))
+            check_choice("mixers", mixer, list(MIXERS))
         if len(set(self.mixers)) < len(self.mixers):
             raise ValueError(f"mixers: got {','.join(self.mixers)}, want each one once")
         given = {name: getattr(self, name) for name in DEFAULTS[self.data]}

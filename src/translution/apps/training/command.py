@@ -64,7 +64,7 @@ def evaluate(
     """
     import json as json_module
 
-    from ...models.blocks import choose
+    from ...models.configuration import check_choice
     from ...utils.files import write_whole
     from ..config import parse
     from .checkpoints import find_checkpoint, read_about
@@ -72,7 +72,7 @@ def evaluate(
     from .run import evaluate as run
     from .telling import leads
 
-    choose("part", part, ("valid", "test"))
+    check_choice("part", part, ("valid", "test"))
     if own := [key for key in context.args if re.match(r"(--)?model\b", key)]:
         raise ValueError(
             f"model: a checkpoint has its own model, got {own[0]}; want keys of data and train"

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from ...models.generation import generate as continued
-from ...models.gpt import GPT
+from ...models.language_model import GPT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...caches import kept
+from ...caches import cached
 from ...layouts import Layout
+from ...operands import Operand
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward"]
 
@@ -77,7 +78,7 @@ class Order(NamedTuple):
     """classes without a pair"""
 
 
-@kept
+@cached
 def _order(layout: Layout, device: torch.device) -> Order:
     pairs = layout.pairs_on(device)
     sizes = [stop - start for start, stop in itertools.pairwise(pairs.starts)]
@@ -88,8 +89,8 @@ def _order(layout: Layout, device: torch.device) -> Order:
         places += [torch.arange(pairs.starts[c], pairs.starts[c] + size) for c in runs[-1][0]]
         at += size * len(runs[-1][0])
     runs.append(((), at))
-    kept = torch.cat(places).to(device) if places else pairs.query.new_empty(0, dtype=torch.int64)
-    query, key, flat = (t.index_select(0, kept) for t in (pairs.query, pairs.key, pairs.flat))
+    order = torch.cat(places).to(device) if places else pairs.query.new_empty(0, dtype=torch.int64)
+    query, key, flat = (t.index_select(0, order) for t in (pairs.query, pairs.key, pairs.flat))
     slot = torch.full_like(pairs.slot, at)  # absent pairs point one past the end
     slot[flat.long()] = torch.arange(at, device=device, dtype=slot.dtype)
     empty = tuple(cls for cls, size in enumerate(sizes) if not size)
@@ -142,11 +143,17 @@ def _of(table: Tensor, classes: tuple[int, ...]) -> Tensor:
 
 
 class Side:
-    """One side of the pairs (query, key or value): its token rows and, if relative, its table."""
+    """An operand as this backend reads it.
 
-    def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, places: Tensor):
-        self.x = x.transpose(0, 1).contiguous()
-        self.weight, self.bias, self.places = weight, bias, places
+    Attributes:
+        x: tokens [tokens, batch, channels], so that the rows of a token are one block.
+        weight, bias: the table, as in `Operand`.
+        positions: int32 [pairs], the token of each pair on this side.
+    """
+
+    def __init__(self, operand: Operand, positions: Tensor):
+        self.x = operand.x.transpose(0, 1).contiguous()
+        self.weight, self.bias, self.positions = operand.weight, operand.bias, positions
         self.batch = self.x.shape[1]
 
     def read(self, table: Tensor, segment: Segment) -> Tensor:
@@ -158,7 +165,7 @@ class Side:
 
     def rows(self, group: Group) -> Tensor:
         """The tokens of these pairs: [rows, channels]."""
-        return self.x.index_select(0, self.places[group.pairs]).flatten(0, 1)
+        return self.x.index_select(0, self.positions[group.pairs]).flatten(0, 1)
 
     def project(self, rows: Tensor, group: Group) -> Tensor:
         """What this side gives to the pairs: [rows, heads * head_dim]."""
@@ -213,7 +220,7 @@ class SideGrad:
                     matrix = side.read(side.weight, segment).mT
                     torch.matmul(segment.each(part), matrix, out=segment.each(into))
                 grad = back
-            _add(self.x, side.places[group.pairs], grad)
+            _add(self.x, side.positions[group.pairs], grad)
 
     def _sum(self, name: str, whole: Tensor, segment: Segment, part: Tensor) -> None:
         """Write the sum of each class; that of a class in parts stays wide until its last."""
@@ -292,27 +299,15 @@ def _unsort(sorted_: Tensor, pairs: Order, layout: Layout) -> Tensor:
     return cells.t().contiguous().view(batch, heads, layout.n_queries, layout.n_keys)
 
 
-def scores(
-    xq: Tensor,
-    xk: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    bq: Tensor | None,
-    bk: Tensor | None,
-    heads: int,
-    scale: float,
-    layout: Layout,
-) -> Tensor:
-    pairs = _order(layout, xq.device)
-    query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
-    out = xq.new_empty((len(pairs.flat) + 1, query.batch, heads), dtype=wide(xq.dtype))
-    for group in _groups(pairs, xq):
-        # without names, so that the projections do not outlive their group
-        _dot(
-            query.project(query.rows(group), group),
-            key.project(key.rows(group), group),
-            out[group.pairs],
-        )
+def scores(query: Operand, key: Operand, heads: int, scale: float, layout: Layout) -> Tensor:
+    """The scores of all pairs, [batch, heads, queries, keys]; -inf where a pair is absent."""
+    x = query.x
+    pairs = _order(layout, x.device)
+    q, k = Side(query, pairs.query), Side(key, pairs.key)
+    out = x.new_empty((len(pairs.flat) + 1, q.batch, heads), dtype=wide(x.dtype))
+    for group in _groups(pairs, x):
+        # The projections are not bound to names: they are freed before the next group.
+        _dot(q.project(q.rows(group), group), k.project(k.rows(group), group), out[group.pairs])
     if scale != 1.0:
         out *= scale
     out[-1] = float("-inf")
@@ -320,74 +315,70 @@ def scores(
 
 
 def scores_backward(
-    grad: Tensor,
-    xq: Tensor,
-    xk: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    bq: Tensor | None,
-    bk: Tensor | None,
-    heads: int,
-    scale: float,
-    layout: Layout,
+    grad: Tensor, query: Operand, key: Operand, heads: int, scale: float, layout: Layout,
     wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    pairs = _order(layout, xq.device)
-    query, key = Side(xq, wq, bq, pairs.query), Side(xk, wk, bk, pairs.key)
-    grad_query = SideGrad(query, wanted[0], wanted[2], wanted[4])
-    grad_key = SideGrad(key, wanted[1], wanted[3], wanted[5])
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The gradients of both operands, in the order x, x, weight, weight, bias, bias.
+
+    `wanted` says which of the six are needed; an empty tensor stands for each of the others.
+    """
+    pairs = _order(layout, query.x.device)
+    q, k = Side(query, pairs.query), Side(key, pairs.key)
+    grad_q = SideGrad(q, wanted[0], wanted[2], wanted[4])
+    grad_k = SideGrad(k, wanted[1], wanted[3], wanted[5])
     grad = _sort(grad, pairs)
     if scale != 1.0:
         grad = grad * scale
-    for group in _groups(pairs, xq):
-        xq_rows, xk_rows = query.rows(group), key.rows(group)
+    for group in _groups(pairs, query.x):
+        q_rows, k_rows = q.rows(group), k.rows(group)
         ds = grad[group.pairs]
-        if grad_query.wanted:
-            grad_query.add(group, xq_rows, _scale(key.project(xk_rows, group), ds))
-        if grad_key.wanted:
-            grad_key.add(group, xk_rows, _scale(query.project(xq_rows, group), ds))
-    dxq, dwq, dbq = grad_query.finish(pairs)
-    dxk, dwk, dbk = grad_key.finish(pairs)
+        if grad_q.wanted:
+            grad_q.add(group, q_rows, _scale(k.project(k_rows, group), ds))
+        if grad_k.wanted:
+            grad_k.add(group, k_rows, _scale(q.project(q_rows, group), ds))
+    dxq, dwq, dbq = grad_q.finish(pairs)
+    dxk, dwk, dbk = grad_k.finish(pairs)
     return dxq, dxk, dwq, dwk, dbq, dbk
 
 
-def mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> Tensor:
+def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
+    """The values, projected and summed with the weights a, [batch, queries, heads · head_dim]."""
+    x = value.x
     pairs = _order(layout, x.device)
-    value = Side(x, w, b, pairs.key)
+    v = Side(value, pairs.key)
     weights = _sort(a, pairs)
-    out = x.new_zeros((layout.n_queries, value.batch, w.shape[-1]), dtype=wide(x.dtype))
+    out = x.new_zeros((layout.n_queries, v.batch, value.inner), dtype=wide(x.dtype))
     for group in _groups(pairs, x):
         _add(
             out,
             pairs.query[group.pairs],
-            value.project(value.rows(group), group),
+            v.project(v.rows(group), group),
             weights[group.pairs],
         )
     return out.transpose(0, 1).to(x.dtype).contiguous()
 
 
 def mix_backward(
-    grad: Tensor,
-    a: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    layout: Layout,
-    wanted: list[bool],
+    grad: Tensor, a: Tensor, value: Operand, layout: Layout, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
+    """The gradients of a, x, weight and bias.
+
+    `wanted` says which of the four are needed; an empty tensor stands for each of the others.
+    """
+    x = value.x
     pairs = _order(layout, x.device)
-    value = Side(x, w, b, pairs.key)
+    v = Side(value, pairs.key)
     weights = _sort(a, pairs)
-    outer = Side(grad, None, None, pairs.query)
+    outer = Side(Operand(grad), pairs.query)
     shape = len(weights) + 1, *weights.shape[1:]
     da = weights.new_zeros(shape, dtype=wide(x.dtype)) if wanted[0] else None
-    grad_value = SideGrad(value, *wanted[1:])
+    grad_v = SideGrad(v, *wanted[1:])
     for group in _groups(pairs, x):
-        rows = value.rows(group)
+        rows = v.rows(group)
         dy = outer.rows(group)
         if da is not None:
-            _dot(value.project(rows, group), dy, da[group.pairs])
-        if grad_value.wanted:
-            grad_value.add(group, rows, _scale(dy, weights[group.pairs]))
+            _dot(v.project(rows, group), dy, da[group.pairs])
+        if grad_v.wanted:
+            grad_v.add(group, rows, _scale(dy, weights[group.pairs]))
     da = x.new_empty(0) if da is None else _unsort(da, pairs, layout).to(a.dtype)
-    return da, *grad_value.finish(pairs)
+    return da, *grad_v.finish(pairs)

@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from ...layouts import Layout
+from ...operands import Operand
 from ..torch.offset import wide
 from . import offset
 from .support import interpreted
@@ -32,51 +33,42 @@ __all__ = ["prepare_mix", "prepare_scores"]
 _seen: set[Any] = set()
 
 
-def prepare_scores(
-    xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None, bq: Tensor | None,
-    bk: Tensor | None, heads: int, layout: Layout,
-) -> None:  # fmt: skip
-    """Begin to compile what scores of these shapes need in both directions, if it is new.
+def prepare_scores(query: Operand, key: Operand, heads: int, layout: Layout) -> None:
+    """Begin to compile what scores of these shapes need in both directions, unless it has been.
 
     The mix that follows usually has a table of the same size, so its kernels are begun as well.
     """
-    tensors = (xq, xk, wq, wk, bq, bk)
+    tensors = (query.x, key.x, query.weight, key.weight, query.bias, key.bias)
     wanted = _wanted(tensors)
-    if not _is_new(xq, ("scores", heads, *map(_kind, tensors), *wanted)):
+    if not _is_new(query.x, ("scores", heads, *map(_kind, tensors), *wanted)):
         return
-    q, k, tq, tk, uq, uk = map(_meta, tensors)
-    sums = wide(xq.dtype)
-    s = torch.empty((len(q), heads, layout.n_queries, layout.n_keys), dtype=sums, device="meta")
-    calls: list[Callable[[], Any]] = [
-        lambda: offset.scores(q, k, tq, tk, uq, uk, heads, 1.5, layout)
-    ]
+    q, k = _meta(query), _meta(key)
+    shape = (len(q.x), heads, layout.n_queries, layout.n_keys)
+    s = torch.empty(shape, dtype=wide(query.x.dtype), device="meta")
+    calls: list[Callable[[], Any]] = [lambda: offset.scores(q, k, heads, 1.5, layout)]
     if any(wanted):
-        calls.append(
-            lambda: offset.scores_backward(s, q, k, tq, tk, uq, uk, heads, 1.5, layout, wanted)
-        )
-    if wk is not None:
-        grad = any(wanted)
-        calls += _mix_calls(s, k, tk, uk, layout, [grad, wanted[1], wanted[3], wanted[5]])
-    _compile(xq.device, calls)
+        calls.append(lambda: offset.scores_backward(s, q, k, heads, 1.5, layout, wanted))
+    if key.weight is not None:
+        calls += _mix_calls(s, k, layout, [any(wanted), wanted[1], wanted[3], wanted[5]])
+    _compile(query.x.device, calls)
 
 
-def prepare_mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> None:
-    """Begin to compile what a mix of these shapes needs in both directions, if it is new."""
-    tensors = (a, x, w, b)
-    wanted = _wanted(tensors)
-    if _is_new(x, ("mix", a.shape[1], a.dtype, *map(_kind, tensors[1:]), *wanted)):
-        weights, value, table, bias = map(_meta, tensors)
-        _compile(x.device, _mix_calls(weights, value, table, bias, layout, wanted))
+def prepare_mix(a: Tensor, value: Operand, layout: Layout) -> None:
+    """Begin to compile what a mix of these shapes needs in both directions, unless it has been."""
+    wanted = _wanted((a, *value))
+    if _is_new(value.x, ("mix", a.shape[1], a.dtype, *map(_kind, value), *wanted)):
+        weights = torch.empty_like(a, device="meta")
+        _compile(value.x.device, _mix_calls(weights, _meta(value), layout, wanted))
 
 
 def _mix_calls(
-    a: Any, x: Any, w: Any, b: Any, layout: Layout, wanted: list[bool]
+    a: Tensor, value: Operand, layout: Layout, wanted: list[bool]
 ) -> list[Callable[[], Any]]:
     """A mix on the meta device, and its gradients if any is wanted."""
-    calls: list[Callable[[], Any]] = [lambda: offset.mix(a, x, w, b, layout)]
+    calls: list[Callable[[], Any]] = [lambda: offset.mix(a, value, layout)]
     if any(wanted):
-        grad = x.new_empty(len(x), layout.n_queries, w.shape[-1])
-        calls.append(lambda: offset.mix_backward(grad, a, x, w, b, layout, wanted))
+        grad = value.x.new_empty(len(value.x), layout.n_queries, value.inner)
+        calls.append(lambda: offset.mix_backward(grad, a, value, layout, wanted))
     return calls
 
 
@@ -91,8 +83,10 @@ def _kind(t: Tensor | None) -> Any:
     return None if t is None else (t.shape[-1], t.dtype, t.ndim)
 
 
-def _meta(t: Tensor | None) -> Any:
-    return None if t is None else torch.empty_like(t, device="meta")
+def _meta(operand: Operand) -> Operand:
+    x, weight, bias = (None if t is None else torch.empty_like(t, device="meta") for t in operand)
+    assert x is not None
+    return Operand(x, weight, bias)
 
 
 def _is_new(x: Tensor, key: Any) -> bool:

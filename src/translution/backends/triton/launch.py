@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...layouts import Layout
+from ...operands import Operand
 from ..torch.offset import wide
 from . import tables
 from .blocks import Blocks, choose, power
@@ -32,7 +33,13 @@ ROWS = 1 << 31
 
 
 class Side(NamedTuple):
-    """One side of the pairs going back: its tokens, its table, and which gradients are wanted."""
+    """One side of the pairs in the backward pass.
+
+    Attributes:
+        by_query: whether it is the side of the queries; else it is that of the keys (or values).
+        x, w: the tokens, and the table or None, as in `Operand`.
+        dx, dw, db: the gradients to be written; None where one is not needed.
+    """
 
     by_query: bool
     x: Tensor
@@ -119,12 +126,13 @@ class Problem:
     # -- work ------------------------------------------------------------------------------------
 
     def pair_products(
-        self, kind: str, xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None,
-        bq: Tensor | None, bk: Tensor | None, scale: float, *, s: Tensor | None = None,
+        self, kind: str, query: Operand, key: Operand, scale: float, *, s: Tensor | None = None,
         ds: Tensor | None = None, to_q: Tensor | None = None, to_k: Tensor | None = None,
         chunks: tables.Chunks | None = None, at: int = 0,
     ) -> None:  # fmt: skip
-        """Scores (s), and what they pass on to the rows of q and k (from ds), of one chunk."""
+        """Write the scores `s` of a chunk's pairs, and the gradients `to_q`, `to_k` of their
+        projected rows, which follow from the gradients `ds` of the scores."""
+        (xq, wq, bq), (xk, wk, bk) = query, key
         channels = [x.shape[-1] for x, w in ((xq, wq), (xk, wk)) if w is not None]
         got = choose(kind, self.dtype, max(channels, default=16), self.inner, self.width)
         one_loop = (
@@ -150,8 +158,10 @@ class Problem:
             BLOCK_M=got.rows, N1=got.n1, N2=got.n2, BLOCK_K=got.k, **_options(got), **self.common,
         )  # fmt: skip
 
-    def mix(self, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """[batch, queries, heads · head_dim]: Σ over a query's pairs of a · (x W[class] + b)."""
+    def mix(self, a: Tensor, value: Operand) -> Tensor:
+        """Σ over a query's pairs of a · (x W[class] + b), [batch, queries, heads · head_dim]."""
+        x, w, b = value
+        assert w is not None
         channels, columns = x.shape[-1], w.shape[-1]
         got = choose("mix", self.dtype, channels, columns, self.width)
         head = power(self.width)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...caches import kept
+from ...caches import cached
 from ...neighborhoods import Neighborhood
 from ..torch.neighborhood import as_map, places, room
 from ..torch.offset import wide
@@ -67,7 +67,7 @@ class Tables(NamedTuple):
     """int8 or int32 [tiles, block rows, blocks * block others], 0 for no pair."""
 
 
-@kept
+@cached
 def tables(area: Neighborhood, device: torch.device, side: str, rows: int, others: int) -> Tables:
     """Made on the host, once; a large map has some 10 MB."""
     made = area.blocks(side, rows, others)

@@ -11,12 +11,11 @@ Gradients of tokens are summed wide over the chunks, those of tables are written
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...layouts import Layout
+from ...operands import Operand
 from ..torch.offset import wide
 from .blocks import fits_small
 from .launch import Problem, Side
@@ -25,106 +24,109 @@ from .small import SmallProblem
 __all__ = ["mix", "mix_backward", "scores", "scores_backward"]
 
 
-def scores(
-    xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None, bq: Tensor | None,
-    bk: Tensor | None, heads: int, scale: float, layout: Layout,
-) -> Tensor:  # fmt: skip
-    """[batch, heads, queries, keys]: the scores, -inf where a pair is absent."""
-    xq, xk = _aligned(xq), _aligned(xk)
-    wq, wk, bq, bk = (_cast(t, xq.dtype) for t in (wq, wk, bq, bk))
-    problem = _problem(layout, xq, heads, (xq if wq is None else wq).shape[-1], wq, wk)
+def scores(query: Operand, key: Operand, heads: int, scale: float, layout: Layout) -> Tensor:
+    """The scores of all pairs, [batch, heads, queries, keys]; -inf where a pair is absent."""
+    query, key = _prepared(query), _prepared(key)
+    problem = _problem(layout, query.x, heads, query.inner, query.weight, key.weight)
     shape = (problem.batch, heads, problem.queries, problem.keys)
     if layout.full:
-        s = xq.new_empty(shape, dtype=problem.wide)
+        s = query.x.new_empty(shape, dtype=problem.wide)
     else:
-        s = xq.new_full(shape, float("-inf"), dtype=problem.wide)
+        s = query.x.new_full(shape, float("-inf"), dtype=problem.wide)
     if problem.empty:
         return s
     if isinstance(problem, SmallProblem):
-        problem.scores(xq, xk, wq, wk, bq, bk, scale, s)
+        problem.scores(query, key, scale, s)
     else:
-        problem.pair_products("scores", xq, xk, wq, wk, bq, bk, scale, s=s)
+        problem.pair_products("scores", query, key, scale, s=s)
     return s
 
 
 def scores_backward(
-    grad: Tensor, xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None,
-    bq: Tensor | None, bk: Tensor | None, heads: int, scale: float, layout: Layout,
+    grad: Tensor, query: Operand, key: Operand, heads: int, scale: float, layout: Layout,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The wanted gradients of xq, xk, wq, wk, bq, bk; empty tensors for the others."""
-    dxq, dxk, dwq, dwk, dbq, dbk = _rooms((xq, xk, wq, wk, bq, bk), wanted, tokens=2)
-    grad, xq, xk = _aligned(grad), _aligned(xq), _aligned(xk)
-    wq, wk, bq, bk = (_cast(t, xq.dtype) for t in (wq, wk, bq, bk))
-    problem = _problem(layout, xq, heads, (xq if wq is None else wq).shape[-1], wq, wk)
-    query, key = Side(True, xq, wq, dxq, dwq, dbq), Side(False, xk, wk, dxk, dwk, dbk)
-    count = query.wanted + key.wanted
+    """The gradients of both operands, in the order x, x, weight, weight, bias, bias.
+
+    `wanted` says which of the six are needed; an empty tensor stands for each of the others.
+    """
+    tensors = query.x, key.x, query.weight, key.weight, query.bias, key.bias
+    dxq, dxk, dwq, dwk, dbq, dbk = _empty_gradients(tensors, wanted, tokens=2)
+    grad, query, key = _aligned(grad), _prepared(query), _prepared(key)
+    problem = _problem(layout, query.x, heads, query.inner, query.weight, key.weight)
+    query_side = Side(True, query.x, query.weight, dxq, dwq, dbq)
+    key_side = Side(False, key.x, key.weight, dxk, dwk, dbk)
+    count = query_side.wanted + key_side.wanted
     if problem.empty:
         _clear(dwq, dwk, dbq, dbk)
     elif isinstance(problem, SmallProblem):
         if dxq is not None:
-            dxq = problem.sums(True, xk, wq, wk, bk, scale, grad)
+            dxq = problem.sums(True, query.weight, key, scale, grad)
         if dxk is not None:
-            dxk = problem.sums(False, xq, wk, wq, bq, scale, grad)
-        found = {"dwq": dwq, "dwk": dwk, "dbq": dbq, "dbk": dbk}
-        problem.tables(xq, xk, wq, wk, bq, bk, scale, grad, found)
+            dxk = problem.sums(False, key.weight, query, scale, grad)
+        gradients = {"dwq": dwq, "dwk": dwk, "dbq": dbq, "dbk": dbk}
+        problem.tables(query, key, scale, grad, gradients)
     elif count:
-        chunks = problem.chunks(count * problem.inner * xq.element_size())
-        to_q, to_k = (problem.rows(chunks, xq) if side.wanted else None for side in (query, key))
+        chunks = problem.chunks(count * problem.inner * query.x.element_size())
+        to_q, to_k = (
+            problem.rows(chunks, query.x) if side.wanted else None
+            for side in (query_side, key_side)
+        )
         for at in range(len(chunks.classes)):
             problem.pair_products(
-                "score_grads", xq, xk, wq, wk, bq, bk, scale,
+                "score_grads", query, key, scale,
                 ds=grad, to_q=to_q, to_k=to_k, chunks=chunks, at=at,
             )  # fmt: skip
-            problem.gradients(chunks, at, (query, to_q), (key, to_k))
-    return _results(xq, (dxq, dxk, dwq, dwk, dbq, dbk))
+            problem.gradients(chunks, at, (query_side, to_q), (key_side, to_k))
+    return _results(query.x, (dxq, dxk, dwq, dwk, dbq, dbk))
 
 
-def mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout) -> Tensor:
-    """[batch, queries, heads · head_dim]: the values, projected and mixed by the weights a."""
-    a, x, w, b = _aligned(a), _aligned(x), _cast(w, x.dtype), _cast(b, x.dtype)
-    problem = _problem(layout, x, a.shape[1], w.shape[-1], w)
+def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
+    """The values, projected and summed with the weights a, [batch, queries, heads · head_dim]."""
+    a, value = _aligned(a), _prepared(value)
+    problem = _problem(layout, value.x, a.shape[1], value.inner, value.weight)
     if problem.empty:
-        return x.new_zeros(problem.batch, problem.queries, problem.inner)
+        return value.x.new_zeros(problem.batch, problem.queries, problem.inner)
     if isinstance(problem, SmallProblem):
-        return problem.sums(True, x, None, w, b, 1.0, a)
-    return problem.mix(a, x, w, b)
+        return problem.sums(True, None, value, 1.0, a)
+    return problem.mix(a, value)
 
 
 def mix_backward(
-    grad: Tensor, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: Layout,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The wanted gradients of a, x, w, b; empty tensors for the others."""
-    dx, dw, db = _rooms((x, w, b), wanted[1:], tokens=1)
-    grad, a, x = _aligned(grad.to(x.dtype)), _aligned(a), _aligned(x)
-    w, b = _cast(w, x.dtype), _cast(b, x.dtype)
-    problem = _problem(layout, x, a.shape[1], w.shape[-1], w)
+    grad: Tensor, a: Tensor, value: Operand, layout: Layout, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """The gradients of a, x, weight and bias.
+
+    `wanted` says which of the four are needed; an empty tensor stands for each of the others.
+    """
+    dx, dw, db = _empty_gradients(tuple(value), wanted[1:], tokens=1)
+    grad, a, value = _aligned(grad.to(value.x.dtype)), _aligned(a), _prepared(value)
+    problem = _problem(layout, value.x, a.shape[1], value.inner, value.weight)
     da = None
     if wanted[0]:
         written = layout.full and not problem.empty
         da = torch.empty_like(a) if written else torch.zeros_like(a)
-    value = Side(False, x, w, dx, dw, db)
-    # the products that give the weights' gradients also give the rows: grad · v, and a · grad
-    products = ("mix_grads", grad, x, None, w, None, b, 1.0)
+    side, outer = Side(False, value.x, value.weight, dx, dw, db), Operand(grad)
+    # One set of products gives both: grad · v is the weights' gradient, a · grad the values'.
     if problem.empty:
         _clear(dw, db)
     elif isinstance(problem, SmallProblem):
         if da is not None:
-            problem.scores(grad, x, None, w, None, b, 1.0, da)
+            problem.scores(outer, value, 1.0, da)
         if dx is not None:
-            dx = problem.sums(False, grad, w, None, None, 1.0, a)
-        found = {"dwq": None, "dwk": dw, "dbq": None, "dbk": db}
-        problem.tables(grad, x, None, w, None, b, 1.0, a, found)
-    elif value.wanted:
-        chunks = problem.chunks(problem.inner * x.element_size())
-        rows = problem.rows(chunks, x)
+            dx = problem.sums(False, value.weight, outer, 1.0, a)
+        problem.tables(outer, value, 1.0, a, {"dwq": None, "dwk": dw, "dbq": None, "dbk": db})
+    elif side.wanted:
+        chunks = problem.chunks(problem.inner * value.x.element_size())
+        rows = problem.rows(chunks, value.x)
         for at in range(len(chunks.classes)):
-            problem.pair_products(*products, s=da, ds=a, to_k=rows, chunks=chunks, at=at)
-            problem.gradients(chunks, at, (value, rows))
+            problem.pair_products(
+                "mix_grads", outer, value, 1.0, s=da, ds=a, to_k=rows, chunks=chunks, at=at
+            )
+            problem.gradients(chunks, at, (side, rows))
     elif da is not None:
-        problem.pair_products(*products, s=da)
-    return _results(x, (da, dx, dw, db), first=1)
+        problem.pair_products("mix_grads", outer, value, 1.0, s=da)
+    return _results(value.x, (da, dx, dw, db), first=1)
 
 
 def _problem(layout: Layout, x: Tensor, heads: int, inner: int, *tables: Tensor | None) -> Problem:
@@ -141,24 +143,29 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 
 
-def _cast(table: Tensor | None, dtype: torch.dtype) -> Any:
-    return None if table is None else _aligned(table.to(dtype))
+def _prepared(operand: Operand) -> Operand:
+    """The operand as kernels read it: aligned, and its table in the dtype of its tokens."""
+    x, *table = operand
+    return Operand(_aligned(x), *(None if t is None else _aligned(t.to(x.dtype)) for t in table))
 
 
-def _rooms(
+def _empty_gradients(
     tensors: tuple[Tensor | None, ...], wanted: list[bool], tokens: int
 ) -> list[Tensor | None]:
-    """Room for the gradients. Those of the first `tokens` tensors are summed wide, from zero; those
-    of tables are written once."""
-    rooms = list[Tensor | None]()
+    """Memory for the gradients that are wanted, and None for the others.
+
+    Gradients of the first `tokens` tensors are summed in a wide dtype and start at zero; those of
+    the tables are written once and start uninitialised.
+    """
+    gradients = list[Tensor | None]()
     for i, (t, want) in enumerate(zip(tensors, wanted, strict=True)):
         if not want or t is None:
-            rooms.append(None)
+            gradients.append(None)
         elif i < tokens:
-            rooms.append(t.new_zeros(t.shape, dtype=wide(t.dtype)))
+            gradients.append(t.new_zeros(t.shape, dtype=wide(t.dtype)))
         else:
-            rooms.append(torch.empty_like(t, memory_format=torch.contiguous_format))
-    return rooms
+            gradients.append(torch.empty_like(t, memory_format=torch.contiguous_format))
+    return gradients
 
 
 def _clear(*tensors: Tensor | None) -> None:

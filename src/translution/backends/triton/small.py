@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layouts import Layout
+from ...operands import Operand
 from . import tables
 from .blocks import power
 from .launch import Problem, long, split_evenly
@@ -38,37 +39,38 @@ class SmallProblem(Problem):
         self.head = power(self.width)
         self.columns = power(heads * self.head, 16)
 
-    def scores(
-        self, near: Tensor, far: Tensor, w_near: Tensor | None, w_far: Tensor | None,
-        bias_near: Tensor | None, bias_far: Tensor | None, scale: float, s: Tensor,
-    ) -> None:  # fmt: skip
-        """Write s of all pairs, near being the queries and far the keys."""
-        self._walk(True, near, far, w_near, w_far, bias_near, bias_far, scale, s, None)
+    def scores(self, query: Operand, key: Operand, scale: float, s: Tensor) -> None:
+        """Write the scores s of all pairs."""
+        self._walk(True, query.x, query.weight, query.bias, key, scale, s, None)
 
     def sums(
-        self, by_query: bool, far: Tensor, w_near: Tensor | None, w_far: Tensor | None,
-        bias_far: Tensor | None, scale: float, numbers: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """[batch, tokens, channels]: Σ over each token's pairs of what comes back through them."""
+        self, by_query: bool, w_near: Tensor | None, far: Operand, scale: float, numbers: Tensor
+    ) -> Tensor:
+        """Sum over the pairs of each token, [batch, tokens, channels].
+
+        A pair adds scale · number · (projected row of its other token), taken back through the
+        table `w_near` of the token's own side where there is one. The tokens are the queries with
+        `by_query` and else the keys; `far` is the other side; `numbers` has one number per pair.
+        """
         tokens = self.queries if by_query else self.keys
         channels = self.columns if w_near is None else power(w_near.shape[-2], 16)
         split = self._parts(by_query)
-        sums = far.new_empty((split, self.batch, tokens, channels), dtype=self.wide)
-        self._walk(by_query, None, far, w_near, w_far, None, bias_far, scale, numbers, sums)
+        sums = far.x.new_empty((split, self.batch, tokens, channels), dtype=self.wide)
+        self._walk(by_query, None, w_near, None, far, scale, numbers, sums)
         total = sums.sum(0) if split > 1 else sums[0]
         whole = self._unpad(total) if w_near is None else total[..., : w_near.shape[-2]]
-        return whole.to(far.dtype).contiguous()
+        return whole.to(far.x.dtype).contiguous()
 
     def tables(
-        self, xq: Tensor, xk: Tensor, wq: Tensor | None, wk: Tensor | None, bq: Tensor | None,
-        bk: Tensor | None, scale: float, ds: Tensor, wanted: dict[str, Tensor | None],
+        self, query: Operand, key: Operand, scale: float, ds: Tensor,
+        wanted: dict[str, Tensor | None],
     ) -> None:  # fmt: skip
         """Write the gradients dwq, dwk, dbq, dbk that `wanted` has room for."""
         if all(t is None for t in wanted.values()):
             return
         classes, parts, sides = self.layout.classes, self._table_parts(), self._sides()
-        xq, wq, bq = self._padded(xq, wq, bq)
-        xk, wk, bk = self._padded(xk, wk, bk)
+        xq, wq, bq = self._padded(*query)
+        xk, wk, bk = self._padded(*key)
         kq, kk, n = xq.shape[-1], xk.shape[-1], self.columns
         shapes = {"dwq": (kq, n), "dwk": (kk, n), "dbq": (n,), "dbk": (n,)}
         rooms = {
@@ -96,15 +98,15 @@ class SmallProblem(Problem):
                 into.copy_(total[:, : into.shape[1]] if into.ndim == 3 else total)
 
     def _walk(
-        self, by_query: bool, near: Tensor | None, far: Tensor, w_near: Tensor | None,
-        w_far: Tensor | None, bias_near: Tensor | None, bias_far: Tensor | None, scale: float,
-        numbers: Tensor, sums: Tensor | None,
+        self, by_query: bool, near: Tensor | None, w_near: Tensor | None,
+        bias_near: Tensor | None, far_side: Operand, scale: float, numbers: Tensor,
+        sums: Tensor | None,
     ) -> None:  # fmt: skip
         block = self._block()
         most, part_batch, parts = self._rows_of_tile(block)
         groups = self._groups(by_query, False, most, 0)
         near, w_near, bias_near = self._padded(near, w_near, bias_near)
-        far, w_far, bias_far = self._padded(far, w_far, bias_far)
+        far, w_far, bias_far = self._padded(*far_side)
         tokens = (self.queries, self.keys)[:: 1 if by_query else -1]
         strides = (self.keys, 1)[:: 1 if by_query else -1]
         launch(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...caches import kept
+from ...caches import cached
 from ...layouts import Layout
 
 __all__ = [
@@ -37,7 +37,7 @@ class Sides(NamedTuple):
     bounds: Tensor  # int32 [classes + 1]: the first pair of each class
 
 
-@kept
+@cached
 def sides(layout: Layout, device: torch.device) -> Sides:
     """The tokens of the pairs, and where each class begins."""
     pairs = layout.pairs_on("cpu")
@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
     first: tuple[int, ...]  # [classes + 1]: the first tile of each class
 
 
-@kept
+@cached
 def tiles(layout: Layout, device: torch.device, batch: int, rows: int) -> Tiles:
     """Tiles of at most so many rows, each of one class."""
     starts = torch.tensor(layout.pairs_on("cpu").starts) * batch
@@ -75,7 +75,7 @@ class Chunks(NamedTuple):
     """what it was made for: names the chunks where other tables are made for them"""
 
 
-@kept
+@cached
 def chunks(layout: Layout, device: torch.device, limit: int) -> Chunks:
     """Classes that together have at most `limit` pairs (but at least one class)."""
     starts, found, first = layout.pairs_on("cpu").starts, list[tuple[int, int]](), 0
@@ -87,7 +87,7 @@ def chunks(layout: Layout, device: torch.device, limit: int) -> Chunks:
     return Chunks(tuple(found), spans, max((b - a for a, b in spans), default=0), limit)
 
 
-@kept
+@cached
 def largest_first(layout: Layout, device: torch.device, limit: int) -> Tensor:
     """int32 [classes]: within each chunk of this limit the classes, the largest first."""
     starts = torch.tensor(layout.pairs_on("cpu").starts)
@@ -118,7 +118,7 @@ class Groups(NamedTuple):
         return self.members.shape[1]
 
 
-@kept
+@cached
 def groups(
     layout: Layout, device: torch.device, by_query: bool, by_pair: bool, most: int, limit: int
 ) -> Groups:

@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from ...models import GPT
-from ...models.blocks import input_shape
+from ...models.configuration import input_shape
 from .plain import PLAIN
 
 __all__ = ["Difference", "difference", "example", "portable"]

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...functional import offset_mix, offset_scores
+from ...functional import offset
 from ...layouts import Layout
 from ...modules.attention import Attention, Primitives
-from ...modules.projections import Projected, RelativeLinear, SharedLinear
+from ...modules.projections import RelativeLinear, SharedLinear
+from ...operands import Operand
 
 __all__ = ["quantise", "quantised", "stored_bytes"]
 
@@ -68,8 +69,8 @@ class QuantisedLinear(Quantised):
 class QuantisedShared(QuantisedLinear):
     """The projection of an attention that is no table."""
 
-    def forward(self, x: Tensor) -> Projected:
-        return Projected(super().forward(x))
+    def forward(self, x: Tensor) -> Operand:
+        return Operand(super().forward(x))
 
 
 class QuantisedConv2d(Quantised):
@@ -104,15 +105,15 @@ class QuantisedTable(Quantised):
     """`RelativeLinear`. Its attention computes with `QuantisedPrimitives`."""
 
     def __init__(self, layer: RelativeLinear):
-        if layer.share is not None:
+        if layer.shard is not None:
             raise ValueError(
-                f"model: got a table divided over {layer.share[1]} processes, want a whole one"
+                f"model: got a table divided over {layer.shard[1]} processes, want a whole one"
             )
         super().__init__(layer, (1, 2))
 
-    def forward(self, x: Tensor) -> Projected:
+    def forward(self, x: Tensor) -> Operand:
         rows: Any = Rows(self.values, self.scale.flatten())
-        return Projected(x, rows, self.bias)
+        return Operand(x, rows, self.bias)
 
 
 class QuantisedPrimitives(Primitives):
@@ -121,56 +122,39 @@ class QuantisedPrimitives(Primitives):
 
     @staticmethod
     def scores(
-        x_query: Tensor,
-        x_key: Tensor,
-        w_query: Any,
-        w_key: Any,
-        layout: Layout,
-        *,
-        heads: int,
-        bias_query: Tensor | None = None,
-        bias_key: Tensor | None = None,
-        scale: float = 1.0,
+        query: Operand, key: Operand, layout: Layout, *, heads: int, scale: float = 1.0
     ) -> Tensor:
-        wq, bq, q_scale = _parts(w_query, bias_query)
-        wk, bk, k_scale = _parts(w_key, bias_key)
-        backend = "auto" if wq is None and wk is None else "torch"  # the one that reads int8
-        s = offset_scores(
-            x_query, x_key, wq, wk, layout, heads=heads, bias_query=bq, bias_key=bk,
-            scale=scale, backend=backend,
-        )  # fmt: skip
+        query, q_scale = _parts(query)
+        key, k_scale = _parts(key)
+        tables = query.weight is not None or key.weight is not None
+        backend = "torch" if tables else "auto"  # only the torch backend reads int8 tables
+        s = offset.scores(query, key, layout, heads=heads, scale=scale, backend=backend)
         for per_class in (q_scale, k_scale):
             if per_class is not None:
-                s = s * _of_pairs(per_class, layout, x_query).to(s.dtype)
+                s = s * _of_pairs(per_class, layout, query.x).to(s.dtype)
         return s
 
     @staticmethod
-    def mix(
-        a: Tensor,
-        x_value: Tensor,
-        w_value: Any,
-        layout: Layout,
-        *,
-        bias_value: Tensor | None = None,
-    ) -> Tensor:
-        w, b, per_class = _parts(w_value, bias_value)
+    def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
+        value, per_class = _parts(value)
         if per_class is None:
-            return offset_mix(a, x_value, None, layout)
-        a = a * _of_pairs(per_class, layout, x_value).to(a.dtype)
-        return offset_mix(a, x_value, w, layout, bias_value=b, backend="torch")
+            return offset.mix(a, value, layout)
+        a = a * _of_pairs(per_class, layout, value.x).to(a.dtype)
+        return offset.mix(a, value, layout, backend="torch")
 
 
-def _parts(
-    rows: Rows | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _parts(operand: Operand) -> tuple[Operand, Tensor | None]:
+    """An operand with int8 values as its table, and the scale of each class; None without one."""
+    rows: Any = operand.weight
     if rows is None:
-        return None, None, None
-    return rows.values, None if bias is None else bias / rows.scale[:, None], rows.scale
+        return operand, None
+    bias = None if operand.bias is None else operand.bias / rows.scale[:, None]
+    return Operand(operand.x, rows.values, bias), rows.scale
 
 
 def _of_pairs(per_class: Tensor, layout: Layout, like: Tensor) -> Tensor:
     """[queries, keys]; of an absent pair any."""
-    return per_class[torch.ops.translution.layout_index(like, layout.key).clamp(min=0)]
+    return per_class[torch.ops.translution.layout_index(like, layout.spec).clamp(min=0)]
 
 
 def quantised(weight: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...modules.attention import Attention
-from ...modules.projections import RelativeLinear, sharing
+from ...modules.projections import RelativeLinear, sharding
 from .primitives import Divided
 
 __all__ = [
@@ -36,7 +36,7 @@ class Division:
 
     Attributes:
         rank, ranks: which of its processes this is, and how many there are.
-        share: (rank, ranks), as `Layout.share`; None where there is one process.
+        shard: (rank, world size), as `Layout.shard`; None where there is one process.
         device: where its collectives take their tensors from, if these are not a model's.
 
     Raises:
@@ -53,7 +53,7 @@ class Division:
         self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise ValueError("group: got one that this process is not in, want one with it")
-        self.share = (self.rank, self.ranks) if self.ranks > 1 else None
+        self.shard = (self.rank, self.ranks) if self.ranks > 1 else None
         on_cpu = "gloo" in dist.get_backend_config(self.group)
         self.device = torch.device("cpu" if on_cpu else "cuda")
 
@@ -107,10 +107,10 @@ def divide(model: M, group: Any = None) -> M:
     synchronize(model, division)
     made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that two tables have stays one
     for table in tables_of(model).values():
-        table.share = division.share
+        table.shard = division.shard
         for name, whole in list(table.named_parameters()):
             if whole not in made:
-                own = whole.detach()[table.own].clone()
+                own = whole.detach()[table.own_classes].clone()
                 made[whole] = nn.Parameter(own, whole.requires_grad)
             setattr(table, name, made[whole])
     return _connect(model, division)
@@ -132,7 +132,7 @@ def build(make: Callable[[], M], group: Any = None) -> M:
     """
     division = Division(group)
     same_random(group)
-    with sharing(division.share):
+    with sharding(division.shard):
         model = make()
     _check_tables(model)
     _connect(model, division)
@@ -226,7 +226,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
 def _own_rows(model: nn.Module) -> set[nn.Parameter]:
     """The parameters that differ between processes: the divided tables."""
     return {
-        p for table in tables_of(model).values() if table.share is not None
+        p for table in tables_of(model).values() if table.shard is not None
         for p in table.parameters()
     }  # fmt: skip
 
@@ -248,7 +248,7 @@ def _attentions(model: nn.Module) -> list[Attention]:
 def _connect(model: M, division: Division) -> M:
     """Let its attentions with tables compute on their share."""
     for attention in _attentions(model):
-        if division.share is not None and tables_of(attention):
-            attention.primitives = Divided(division.group, division.share)
+        if division.shard is not None and tables_of(attention):
+            attention.primitives = Divided(division.group, division.shard)
     model.division = division  # type: ignore[assignment]
     return model

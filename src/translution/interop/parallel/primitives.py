@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ...functional import offset_mix, offset_scores
+from ...functional import offset
 from ...functional.offset import autocast
 from ...layouts import Layout
+from ...operands import Operand
 
 __all__ = ["Divided"]
 
@@ -79,22 +80,27 @@ class _Softmax(Function):
 
 
 class Divided:
-    """What `modules.attention.Primitives` are to one process, on its share of the classes."""
+    """`modules.attention.Primitives` for tables that are divided over the processes of a group.
 
-    def __init__(self, group: Any, share: tuple[int, int]):
-        self.group, self.share = group, share
+    Args:
+        group: the process group.
+        shard: (rank, world size), the classes that this process computes (`Layout.shard`).
+    """
+
+    def __init__(self, group: Any, shard: tuple[int, int]):
+        self.group, self.shard = group, shard
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Divided:
         return self  # a copy of a model has the same group
 
     def scores(
-        self, x_query: Tensor, x_key: Tensor, w_query: Tensor | None, w_key: Tensor | None,
-        layout: Layout, **more: Any,
-    ) -> Tensor:  # fmt: skip
-        """[batch, heads, queries, keys], -inf where the pair is another process's (or absent)."""
-        query = self._enter(x_query)
-        key = query if x_key is x_query else self._enter(x_key)
-        return offset_scores(query, key, w_query, w_key, layout.part(*self.share), **more)
+        self, query: Operand, key: Operand, layout: Layout, *, heads: int, scale: float = 1.0
+    ) -> Tensor:
+        """Scores [batch, heads, queries, keys]; -inf if a pair is absent or another process's."""
+        x_query = self._enter(query.x)
+        x_key = x_query if key.x is query.x else self._enter(key.x)
+        query, key = query._replace(x=x_query), key._replace(x=x_key)
+        return offset.scores(query, key, layout.sharded(*self.shard), heads=heads, scale=scale)
 
     def softmax(self, s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
         """This process's part of the weights, 0 where the pair is another's."""
@@ -102,12 +108,10 @@ class Divided:
             s = s.masked_fill(~mask, float("-inf"))
         return _Softmax.apply(s, self.group)
 
-    def mix(
-        self, a: Tensor, x_value: Tensor, w_value: Tensor | None, layout: Layout, **more: Any
-    ) -> Tensor:
-        """[batch, queries, heads · head_dim], summed over the processes."""
-        value = self._enter(x_value)
-        y = offset_mix(a, value, w_value, layout.part(*self.share), **more)
+    def mix(self, a: Tensor, value: Operand, layout: Layout) -> Tensor:
+        """The mixed values [batch, queries, heads · head_dim], summed over the processes."""
+        value = value._replace(x=self._enter(value.x))
+        y = offset.mix(a, value, layout.sharded(*self.shard))
         return _Leave.apply(y, self.group)
 
     def weights(self, a: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.resnet import Bottleneck, ResNet
-from ...models.swin import Block, Swin
-from ...modules.local import ACmix2d
+from ...models.residual_network import Bottleneck, ResNet
+from ...models.swin_transformer import Block, Swin
+from ...modules.acmix import ACmix2d
 from ...modules.window import WindowACmix2d, WindowAttention2d
 from .entries import Entry, How, constant, entries, joined, linear, under, whole
 

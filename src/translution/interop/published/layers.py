@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...models.blocks import Block
-from ...modules.attention import AlphaTranslution1d, AlphaTranslution2d, Attention
-from ...modules.positions import turns
+from ...modules.alpha import AlphaTranslution1d, AlphaTranslution2d
+from ...modules.attention import Attention
+from ...modules.positions import rotary_angles
 from .entries import Entry, How, constant, entries, joined, table, under, whole
 
 __all__: list[str] = []
@@ -80,17 +81,17 @@ def _rotations(layer: Any, low_rank: bool) -> Iterator[Entry]:
     for tables of v on two axes."""
     layout, weight = layer.layout, layer.o_proj.weight
     idle = not low_rank and getattr(layer, "relative", "") == "v"
-    if idle and layer.rotary:
+    if idle and layer.position == "rotary":
         raise ValueError(
-            "rotary: got True for a table of v; the published layer makes a rotation and never "
-            "turns anything by it, want False"
+            "position: got 'rotary' for a table of v; the published layer computes a rotation and "
+            "never applies it, want 'none'"
         )
     fits = len(layout.grid) == 2 and layer.head_dim % 4 == 0
-    if not layer.rotary and not (idle and fits):
+    if layer.position != "rotary" and not (idle and fits):
         return
     one = weight.new_zeros(1, 1, layout.tokens, layer.head_dim)
     name = "rotary_emb" if len(layout.grid) == 1 else "rope"
-    for kind, half in zip(("cos", "sin"), turns(one, layout), strict=True):
+    for kind, half in zip(("cos", "sin"), rotary_angles(one, layout), strict=True):
         value = torch.cat([half, half], -1)[layout.prefix :]
         size = (1, *layout.grid, -1) if len(layout.grid) > 1 else (1, 1, *layout.grid, -1)
         entry = constant(f"{name}.{kind}_cached", value.to(weight.dtype).reshape(size))
@@ -126,10 +127,10 @@ def _check(layer: Any, how: How) -> None:
         "buckets": (layout.buckets is not None, "none"),
         "prefix": (layout.prefix > most, f"at most {most} on {axes} axes"),
         "position": (getattr(layer, "position", "") == "bias", "'none' or 'rotary'"),
-        "bias": (_has_bias(layer), "False"),
+        "qkv_bias": (_has_bias(layer), "False"),
         "heads": (layer.heads == 1 and layer.head_dim == layer.dim, "an output projection, which "
                   "its code leaves out for one head of head_dim = dim"),
-        "share": (_is_divided(layer), "a whole table (divide it after loading)"),
+        "shard": (_is_divided(layer), "a whole table (divide it after loading)"),
     }  # fmt: skip
     for name, (wrong, wanted) in refused.items():
         if wrong:
@@ -149,4 +150,4 @@ def _has_bias(layer: Any) -> bool:
 
 
 def _is_divided(layer: nn.Module) -> bool:
-    return any(getattr(module, "share", None) is not None for module in layer.modules())
+    return any(getattr(module, "shard", None) is not None for module in layer.modules())

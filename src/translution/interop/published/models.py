@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.gpt import GPT
-from ...models.vit import ViT
+from ...models import GPT, ViT
 from ...modules.attention import SelfAttention
 from .entries import Entry, How, entries, joined, under, whole
 
@@ -35,7 +34,7 @@ def _vit(model: Any, how: How) -> Iterator[Entry]:
     if stem == "transformer" and model.positions is None:
         raise ValueError(
             "positions: the published ViT with rotary attention adds learned positions as well, "
-            "and this model has none; make it with published=True"
+            "and this model has none; make it with learned_positions=True"
         )
     yield joined("cls_token", model.cls_token)
     if model.positions is not None:
@@ -68,14 +67,14 @@ def _gpt(model: Any, how: How) -> Iterator[Entry]:
     plain = any(isinstance(block.mixer, SelfAttention) for block in model.blocks)
     if plain and stem == "translution":
         raise ValueError(
-            "relative_layers: got a hybrid GPT; the plain attention of the published ones has no "
+            "relative_depth: got a hybrid GPT; the plain attention of the published ones has no "
             "causal mask, so that their weights expect to see the future and ours can't let them"
         )
     norms = list(model.norm) if isinstance(model.norm, nn.Sequential) else [model.norm]
     if len(norms) != 2:
         raise ValueError(
             "norm: the published GPT ends in two layer norms, which no single one equals, and "
-            "this model in one; make it with published=True"
+            "this model in one; make it with double_final_norm=True"
         )
     yield joined("wte.weight", model.embed.weight)
     if model.positions is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...layouts import Layout
-from ...modules.projections import Projected
+from ...operands import Operand
 from .sources import Family, Source
 
 __all__ = ["Converted", "Patches", "rotated"]
@@ -77,7 +77,7 @@ class Converted(nn.Module):
         """As that of the replaced module."""
         given = dict(zip(self.arguments, args, strict=False)) | given
         call = self.family.read(self, given)
-        sides = self._sides(call.x, call.turn if self.layer.rotary else None)
+        sides = self._sides(call.x, call.turn if self.layer.position == "rotary" else None)
         held = 0
         if call.cache is not None:
             sides, held = self._recall(sides, call.cache)
@@ -96,7 +96,7 @@ class Converted(nn.Module):
         y = self.after(self.layer.o_proj(y))
         return self.family.answer(self, given, y, self.layer.primitives.weights(a).to(y.dtype))
 
-    def _sides(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> dict[str, Projected]:
+    def _sides(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> dict[str, Operand]:
         """What scores and mix are made from; α's branch under "low q" and so on."""
         layer, sides = self.layer, {}
         for name in "qkv":
@@ -111,13 +111,13 @@ class Converted(nn.Module):
                 heads = self.norms[name](heads) if name in self.norms else heads
                 if turn is not None and turned:
                     heads = rotated(heads, *(t.unsqueeze(-2) for t in turn))
-                side = Projected(heads.flatten(-2))
+                side = Operand(heads.flatten(-2))
             sides[name] = side
             if hasattr(layer, f"{name}_down"):
                 sides[f"low {name}"] = layer._branch(name, x)
         return sides
 
-    def _recall(self, sides: dict[str, Projected], cache: Any) -> tuple[dict[str, Projected], int]:
+    def _recall(self, sides: dict[str, Operand], cache: Any) -> tuple[dict[str, Operand], int]:
         """The sides with the tokens before, and how many those are. What is kept is one tensor
         beside the other, each once; the cache knows it as keys of a single head."""
         if not self.layer.layout.causal:
@@ -130,14 +130,14 @@ class Converted(nn.Module):
         whole = {n: s._replace(x=found[id(s.x)]) if n[-1] in "kv" else s for n, s in sides.items()}
         return whole, rows.shape[2] - packed.shape[2]
 
-    def _each_head(self, name: str, side: Projected) -> Projected:
+    def _each_head(self, name: str, side: Operand) -> Operand:
         """A shared key or value of grouped heads, for each of them."""
         if self.grouped == 1 or name not in ("k", "v") or side.weight is not None:
             return side
         heads = side.x.unflatten(-1, (-1, self.layer.head_dim))
-        return Projected(heads.repeat_interleave(self.grouped, -2).flatten(-2))
+        return Operand(heads.repeat_interleave(self.grouped, -2).flatten(-2))
 
-    def _scores(self, sides: dict[str, Projected], layout: Layout) -> Tensor:
+    def _scores(self, sides: dict[str, Operand], layout: Layout) -> Tensor:
         """The mean over the branches, as in α-Translution; Translution has one."""
         branches = [name for name in ("", "low ") if f"{name}q" in sides]
         scores = []
@@ -145,19 +145,17 @@ class Converted(nn.Module):
             q, k = sides[f"{name}q"], sides[f"{name}k"]
             scores.append(
                 self.layer.primitives.scores(
-                    q.x, k.x, q.weight, k.weight, layout, heads=self.layer.heads,
-                    bias_query=q.bias, bias_key=k.bias, scale=self.layer.scale / len(branches),
+                    q, k, layout, heads=self.layer.heads, scale=self.layer.scale / len(branches)
                 )
-            )  # fmt: skip
+            )
         return sum(scores[1:], scores[0])
 
-    def _mix(self, a: Tensor, sides: dict[str, Projected], layout: Layout) -> Tensor:
-        mix, v = self.layer.primitives.mix, sides["v"]
-        y = mix(a, v.x, v.weight, layout, bias_value=v.bias)
+    def _mix(self, a: Tensor, sides: dict[str, Operand], layout: Layout) -> Tensor:
+        mix = self.layer.primitives.mix
+        y = mix(a, sides["v"], layout)
         if "low v" not in sides:
             return y
-        v = sides["low v"]
-        return (y + self.layer.v_up(mix(a, v.x, v.weight, layout, bias_value=v.bias))) / 2
+        return (y + self.layer.v_up(mix(a, sides["low v"], layout))) / 2
 
     def _layout(self, new: int, held: int) -> Layout:
         layout = self.layer.layout
@@ -170,20 +168,20 @@ class Converted(nn.Module):
                 f"tokens: got {held + new}, want {layout.prefix + math.prod(grid)} for the grid "
                 f"{grid} after {layout.prefix} prefix tokens"
             )
-        return _layout_of(layout.key, grid, held)
+        return _layout_of(layout.spec, grid, held)
 
 
-def _layout_of(key: str, grid: tuple[int, ...], held: int) -> Layout:
+def _layout_of(spec: str, grid: tuple[int, ...], held: int) -> Layout:
     """Tracing takes the layout as a constant, as in `Attention`."""
-    return _cached_layout_of(key, grid, held)
+    return _cached_layout_of(spec, grid, held)
 
 
 _layout_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_layout_of(key: str, grid: tuple[int, ...], held: int) -> Layout:
-    layout = Layout.parse(key)
+def _cached_layout_of(spec: str, grid: tuple[int, ...], held: int) -> Layout:
+    layout = Layout.parse(spec)
     layout = layout if grid == layout.grid else layout.at(grid)
     return layout.select(queries=range(held, layout.tokens)) if held else layout
 

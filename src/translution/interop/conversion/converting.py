@@ -10,14 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...layouts import Layout
-from ...modules.attention import (
-    AlphaTranslution1d,
-    AlphaTranslution2d,
-    Translution1d,
-    Translution2d,
-    check_relative,
-)
+from ...modules.alpha import AlphaTranslution1d, AlphaTranslution2d
+from ...modules.attention import check_relative
 from ...modules.projections import projection
+from ...modules.translution import Translution1d, Translution2d
 from .geometry import embedding_of, geometry_of
 from .module import Converted, Patches, rotated
 from .sources import Family, Source, family_of
@@ -276,12 +272,12 @@ def _make(model: nn.Module, module: nn.Module, family: Family, aim: Aim) -> Conv
                 if name != "q":  # of grouped heads each has its own
                     matrix = _each(matrix, source)
                     bias = None if bias is None else _each(bias, source)
-                side = _filled(matrix.T, bias, layer.layout.classes, aim.dry_run)
+                side = _filled_projection(matrix.T, bias, layer.layout.classes, aim.dry_run)
             else:
-                side = _filled(matrix, bias, None, aim.dry_run).requires_grad_(trained)
+                side = _filled_projection(matrix, bias, None, aim.dry_run).requires_grad_(trained)
             setattr(layer, f"{name}_proj", side)
     turned = source.rotary and turns is None
-    layer.relative, layer.rotary = aim.relative, turned
+    layer.relative, layer.position = aim.relative, "rotary" if turned else "none"
     layer.scale = source.scale
     layer.train(module.training).o_proj = source.out  # what is the host's keeps its mode
     if aim.to == "alpha":
@@ -294,7 +290,9 @@ def _make(model: nn.Module, module: nn.Module, family: Family, aim: Aim) -> Conv
 
 
 @torch.no_grad()
-def _filled(matrix: Tensor, bias: Tensor | None, classes: int | None, dry_run: bool) -> Any:
+def _filled_projection(
+    matrix: Tensor, bias: Tensor | None, classes: int | None, dry_run: bool
+) -> Any:
     """A projection of this matrix: nn.Linear's [out, in], or for a table that each class starts
     with, [in, out]."""
     inner, outer = matrix.shape if classes is not None else matrix.shape[::-1]

@@ -1,4 +1,4 @@
-"""Where a model looks."""
+"""The attention weights of a model, for looking at them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules.reduced import ReducedAttention2d
-from .gpt import GPT
-from .vit import ViT
+from .language_model import GPT
+from .vision_transformer import ViT
 
 __all__ = ["attention_weights"]
 
 
 def attention_weights(model: ViT | GPT, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """The model's output, and for each block its attention weights.
+    """The output of a model, and the attention weights of each block.
 
-    The weights are float32 [batch, heads, queries, keys]; each query's sum to 1. None stands for a
-    block whose mixer has none, such as a convolution. Class and register tokens come before the
-    patches; the last block of a ViT with a class token may have that one query only (`all_rows`).
-    Call `model.eval()` first to have none of it dropped. Each mixer runs twice, and not for two
-    threads at once.
+    The weights are float32 [batch, heads, queries, keys], and those of a query sum to 1. A block
+    whose mixer has no attention weights, such as a convolution, has None. The class token comes
+    before the patches. The last block of a ViT with a class token has that one query only, unless
+    the model has `full_last_block`. In training mode dropout applies, so call `model.eval()` first.
+
+    Each mixer is computed twice, as hooks record its inputs; the function is not thread-safe.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: the model is neither a ViT nor a GPT.
     """
     if not isinstance(model, ViT | GPT):
         raise ValueError(f"model: got {type(model).__name__}, want a ViT or a GPT")

@@ -11,17 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...layouts import Layout
-from ...models.gpt import GPT
-from ...models.vit import ViT
-from ...modules.attention import (
-    Attention,
-    Translution1d,
-    Translution2d,
-    Translution3d,
-    check_relative,
-)
+from ...models.language_model import GPT
+from ...models.vision_transformer import ViT
+from ...modules.attention import Attention, check_relative
 from ...modules.positions import RelativeBias
 from ...modules.projections import RelativeLinear, projection
+from ...modules.translution import Translution1d, Translution2d, Translution3d
 from .module import Converted
 
 __all__ = ["check_sizes", "make_relative", "make_shared", "resize_offsets"]
@@ -92,7 +87,7 @@ def check_sizes(grid: Any, axes: int) -> tuple[int, ...]:
 def _resized(layer: Attention, grid: Sizes | None, window: Any) -> Layout:
     """The layer's new layout."""
     old = layer.layout
-    if any(getattr(part, "share", None) for part in layer.modules()):
+    if any(getattr(part, "shard", None) for part in layer.modules()):
         raise ValueError("model: its tables are divided over processes, want whole ones")
     given = {} if window is None else {"window": window}
     sizes = old.grid if grid is None else check_sizes(grid, len(old.grid))
@@ -223,13 +218,13 @@ def _sides(layer: Any, relative: str, table: bool) -> list[str]:
 
 
 def _check_exchange(layer: Any, relative: str, table: bool, normed: set[str]) -> None:
-    if table and layer.rotary and set(relative) & set("qk"):
+    if table and layer.position == "rotary" and set(relative) & set("qk"):
         raise ValueError(f"relative: got {relative!r}, but q and k have rotary positions")
     if table and set(relative) & normed:
         raise ValueError(f"relative: got {relative!r}, but q and k have norms")
     for name in _sides(layer, relative, table):
         old = getattr(layer, f"{name}_proj")
-        if getattr(old, "share", None) is not None:
+        if getattr(old, "shard", None) is not None:
             raise ValueError("layer: its tables are divided over processes, want whole ones")
         if old.out_features != layer.heads * layer.head_dim:
             raise ValueError(f"relative: {name!r} is shared by groups of heads, want one per head")

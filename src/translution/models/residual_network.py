@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..modules.local import ACmix2d
+from .._renamed import current_arguments, renamed_arguments
+from ..modules.acmix import ACmix2d
 from .backbone import Backbone
-from .blocks import choose
-from .vit import configure
+from .configuration import check_choice, check_positive, configure
+from .registry import register_family, register_model
 
 __all__ = ["RESNETS", "ResNet", "ResNetConfig", "resnet"]
 
@@ -19,52 +20,64 @@ __all__ = ["RESNETS", "ResNet", "ResNetConfig", "resnet"]
 RESNETS = {"26": (1, 2, 4, 1), "38": (2, 3, 5, 2), "50": (3, 4, 6, 3)}
 
 
+@renamed_arguments(
+    layers="depths",
+    width="dim",
+    attention_kernel="kernel_size",
+    conv_kernel="conv_kernel_size",
+)
 @dataclass
 class ResNetConfig:
-    """Everything that a `ResNet` is made from.
+    """All options of a `ResNet`.
 
-    mixer: what stands in the middle of a bottleneck, "convolution" (3×3) or "acmix". layers: blocks
-    per stage. width: channels of the stem, and of the first stage's bottlenecks; they double from
-    stage to stage. expansion: channels out of a block over its bottleneck's. heads,
-    attention_kernel, conv_kernel, learned_shifts, published: as in ACmix2d.
+    Args:
+        mixer: the middle layer of a bottleneck: "convolution" (3×3) or "acmix".
+        depths: the number of blocks per stage (four stages).
+        in_channels: channels of the image.
+        num_classes: the number of logits.
+        dim: channels of the stem and of the bottlenecks of the first stage. They double from stage
+            to stage.
+        expansion: channels of a block's output, as a multiple of those of its bottleneck.
+        heads, kernel_size, conv_kernel_size, learned_shifts, published: as in `ACmix2d`.
+        features_only: whether the model returns feature maps instead of logits.
+
+    Raises:
+        ValueError: naming the option, what came and what is wanted.
     """
 
     mixer: str = "acmix"
-    layers: Sequence[int] = RESNETS["50"]
+    depths: Sequence[int] = RESNETS["50"]
     in_channels: int = 3
     num_classes: int = 1000
-    width: int = 64
+    dim: int = 64
     expansion: int = 4
     heads: int = 4
-    attention_kernel: int = 7
-    conv_kernel: int = 3
+    kernel_size: int = 7
+    conv_kernel_size: int = 3
     learned_shifts: bool = True
     published: bool = False
     features_only: bool = False
 
     def __post_init__(self) -> None:
-        choose("mixer", self.mixer, ["convolution", "acmix"])
-        if len(self.layers) != 4 or min(self.layers) < 1:
-            raise ValueError(f"layers: got {self.layers}, want four numbers of at least 1")
-        for name in ("in_channels", "num_classes", "width", "expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        check_choice("mixer", self.mixer, ["convolution", "acmix"])
+        if len(self.depths) != 4 or min(self.depths) < 1:
+            raise ValueError(f"depths: got {self.depths}, want four numbers of at least 1")
+        check_positive(self, "in_channels", "num_classes", "dim", "expansion")
 
     def middle(self, channels: int, stride: int) -> nn.Module:
-        """What a bottleneck has between its two 1×1 convolutions."""
+        """The layer between the two 1×1 convolutions of a bottleneck."""
         if self.mixer == "convolution":
-            padding = self.conv_kernel // 2
-            return nn.Conv2d(
-                channels, channels, self.conv_kernel, stride, padding, bias=False
-            )  # fmt: skip
+            size = self.conv_kernel_size
+            return nn.Conv2d(channels, channels, size, stride, size // 2, bias=False)
         return ACmix2d(
-            channels, channels, self.heads, self.attention_kernel, self.conv_kernel, stride,
+            channels, channels, self.heads, self.kernel_size, self.conv_kernel_size, stride,
             learned_shifts=self.learned_shifts, published=self.published,
         )  # fmt: skip
 
 
 class Bottleneck(nn.Module):
-    """x + conv1×1(middle(conv1×1(x))), each followed by batch norm; the stride is in the middle."""
+    """x + conv1×1(middle(conv1×1(x))), with batch norm after each layer. The middle layer has the
+    stride."""
 
     def __init__(
         self,
@@ -89,7 +102,7 @@ class Bottleneck(nn.Module):
                 nn.BatchNorm2d(out_channels),
             )
         for conv in (self.conv1, self.conv2, self.conv3):
-            # the general initialisation is for convolutions; ACmix starts its own parts itself
+            # ACmix initialises its own parts.
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
@@ -100,21 +113,25 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Backbone):
-    """Stem, four stages of bottlenecks, mean -> logits; or the stages' maps."""
+    """A ResNet: stem, four stages of bottlenecks, mean, logits; or the feature maps of the stages.
+
+    Args:
+        config: all options. `resnet` fills them in for a named size.
+    """
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
         self.config = c = config
         self.in_channels, self.features_only = c.in_channels, c.features_only
         self.stem = nn.Sequential(
-            nn.Conv2d(c.in_channels, c.width, 7, 2, 3, bias=False),
-            nn.BatchNorm2d(c.width),
+            nn.Conv2d(c.in_channels, c.dim, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(c.dim),
             nn.ReLU(),
             nn.MaxPool2d(3, 2, 1),
         )
-        before, stages = c.width, []
-        for i, depth in enumerate(c.layers):
-            channels = c.width * 2**i
+        before, stages = c.dim, []
+        for i, depth in enumerate(c.depths):
+            channels = c.dim * 2**i
             after = channels * c.expansion
             blocks = []
             for j in range(depth):
@@ -123,7 +140,7 @@ class ResNet(Backbone):
                 before = after
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
-        self.channels = tuple(c.width * 2**i * c.expansion for i in range(4))
+        self.channels = tuple(c.dim * 2**i * c.expansion for i in range(4))
         if not c.features_only:
             self.head = nn.Linear(before, c.num_classes)
 
@@ -139,10 +156,22 @@ class ResNet(Backbone):
 
 
 def resnet(size: str = "50", mixer: str = "acmix", **overrides: Any) -> ResNet:
-    """A ResNet of a named size ("26", "38", "50"); any field of `ResNetConfig` can be given.
+    """A ResNet of a named size ("26", "38", "50").
+
+    Args:
+        size: the depths of the stages.
+        mixer: "acmix" or "convolution".
+        overrides: any other option of `ResNetConfig`.
 
     Raises:
-        ValueError: an unknown size, mixer or field, or values that don't fit.
+        ValueError: an unknown size, mixer or option, or values that do not fit.
     """
-    layers = RESNETS[choose("size", size, list(RESNETS))]
-    return ResNet(configure(ResNetConfig, **({"mixer": mixer, "layers": layers} | overrides)))
+    depths = RESNETS[check_choice("size", size, list(RESNETS))]
+    given = current_arguments(ResNetConfig, overrides)
+    return ResNet(configure(ResNetConfig, **({"mixer": mixer, "depths": depths} | given)))
+
+
+register_family("resnet", resnet, ResNetConfig)
+for _size in RESNETS:
+    register_model(f"resnet{_size}", resnet, size=_size, mixer="convolution")
+    register_model(f"acmix_resnet{_size}", resnet, size=_size, mixer="acmix")

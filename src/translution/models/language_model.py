@@ -9,29 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._renamed import renamed_arguments
 from ..modules.cache import Cache
-from .blocks import (
-    CHECKPOINTS,
-    IMAGE_MIXERS,
-    MIXERS,
-    SIZES,
-    Block,
-    Mixing,
-    choose,
-    head_dim_of,
-    mixers_of_layers,
-)
+from .blocks import IMAGE_MIXERS, MIXERS, SIZES, Block, Mixing, mixers_of_blocks
+from .configuration import check_choice, check_positive, configure, head_dim_of
 from .pretrained import Pretrained
-from .vit import configure
+from .registry import register_family, register_model
 
 __all__ = ["GPT", "GPTConfig", "gpt"]
 
 
+@renamed_arguments(published="double_final_norm")
 @dataclass
 class GPTConfig(Mixing):
-    """Everything that a `GPT` is made from. context: the most tokens it sees at once (with
-    `buckets` and a mixer without absolute positions an input may be longer). published: end
-    in two layer norms, as the published code does, to use its weights."""
+    """All options of a `GPT`.
+
+    Args:
+        context: the largest number of tokens that the model sees at once. An input may be longer
+            with `buckets` and a mixer without learned absolute positions.
+        vocab_size: the number of token ids.
+        dim, depth, heads: channels of a token, number of blocks, number of heads.
+        head_dim: channels of a head; the default is dim / heads.
+        mlp_ratio: hidden channels of a block's MLP, as a multiple of dim.
+        double_final_norm: whether two layer norms follow the last block, as in the published code,
+            to use its weights. By default there is one.
+        mixer, relative, relative_depth, rank, position, learned_positions, window, dilation,
+            buckets, init, dropout, activation_checkpointing: as in `Mixing`.
+
+    Raises:
+        ValueError: naming the option, what came and what is wanted.
+    """
 
     context: int = 1024
     vocab_size: int = 50257
@@ -40,22 +47,19 @@ class GPTConfig(Mixing):
     heads: int = 3
     head_dim: int | None = None
     mlp_ratio: float = 4.0
-    published: bool = False
+    double_final_norm: bool = False
 
     def __post_init__(self) -> None:
-        choose("checkpoint", self.checkpoint, CHECKPOINTS)
-        choose("mixer", self.mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
-        for name in ("context", "vocab_size", "dim", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        self.check_mixing([name for name in MIXERS if name not in IMAGE_MIXERS])
+        check_positive(self, "context", "vocab_size", "dim", "depth", "heads")
         self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
 
 
 class GPT(Pretrained):
-    """Token ids [batch, length] -> logits [batch, length, vocab_size]; causal in every block.
+    """A causal language model: token ids [batch, length] -> logits [batch, length, vocab_size].
 
     Args:
-        config: all options; `gpt` makes one from a size's name.
+        config: all options. `gpt` fills them in for a named size.
     """
 
     task = "text-generation"
@@ -65,7 +69,7 @@ class GPT(Pretrained):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.positions: nn.Parameter | None = None
-        if MIXERS[c.mixer]:
+        if c.adds_learned_positions:
             self.positions = nn.Parameter(torch.randn(1, c.context, c.dim) * 0.02)
         self.blocks = nn.ModuleList(
             Block(
@@ -73,33 +77,34 @@ class GPT(Pretrained):
                 c.make(mixer, c.dim, (c.context,), c.heads, c.head_dim, causal=True),
                 c.mlp_ratio,
                 c.dropout,
-                c.checkpoint,
+                c.activation_checkpointing,
             )
-            for mixer in mixers_of_layers(c, c.depth, after="attention")
+            for mixer in mixers_of_blocks(c, c.depth, after="attention")
         )
         self.norm: nn.Module = nn.LayerNorm(c.dim)
-        if c.published:
+        if c.double_final_norm:
             self.norm = nn.Sequential(nn.LayerNorm(c.dim), nn.LayerNorm(c.dim))
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
-        """Logits of the token after each.
+        """The logits of the token that follows each token, [batch, length, vocab_size].
 
         Args:
-            ids: int64 [batch, length]; at most the context, shorter inputs are fine.
-            caches: of `make_caches`. `ids` then follow those of earlier calls with them, and see
-                them too; without gradients.
-
-        Returns:
-            [batch, length, vocab_size].
+            ids: int64 [batch, length], at most `context` tokens long.
+            caches: the result of `make_caches`. `ids` then continues the sequences of earlier calls
+                with the same caches, and sees their tokens. It works without gradients only.
 
         Raises:
-            ValueError: other ids, more tokens than the context, or caches of another use.
+            ValueError: ids of another dtype or shape, more tokens than the context, or caches that
+                do not belong together.
         """
         return self.head(self.hidden(ids, caches))
 
     def hidden(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
-        """What `head` makes the logits of: [batch, length, dim]; else as `forward`."""
+        """The features that `head` computes the logits from, [batch, length, dim].
+
+        Arguments and errors are those of `forward`.
+        """
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.shape[1]:
             raise ValueError(
                 f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 (batch, length)"
@@ -125,13 +130,16 @@ class GPT(Pretrained):
         return self.norm(x)
 
     def make_caches(self) -> list[Cache]:
-        """Empty memories, one for each block, for a text that is given in parts."""
+        """Empty caches, one for each block, for a sequence that is given in parts."""
         return [mixer.make_cache() for mixer in self._mixers()]
 
     @property
     def unbounded(self) -> bool:
-        """Whether a text may be longer than the context: there are no absolute positions, and each
-        block has buckets, or a window that its tables hold whole."""
+        """Whether a sequence may be longer than the context.
+
+        It may if there are no learned positions, and each block has buckets or a window that fits
+        into its tables.
+        """
         return self.positions is None and all(m.layout.unbounded for m in self._mixers())
 
     def _mixers(self) -> list[Any]:
@@ -147,10 +155,20 @@ def gpt(
 ) -> GPT:
     """A causal language model of a named size ("tiny", "mini", "small", "base", "large").
 
-    Any field of `GPTConfig` can be given, such as `dim`, `depth`, `heads`, `relative_layers`.
+    Args:
+        size: dim, depth and heads, from `translution.models.blocks.SIZES`.
+        mixer, context, vocab_size: as in `GPTConfig`.
+        overrides: any other option of `GPTConfig`, such as dim, depth or relative.
 
     Raises:
-        ValueError: an unknown size, mixer or field, or values that don't fit.
+        ValueError: an unknown size, mixer or option, or values that do not fit.
     """
-    given = vars(SIZES[choose("size", size, list(SIZES))]) | overrides
+    given = vars(SIZES[check_choice("size", size, list(SIZES))]) | overrides
     return GPT(configure(GPTConfig, mixer=mixer, context=context, vocab_size=vocab_size, **given))
+
+
+register_family("gpt", gpt, GPTConfig)
+for _mixer in MIXERS:
+    for _size in SIZES:
+        if _mixer not in IMAGE_MIXERS:
+            register_model(f"{_mixer}_gpt_{_size}", gpt, size=_size, mixer=_mixer, context=1024)

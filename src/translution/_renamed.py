@@ -1,0 +1,75 @@
+"""Argument names of earlier versions, which keep working.
+
+A class that is decorated with `renamed_arguments` takes its old argument names too, each with a
+DeprecationWarning that names the new one. Saved configurations with old names are read the same
+way, without a warning. docs/upgrading-to-0.1.md lists all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["current_arguments", "renamed_arguments"]
+
+New = str | Callable[[Any, dict[str, Any]], dict[str, Any]]
+"""The new name of an argument; or a function from the old argument's value, and all arguments that
+came with it, to the new arguments."""
+
+C = TypeVar("C", bound=type)
+
+
+def renamed_arguments(**renamed: New) -> Callable[[C], C]:
+    """A class decorator: let the constructor take arguments by their old names, old=new."""
+
+    def decorate(cls: C) -> C:
+        constructor = cls.__init__
+        cls._renamed = getattr(cls, "_renamed", {}) | renamed  # type: ignore[attr-defined]
+
+        @functools.wraps(constructor)
+        def __init__(self: Any, *args: Any, **given: Any) -> None:
+            if not given.keys().isdisjoint(cls._renamed):  # type: ignore[attr-defined]
+                given = current_arguments(cls, given, stacklevel=3)
+            constructor(self, *args, **given)
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+def current_arguments(
+    cls: type, given: dict[str, Any], warn: bool = True, stacklevel: int = 2
+) -> dict[str, Any]:
+    """`given` with every old argument name of `cls` replaced by the current one.
+
+    Args:
+        cls: a class with `renamed_arguments`, or any other, whose arguments stay as they are.
+        given: arguments by name.
+        warn: whether each old name gives a DeprecationWarning.
+        stacklevel: of the warning, as in `warnings.warn`.
+
+    Raises:
+        ValueError: an argument is given by its old and by its new name.
+    """
+    renamed: dict[str, New] = getattr(cls, "_renamed", {})
+    current = {name: value for name, value in given.items() if name not in renamed}
+    for old in [name for name in given if name in renamed]:
+        new = renamed[old]
+        now = {new: given[old]} if isinstance(new, str) else new(given[old], given)
+        for name, value in now.items():
+            if name in current:
+                raise ValueError(f"{old}: is the old name of {name}, which is given as well")
+            current[name] = value
+        if warn:
+            hint = ", ".join(
+                now if isinstance(new, str) else (f"{k}={v!r}" for k, v in now.items())
+            )
+            warnings.warn(
+                f"{cls.__name__}: the argument {old} is now {hint}",
+                DeprecationWarning,
+                stacklevel=stacklevel + 1,
+            )
+    return current

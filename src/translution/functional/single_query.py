@@ -1,0 +1,72 @@
+"""The two primitives, fast for the one new query of text generation.
+
+Where the last token is the only query and each of its keys has a class of its own
+(`Layout.single_query`), the matrices that are needed are the first rows of the table, ordered from
+the nearest key to the farthest. One batched matrix product then computes all pairs, and its cost is
+that of reading the table once. Every other layout goes to `functional.offset`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layouts import Layout
+from ..operands import Operand
+from . import offset
+from .offset import HALF, autocast
+
+__all__ = ["mix", "scores"]
+
+
+def scores(
+    query: Operand, key: Operand, layout: Layout, *, heads: int, scale: float = 1.0
+) -> Tensor:
+    """The scores of all pairs, [batch, heads, queries, keys], as `functional.offset.scores`."""
+    if layout.single_query is None or (query.weight is None and key.weight is None):
+        return offset.scores(query, key, layout, heads=heads, scale=scale)
+    count = layout.single_query[0]
+    x_key = _nearest_first(autocast(key.x), layout, 1)
+    q = _projected(query._replace(x=autocast(query.x).transpose(0, 1)), count)
+    k = _projected(key._replace(x=x_key.transpose(0, 1)), count)  # [keys, batch, channels]
+    if q.dtype in HALF:
+        q, k = q.float(), k.float()
+    near = (q * k).unflatten(-1, (heads, -1)).sum(-1).permute(1, 2, 0) * scale
+    s = near.new_full((*near.shape[:2], 1, layout.n_keys), float("-inf"))
+    s[:, :, 0, _seen_keys(layout)] = near.flip(-1)
+    return s
+
+
+def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
+    """The mixed values, [batch, queries, heads · head_dim], as `functional.offset.mix`."""
+    if layout.single_query is None or value.weight is None:
+        return offset.mix(a, value, layout)
+    x = autocast(value.x)
+    rows = value._replace(x=_nearest_first(x, layout, 1).transpose(0, 1))
+    v = _projected(rows, layout.single_query[0]).unflatten(-1, (a.shape[1], -1))
+    near = _nearest_first(a, layout, 3)[:, :, 0].permute(2, 0, 1)  # [keys, batch, heads]
+    return (v.to(near.dtype) * near[..., None]).sum(0).flatten(1)[:, None].to(x.dtype)
+
+
+def _seen_keys(layout: Layout) -> slice:
+    """The positions of the keys that the query sees, from the farthest to the nearest."""
+    assert layout.single_query is not None
+    count, step = layout.single_query
+    return slice(layout.n_keys - 1 - (count - 1) * step, None, step)
+
+
+def _nearest_first(x: Tensor, layout: Layout, dim: int) -> Tensor:
+    """The seen keys along `dim`, in the order of their classes: the query's own token first."""
+    return x[(slice(None),) * dim + (_seen_keys(layout),)].flip(dim)
+
+
+def _projected(operand: Operand, count: int) -> Tensor:
+    """Multiply row i of the tokens [rows, batch, channels] by the table's matrix i, i < count.
+
+    The result is [count, batch, heads · head_dim]; a single row is multiplied by every matrix.
+    """
+    x, weight, bias = operand
+    if weight is None:
+        return x
+    x = torch.matmul(x, weight[:count].to(x.dtype))
+    return x if bias is None else x + bias[:count, None].to(x.dtype)
