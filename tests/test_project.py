@@ -88,7 +88,7 @@ except SystemExit as error:
 
 
 def test_no_file_is_long_without_reason():
-    reasons = {"attention.py": "one skeleton and its three operators, read side by side"}
+    reasons = {"layouts.py": "all geometry of tokens, with a line for each field"}
     for path in ROOT.rglob("*.py"):
         lines = len(path.read_text().splitlines())
         assert lines <= 400 or path.name in reasons, f"{path.name}: {lines} lines"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Operand"]
+__all__ = ["Operand", "as_operand"]
 
 
 class Operand(NamedTuple):
@@ -29,3 +29,12 @@ class Operand(NamedTuple):
     def inner(self) -> int:
         """The number of projected channels, heads · head_dim."""
         return int((self.x if self.weight is None else self.weight).shape[-1])
+
+
+def as_operand(projected: Tensor | Operand) -> Operand:
+    """The result of a projection as an operand.
+
+    A table returns an `Operand`. A linear layer, or whatever stands in its place (an adapter, a
+    quantised layer), returns a tensor of projected tokens.
+    """
+    return projected if isinstance(projected, Operand) else Operand(projected)

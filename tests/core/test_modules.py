@@ -424,7 +424,7 @@ T = torch.zeros(2, 6, 8)
         (lambda: Translution1d(8, 6, init="zeros"), "init: got 'zeros'"),
         (lambda: Translution1d(8, (2, 3)), r"grid: got \(2, 3\), want 1 sizes"),
         (lambda: Translution2d(8, (2, 3), causal=True), "causal: needs a grid of one axis"),
-        (lambda: Translution1d(8, 6, position="rotary"), "position: got 'rotary' with relative='qkv'"),
+        (lambda: Translution1d(8, 6, position="rotary"), "position: got 'rotary' with relative"),
         (
             lambda: Translution2d(8, 6, head_dim=6, relative="v", position="rotary"),
             "head_dim: got 6",

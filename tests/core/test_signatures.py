@@ -1,4 +1,4 @@
-"""Public signatures: explicit, typed, with torch's device and dtype, and earlier names still work."""
+"""Public signatures: explicit and typed, with device and dtype; earlier names still work."""
 
 import dataclasses
 import importlib

@@ -187,7 +187,7 @@ def test_rotary_positions_go_into_the_tables(relative, rope):
     model = text_model("llama", rope_parameters=rope)
     given = inputs(padded=True, side="left")
     same(model, given, given["attention_mask"].bool(), relative=relative, grid=16)
-    assert not model.model.layers[0].self_attn.layer.rotary
+    assert model.model.layers[0].self_attn.layer.position == "none"
 
 
 @pytest.mark.parametrize("relative", ["v", "kv"])
@@ -357,7 +357,7 @@ def test_norms_stay_on_what_is_shared():
         make_relative(model, "k")
     for m in model.modules():
         if isinstance(m, Converted):
-            m.layer.rotary = False
+            m.layer.position = "none"
     with pytest.raises(ValueError, match=r"layer: relative: got 'k', but q and k have norms"):
         make_relative(model, "k")
     make_shared(model, "v")

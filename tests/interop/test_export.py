@@ -338,7 +338,7 @@ def test_what_cannot_be_quantised():
     with pytest.raises(ValueError, match="model: got weights that are not finite"):
         quantise(model)
     layer = Translution2d(8, grid=(2, 2), heads=2)
-    layer.q_proj.share = (0, 2)
+    layer.q_proj.shard = (0, 2)
     with pytest.raises(ValueError, match="model: got a table divided over 2 processes"):
         quantise(layer)
 

@@ -91,7 +91,9 @@ MODELS = {
         lambda: small_gpt(mixer="alpha", activation_checkpointing="selective"), ids,
     ),
     "bias": (lambda: Alone(Translution2d(6, (2, 3), 2, prefix=2, qkv_bias=True)), tokens(8)),
-    "bias kv": (lambda: Alone(Translution2d(6, (2, 3), 2, relative="kv", qkv_bias=True)), tokens(6)),
+    "bias kv": (
+        lambda: Alone(Translution2d(6, (2, 3), 2, relative="kv", qkv_bias=True)), tokens(6),
+    ),
     "alpha bias": (lambda: Alone(AlphaTranslution1d(6, 5, 2, rank=2, qkv_bias=True)), tokens(5)),
     "causal prefix": (lambda: Alone(Translution1d(6, 5, 2, prefix=1, causal=True)), tokens(6)),
     "rotary v": (lambda: Alone(Translution1d(6, 5, 1, relative="v", position="rotary")), tokens(5)),
@@ -117,7 +119,7 @@ def own_of(model):
     own = {}
     for name, part in model.named_modules():
         for kind, _ in part.named_parameters(recurse=False):
-            rows = part.own if isinstance(part, RelativeLinear) else slice(None)
+            rows = part.own_classes if isinstance(part, RelativeLinear) else slice(None)
             own[f"{name}.{kind}" if name else kind] = rows
     return own
 
@@ -452,7 +454,7 @@ def test_parts_make_the_whole(backend, ranks):
         return [s, y, *torch.autograd.grad(y.square().sum(), [q, k, *w])]
 
     whole = run([(layout, slice(None))])
-    found = run([(layout.part(r, ranks), slice(r, None, ranks)) for r in range(ranks)])
+    found = run([(layout.sharded(r, ranks), slice(r, None, ranks)) for r in range(ranks)])
     for a, b in zip(found, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -462,22 +464,22 @@ def test_parts_make_the_whole(backend, ranks):
     [(Layout((14, 14), prefix=1), 8, 1.04), (Layout(1024, causal=True), 8, 1.01)],
 )
 def test_shares_are_balanced(layout, ranks, most):
-    pairs = [int((layout.part(r, ranks).index >= 0).sum()) for r in range(ranks)]
+    pairs = [int((layout.sharded(r, ranks).index >= 0).sum()) for r in range(ranks)]
     assert sum(pairs) == int((layout.index >= 0).sum())
     assert max(pairs) * ranks / sum(pairs) < most
-    rows = [layout.part(r, ranks).classes for r in range(ranks)]
+    rows = [layout.sharded(r, ranks).classes for r in range(ranks)]
     assert sum(rows) == layout.classes
     assert max(rows) - min(rows) <= 1
 
 
 def test_a_share_is_part_of_a_layout():
-    layout = Layout((3, 2), prefix=1).part(1, 4)
+    layout = Layout((3, 2), prefix=1).sharded(1, 4)
     assert Layout.parse(layout.spec) == layout
-    assert layout.at((2, 2)).share == (1, 4)
+    assert layout.at((2, 2)).shard == (1, 4)
     assert not layout.full
-    for share in ((4, 4), (-1, 2), (0, 0), 3, (0.0, 2)):
-        with pytest.raises(ValueError, match="share: got"):
-            Layout(3, share=share)
+    for shard in ((4, 4), (-1, 2), (0, 0), 3, (0.0, 2)):
+        with pytest.raises(ValueError, match="shard: got"):
+            Layout(3, shard=shard)
 
 
 def test_whole_models_alone(tmp_path):

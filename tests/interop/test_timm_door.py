@@ -148,7 +148,7 @@ assert torch.equal(model(x), model(x))
 model.train()
 dropped = model.forward_head(torch.ones(200, 16, 12), pre_logits=True)
 assert 0.4 < (dropped == 0).float().mean() < 0.6
-assert make("translution_swin_tiny", drop_path_rate=0.3).config.drop_path == 0.3
+assert make("translution_swin_tiny", drop_path_rate=0.3).config.drop_path_rate == 0.3
 assert make(dropout=0.1, relative="kv").config.dropout == 0.1
 model = make().train()
 model.set_grad_checkpointing()

@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import backends
 from ..backends.torch.neighborhood import as_map, room
 from ..neighborhoods import Neighborhood, Sizes
-from .offset import HALF, autocast, check_backend
+from .offset import autocast, check_backend
+from .offset_operators import HALF
 
 __all__ = ["neighborhood_attention", "neighborhood_mix"]
 

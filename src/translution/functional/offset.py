@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..layouts import Layout
 from ..operands import Operand
+from .offset_operators import HALF
 
 __all__ = ["masked_softmax", "offset_mix", "offset_scores"]
 
@@ -182,9 +183,6 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = Fal
     return s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
-HALF = (torch.float16, torch.bfloat16)
-
-
 def autocast(x: Tensor) -> Tensor:
     """The tokens in autocast's dtype.
 
@@ -244,158 +242,3 @@ def _without_shared(side: str, operand: Operand, layout: Layout) -> Operand:
 
 def _absent(like: Tensor, layout: Layout) -> Tensor:
     return torch.ops.translution.layout_index(like, layout.spec) < 0
-
-
-# -- Operators registered with torch -------------------------------------------------------------
-#
-# torch.compile and torch.export see each of them as one node. Their arguments are tensors, numbers
-# and strings only, so an operand arrives as its three tensors and a layout as its `spec`.
-
-
-@torch.library.custom_op("translution::layout_index", mutates_args=())
-def _layout_index(like: Tensor, layout: str) -> Tensor:
-    return Layout.parse(layout).index_on(like.device).clone()
-
-
-@_layout_index.register_fake
-def _(like: Tensor, layout: str) -> Tensor:
-    parsed = Layout.parse(layout)
-    return like.new_empty((parsed.n_queries, parsed.n_keys), dtype=torch.int64)
-
-
-@torch.library.custom_op("translution::layout_positions", mutates_args=())
-def _layout_positions(like: Tensor, layout: str) -> Tensor:
-    return Layout.parse(layout).positions(like.device)
-
-
-@_layout_positions.register_fake
-def _(like: Tensor, layout: str) -> Tensor:
-    parsed = Layout.parse(layout)
-    grid_tokens = parsed.tokens - parsed.prefix
-    return like.new_empty((grid_tokens, len(parsed.grid)), dtype=torch.int64)
-
-
-@torch.library.custom_op("translution::offset_scores", mutates_args=())
-def _scores(
-    xq: Tensor,
-    xk: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    bq: Tensor | None,
-    bk: Tensor | None,
-    heads: int,
-    scale: float,
-    layout: str,
-    backend: str,
-) -> Tensor:
-    chosen = backends.choose(backend, xq.device, xq.dtype)
-    query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
-    return chosen.scores(query, key, heads, scale, Layout.parse(layout))
-
-
-@_scores.register_fake
-def _(xq, xk, wq, wk, bq, bk, heads, scale, layout, backend):  # type: ignore[no-untyped-def]
-    parsed = Layout.parse(layout)
-    dtype = torch.float32 if xq.dtype in HALF else xq.dtype
-    return xq.new_empty((xq.shape[0], heads, parsed.n_queries, parsed.n_keys), dtype=dtype)
-
-
-@torch.library.custom_op("translution::offset_scores_backward", mutates_args=())
-def _scores_backward(
-    grad: Tensor,
-    xq: Tensor,
-    xk: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    bq: Tensor | None,
-    bk: Tensor | None,
-    heads: int,
-    scale: float,
-    layout: str,
-    backend: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chosen = backends.choose(backend, xq.device, xq.dtype)
-    query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
-    return chosen.scores_backward(grad, query, key, heads, scale, Layout.parse(layout), wanted)
-
-
-def _fake_grads(
-    tensors: list[Tensor | None], wanted: list[bool], like: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape) if want and t is not None else like.new_empty(0)
-        for t, want in zip(tensors, wanted, strict=True)
-    )
-
-
-@_scores_backward.register_fake
-def _(grad, xq, xk, wq, wk, bq, bk, heads, scale, layout, backend, wanted):  # type: ignore[no-untyped-def]
-    return _fake_grads([xq, xk, wq, wk, bq, bk], wanted, xq)
-
-
-def _save_scores(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.heads, ctx.scale, ctx.layout, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_scores(ctx, grad):  # type: ignore[no-untyped-def]
-    wanted = list(ctx.needs_input_grad[:6])
-    grads = torch.ops.translution.offset_scores_backward(
-        grad, *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.layout, ctx.backend, wanted
-    )
-    return (*_pick(grads, wanted), None, None, None, None)
-
-
-def _pick(grads: tuple[Tensor, ...], wanted: list[bool]) -> list[Tensor | None]:
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-
-
-_scores.register_autograd(_backward_scores, setup_context=_save_scores)
-
-
-@torch.library.custom_op("translution::offset_mix", mutates_args=())
-def _mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: str, backend: str) -> Tensor:
-    chosen = backends.choose(backend, x.device, x.dtype)
-    return chosen.mix(a, Operand(x, w, b), Layout.parse(layout))
-
-
-@_mix.register_fake
-def _(a, x, w, b, layout, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], Layout.parse(layout).n_queries, w.shape[-1]))
-
-
-@torch.library.custom_op("translution::offset_mix_backward", mutates_args=())
-def _mix_backward(
-    grad: Tensor,
-    a: Tensor,
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    layout: str,
-    backend: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = backends.choose(backend, x.device, x.dtype)
-    return chosen.mix_backward(grad, a, Operand(x, w, b), Layout.parse(layout), wanted)
-
-
-@_mix_backward.register_fake
-def _(grad, a, x, w, b, layout, backend, wanted):  # type: ignore[no-untyped-def]
-    return _fake_grads([a, x, w, b], wanted, x)
-
-
-def _save_mix(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.layout, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_mix(ctx, grad):  # type: ignore[no-untyped-def]
-    wanted = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.translution.offset_mix_backward(
-        grad, *ctx.saved_tensors, ctx.layout, ctx.backend, wanted
-    )
-    return (*_pick(grads, wanted), None, None)
-
-
-_mix.register_autograd(_backward_mix, setup_context=_save_mix)

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..layouts import Layout
 from ..operands import Operand
 from . import offset
-from .offset import HALF, autocast
+from .offset import autocast
+from .offset_operators import HALF
 
 __all__ = ["mix", "scores"]
 

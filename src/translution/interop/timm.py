@@ -237,7 +237,7 @@ def _build(
     if img_size is not None and kind in (ViT, PVT):  # the others are for images of any size
         options["image_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
     if drop_path_rate is not None and kind in (Swin, PVT):
-        options["drop_path"] = drop_path_rate
+        options["drop_path_rate"] = drop_path_rate
     elif drop_path_rate:
         raise ValueError(f"drop_path_rate: got {drop_path_rate}, but {name!r} has no drop path")
     for wrong in ("attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
 from ..layouts import Layout, OptionalSizes, Sizes
-from ..operands import Operand
+from ..operands import Operand, as_operand
 from .attention import RENAMED, Attention, check_relative
 from .cache import Cache, append_to_cache
 from .checks import check_int
@@ -101,7 +101,7 @@ class _AlphaTranslution(Attention):
         return ordinary + scores(q, k, layout, heads=self.heads, scale=half)
 
     def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        v = append_to_cache(cache, "v", self.v_proj(x))
+        v = append_to_cache(cache, "v", as_operand(self.v_proj(x)))
         ordinary = self.primitives.mix(a, v, layout)
         if "v" not in self.relative:
             return ordinary

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._renamed import renamed_arguments
 from ..functional import masked_softmax, single_query
 from ..layouts import Layout, OptionalSizes, Sizes
-from ..operands import Operand
+from ..operands import Operand, as_operand
 from .cache import Cache, append_to_cache
 from .checks import check_dtype, check_int
 from .positions import RelativeBias, apply_rotary, check_rotary, rotary_angles
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None
     ) -> tuple[Operand, Operand]:
         """Query and key of the tokens, with rotary positions applied; cached keys come first."""
-        q, k = self.q_proj(query), self.k_proj(x)
+        q, k = as_operand(self.q_proj(query)), as_operand(self.k_proj(x))
         if self.position == "rotary":  # before caching, so that a key is rotated only once
             k_heads = self.split(k.x)
             angles = rotary_angles(k_heads, layout, 0 if cache is None else cache.dropped)
@@ -318,7 +318,7 @@ class SelfAttention(Attention):
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k = self.project_query_key(query, x, layout, cache)
-        v = self.split(append_to_cache(cache, "v", self.v_proj(x)).x)
+        v = self.split(append_to_cache(cache, "v", as_operand(self.v_proj(x))).x)
         bias = self._bias(q.x, layout)
         if return_weights:
             s = single_query.scores(q, k, layout, heads=self.heads, scale=self.scale)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..operands import Operand
 
-__all__ = ["INITS", "RelativeLinear", "SharedLinear", "projection", "sharding"]
+__all__ = ["INITS", "RelativeLinear", "projection", "sharding"]
 
 INITS = ("equal", "independent", "published")
 """How a table starts; `RelativeLinear` describes each."""
@@ -121,13 +121,6 @@ class RelativeLinear(nn.Module):
         )
 
 
-class SharedLinear(nn.Linear):
-    """An nn.Linear that returns an `Operand`, whose tokens are projected already."""
-
-    def forward(self, x: Tensor) -> Operand:  # type: ignore[override]
-        return Operand(super().forward(x))
-
-
 def projection(
     in_features: int,
     out_features: int,
@@ -136,8 +129,8 @@ def projection(
     init: str = "equal",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> RelativeLinear | SharedLinear:
+) -> RelativeLinear | nn.Linear:
     """A table with one matrix for each of so many classes; for None, one matrix for all pairs."""
     if classes is None:
-        return SharedLinear(in_features, out_features, bias, device, dtype)
+        return nn.Linear(in_features, out_features, bias, device, dtype)
     return RelativeLinear(classes, in_features, out_features, bias, init, device, dtype)

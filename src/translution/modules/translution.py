@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._renamed import renamed_arguments
 from ..layouts import Layout, OptionalSizes, Sizes
+from ..operands import as_operand
 from .attention import RENAMED, Attention, check_relative
 from .cache import Cache, append_to_cache
 
@@ -96,7 +97,7 @@ class _Translution(Attention):
         return self.primitives.scores(q, k, layout, heads=self.heads, scale=self.scale)
 
     def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        v = self.v_proj(x)
+        v = as_operand(self.v_proj(x))
         v = append_to_cache(cache, "v" if v.weight is None else "x", v)
         return self.primitives.mix(a, v, layout)
 

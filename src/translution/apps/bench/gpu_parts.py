@@ -13,7 +13,7 @@ from torch import Tensor
 from ...backends.triton.blocks import small_as_wide
 from ...functional import neighborhood_attention
 from ...models.configuration import check_choice
-from ...modules import local
+from ...modules import acmix as acmix_module
 from ...neighborhoods import Neighborhood
 from ...utils.measuring import seconds
 from .cases import OPERATORS, Built, Case
@@ -211,12 +211,12 @@ def _attending(forward: Callable[[], Tensor], attend: Attend) -> Callable[[], Te
 
 @contextmanager
 def _in_place(attend: Attend) -> Iterator[None]:
-    usual = local.neighborhood_attention
-    local.neighborhood_attention = attend
+    usual = acmix_module.neighborhood_attention
+    acmix_module.neighborhood_attention = attend
     try:
         yield
     finally:
-        local.neighborhood_attention = usual
+        acmix_module.neighborhood_attention = usual
 
 
 # -- training steps --------------------------------------------------------------------------------

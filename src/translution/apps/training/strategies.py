@@ -182,7 +182,7 @@ class Offset(DDPStrategy):
     def _own(self) -> dict[str, slice]:
         """The rows of this device, of every table by its parameters' names."""
         return {
-            f"{name}.{kind}": table.own
+            f"{name}.{kind}": table.own_classes
             for name, table in self.bare.named_modules()
             if isinstance(table, RelativeLinear)
             for kind, _ in table.named_parameters()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...layouts import Layout
-from ...operands import Operand
+from ...operands import Operand, as_operand
 from .sources import Family, Source
 
 __all__ = ["Converted", "Patches", "rotated"]
@@ -100,7 +100,7 @@ class Converted(nn.Module):
         """What scores and mix are made from; α's branch under "low q" and so on."""
         layer, sides = self.layer, {}
         for name in "qkv":
-            side = getattr(layer, f"{name}_proj")(x)
+            side = as_operand(getattr(layer, f"{name}_proj")(x))
             turned = turn is not None and name in "qk"
             if name in self.norms or turned:
                 if side.weight is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...functional import offset
 from ...layouts import Layout
 from ...modules.attention import Attention, Primitives
-from ...modules.projections import RelativeLinear, SharedLinear
+from ...modules.projections import RelativeLinear
 from ...operands import Operand
 
 __all__ = ["quantise", "quantised", "stored_bytes"]
@@ -64,13 +64,6 @@ class QuantisedLinear(Quantised):
 
     def forward(self, x: Tensor) -> Any:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
-
-
-class QuantisedShared(QuantisedLinear):
-    """The projection of an attention that is no table."""
-
-    def forward(self, x: Tensor) -> Operand:
-        return Operand(super().forward(x))
 
 
 class QuantisedConv2d(Quantised):
@@ -177,7 +170,6 @@ def quantised(weight: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 # By the exact type: a subclass may compute in another way.
 LAYERS: dict[type[nn.Module], Any] = {
     nn.Linear: QuantisedLinear,
-    SharedLinear: QuantisedShared,
     nn.Conv2d: QuantisedConv2d,
     nn.Embedding: QuantisedEmbedding,
     RelativeLinear: QuantisedTable,

@@ -55,9 +55,9 @@ def _window(layer: Any, how: How) -> Iterator[Entry]:
     yield from linear("qkv", layer.q_proj, layer.k_proj, layer.v_proj)
     yield from linear("proj", layer.o_proj)
     yield joined("relative_position_bias_table", layer.position_bias)
-    place = torch.arange(layer.window, device=layer.position_bias.device)
-    step = place[:, None] - place + layer.window - 1
-    rows = step[:, None, :, None] * (2 * layer.window - 1) + step[None, :, None, :]
+    place = torch.arange(layer.window_size, device=layer.position_bias.device)
+    step = place[:, None] - place + layer.window_size - 1
+    rows = step[:, None, :, None] * (2 * layer.window_size - 1) + step[None, :, None, :]
     yield constant("relative_position_index", rows.flatten(2).flatten(0, 1))
 
 
@@ -106,7 +106,7 @@ def _swin(model: Any, how: How) -> Iterator[Entry]:
         blocks = [part for part in stage if isinstance(part, Block)]
         for i, block in enumerate(blocks):
             yield from under(f"layers.{s}.blocks.{i}", entries(block, how))
-            if block.attention.shift and size > model.config.window:
+            if block.attention.shift and size > model.config.window_size:
                 mask = _mask(size, block.attention)
                 yield constant(f"layers.{s}.blocks.{i}.attn_mask", mask)
         if s:  # here a merging begins a stage, there it ends the one before
@@ -118,7 +118,7 @@ def _swin(model: Any, how: How) -> Iterator[Entry]:
 
 def _sizes(model: Any, image_size: int) -> list[int]:
     """Of the map of each stage, where all divide evenly as they must in the published code."""
-    patch, window = model.config.patch_size, model.config.window
+    patch, window = model.config.patch_size, model.config.window_size
     sizes = [image_size // (patch * 2**s) for s in range(4)]
     whole_windows = all(size <= window or size % window == 0 for size in sizes)
     if image_size % (patch * 8) or not sizes[3] or not whole_windows:
@@ -131,7 +131,7 @@ def _sizes(model: Any, image_size: int) -> list[int]:
 
 def _mask(size: int, attention: WindowAttention2d) -> Tensor:
     """[windows, places, places]: -100 where only the roll brought two places together, else 0."""
-    like, window = attention.position_bias, attention.window
+    like, window = attention.position_bias, attention.window_size
     place = torch.arange(size, device=like.device)
     kind = (place >= size - window).long() + (place >= size - attention.shift)
     kind = kind.unflatten(0, (-1, window))
