@@ -7,6 +7,8 @@ taps: for each, the part of the map that all queries see there is a view.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def neighborhood_attention(
         raise ValueError(f"value: got shape {tuple(value.shape)}, want {tuple(key.shape[:4])}, any")
     factor = key.shape[4] ** -0.5 if scale is None else float(scale)
     check_backend(backend, query)
-    return torch.ops.translution.neighborhood_attention(
+    return _derivatives().attention(
         query, key, value, area.kernel, area.stride, area.dilation, factor, backend
     )
 
@@ -105,9 +107,13 @@ def neighborhood_mix(
         raise ValueError(
             f"weights: got {groups} groups, want a divisor of the {value.shape[1]} channels"
         )
-    return torch.ops.translution.neighborhood_mix(
-        weights, value, area.kernel, area.stride, area.dilation
-    )
+    return _derivatives().mix(weights, value, area.kernel, area.stride, area.dilation)
+
+
+def _derivatives() -> Any:
+    from . import neighborhood_derivatives  # which needs the operators below
+
+    return neighborhood_derivatives
 
 
 def _size(name: str, shape: torch.Size) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..layouts import Layout
 from ..operands import Operand
+from . import offset_operators as operators
 from .offset_operators import HALF
 
 __all__ = ["masked_softmax", "offset_mix", "offset_scores"]
@@ -136,7 +137,7 @@ def scores(
     if chosen is not None:
         chosen.prepare_scores(query, key, heads, layout)
     sides = query.x, key.x, query.weight, key.weight, query.bias, key.bias
-    return torch.ops.translution.offset_scores(*sides, heads, float(scale), layout.spec, backend)
+    return operators.scores(*sides, heads, float(scale), layout.spec, backend)
 
 
 def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> Tensor:
@@ -161,7 +162,7 @@ def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> 
     chosen = check_backend(backend, value.x)
     if chosen is not None:
         chosen.prepare_mix(a, value, layout)
-    return torch.ops.translution.offset_mix(a, *value, layout.spec, backend)
+    return operators.mix(a, *value, layout.spec, backend)
 
 
 def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
@@ -241,4 +242,4 @@ def _without_shared(side: str, operand: Operand, layout: Layout) -> Operand:
 
 
 def _absent(like: Tensor, layout: Layout) -> Tensor:
-    return torch.ops.translution.layout_index(like, layout.spec) < 0
+    return operators.layout_index(like, layout) < 0

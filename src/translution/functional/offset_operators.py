@@ -7,17 +7,38 @@ computes them. `functional.offset` has the functions that check arguments and ca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..layouts import Layout
 from ..operands import Operand
+from .derivatives import batched, multilinear
 
-__all__ = ["HALF"]
+__all__ = ["HALF", "layout_index", "layout_positions", "mix", "scores"]
 
 HALF = (torch.float16, torch.bfloat16)
 """The dtypes whose sums are taken in float32."""
+
+
+def layout_index(like: Tensor, layout: Layout) -> Tensor:
+    """`Layout.index` on the device of a tensor; do not write to it.
+
+    Tracing sees an operator. Otherwise it is looked up directly, which function transforms allow.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.translution.layout_index(like, layout.spec)
+    return layout.index_on(like.device)
+
+
+def layout_positions(like: Tensor, layout: Layout) -> Tensor:
+    """`Layout.positions` on the device of a tensor, as `layout_index`."""
+    if torch.compiler.is_compiling():
+        return torch.ops.translution.layout_positions(like, layout.spec)
+    return layout.positions(like.device)
 
 
 @torch.library.custom_op("translution::layout_index", mutates_args=())
@@ -167,3 +188,48 @@ def _backward_mix(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _mix.register_autograd(_backward_mix, setup_context=_save_mix)
+
+
+# -- Derivatives (see `functional.derivatives`) ----------------------------------------------------
+
+
+def _projection_terms(
+    x: Any, w: Any, b: Any, ux: Any, uw: Any, ub: Any
+) -> Iterator[tuple[Any, Any]]:
+    """The tangents of x w + b as operands, and which of their three tensors are not replaced."""
+    if ux is not None:
+        yield (ux, w, None), (False, True, False)
+    if uw is not None or ub is not None:
+        yield (x, torch.zeros_like(w) if uw is None else uw, ub), (True, False, False)
+
+
+def _score_terms(tensors: Any, along: Any) -> Iterator[Any]:
+    (xq, xk, wq, wk, bq, bk), (uxq, uxk, uwq, uwk, ubq, ubk) = tensors, along
+    for (x, w, b), (own_x, own_w, own_b) in _projection_terms(xq, wq, bq, uxq, uwq, ubq):
+        yield (x, xk, w, wk, b, bk), (own_x, True, own_w, True, own_b, True)
+    for (x, w, b), (own_x, own_w, own_b) in _projection_terms(xk, wk, bk, uxk, uwk, ubk):
+        yield (xq, x, wq, w, bq, b), (True, own_x, True, own_w, True, own_b)
+
+
+def _mix_terms(tensors: Any, along: Any) -> Iterator[Any]:
+    (a, x, w, b), (ua, ux, uw, ub) = tensors, along
+    if ua is not None:
+        yield (ua, x, w, b), (False, True, True, True)
+    for operand, own in _projection_terms(x, w, b, ux, uw, ub):
+        yield (a, *operand), (True, *own)
+
+
+def _absent_scores(s: Tensor, heads: int, scale: float, layout: str, backend: str) -> Any:
+    parsed = Layout.parse(layout)
+    return None if parsed.full else parsed.index_on(s.device) < 0
+
+
+_ops = torch.ops.translution
+batched(_scores, tokens=(0, 1))
+batched(_scores_backward, tokens=())
+batched(_mix, tokens=(0, 1))
+batched(_mix_backward, tokens=())
+scores = multilinear(
+    _ops.offset_scores, _ops.offset_scores_backward, 6, _score_terms, _absent_scores
+)
+mix = multilinear(_ops.offset_mix, _ops.offset_mix_backward, 4, _mix_terms)

@@ -85,7 +85,8 @@ class LocalAttention2d(ImageAttention):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_image(x, self.in_channels, self.q_proj.weight)
         # Channels-last suits the 1×1 convolutions, the attention and the grouped convolution.
-        x = x.contiguous(memory_format=torch.channels_last)
+        # (Not through `contiguous(memory_format=...)`, which vmap does not take.)
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
 from ..functional import masked_softmax, single_query
+from ..functional.offset_operators import layout_index
 from ..layouts import Layout, OptionalSizes, Sizes
 from ..operands import Operand, as_operand
 from .cache import Cache, append_to_cache
@@ -329,7 +330,7 @@ class SelfAttention(Attention):
         causal = bias is None and mask is None and layout.plain_causal
         nonempty = None
         if not causal and not layout.full and bias is None:
-            present = torch.ops.translution.layout_index(q.x, layout.spec) >= 0
+            present = layout_index(q.x, layout) >= 0
             mask = present if mask is None else mask & present
         if mask is not None:
             nonempty = mask.any(-1, keepdim=True)
@@ -345,7 +346,7 @@ class SelfAttention(Attention):
     def _bias(self, like: Tensor, layout: Layout) -> Tensor | None:
         if self.position_bias is None:
             return None
-        index = torch.ops.translution.layout_index(like, layout.spec)
+        index = layout_index(like, layout)
         return self.position_bias(index).to(like.dtype)[None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import functional  # noqa: F401  (registers the operators)
+from ..functional.offset_operators import layout_positions
 from ..layouts import Layout
 
 __all__ = ["RelativeBias", "apply_rotary", "check_rotary", "rotary_angles"]
@@ -42,9 +42,7 @@ def rotary_angles(x: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Te
     each = x.shape[-1] // (2 * len(layout.grid))
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rate = 10000.0 ** (-torch.arange(each, device=x.device, dtype=wide) / each)
-    positions = torch.ops.translution.layout_positions(x, layout.spec)[
-        layout.tokens - x.shape[-2] :
-    ]
+    positions = layout_positions(x, layout)[layout.tokens - x.shape[-2] :]
     angle = ((positions + start).to(wide)[..., None] * rate).flatten(1)
     angle = torch.cat([angle.new_zeros(layout.prefix, angle.shape[1]), angle])
     return angle.cos(), angle.sin()
