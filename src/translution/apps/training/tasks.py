@@ -112,7 +112,7 @@ class Task(LightningModule):
 
     def validation_step(self, batch: Any, index: int) -> None:
         meters = self.validation_meters
-        if not self.data.order.real(index):  # a repeated one: it must not count
+        if not self.data.order.is_new(index):  # a repeated one: it must not count
             meters = nn.ModuleDict(self.meters()).to(self.device)
         self.loss(batch, meters)
 
