@@ -27,7 +27,7 @@ MOVED = {
     f"translution.{name}": f"translution.{floor}.{name}"
     for floor, names in FLOORS.items()
     for name in names.split()
-}
+} | {"translution.apps.training.telling": "translution.apps.training.messages"}
 """Where each moved module, with all that is in it, is now."""
 
 
