@@ -20,7 +20,7 @@ def test_imports_go_down_only():
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "2 kept, 0 broken" in done.stdout
+    assert re.search(r"\d+ kept, 0 broken", done.stdout)
 
 
 @pytest.mark.parametrize("old", sorted(_moved.MOVED))

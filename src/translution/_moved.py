@@ -24,6 +24,7 @@ FLOORS = {
     "utils": "files measuring words",
 }
 RENAMED = {
+    "apps.training.telling": "apps.training.messages",
     "convert": "interop.conversion",
     "interop.convert": "interop.conversion",
     "functional.row": "functional.single_query",

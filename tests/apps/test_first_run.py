@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -30,8 +31,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from translution.apps import cli
-from translution.apps.training import telling
-from translution.apps.training.checkpoints import latest, open_checkpoint
+from translution.apps.config import load
+from translution.apps.training import messages, progress
+from translution.apps.training.checkpoints import (
+    find_checkpoint,
+    latest,
+    open_checkpoint,
+    read_about,
+)
+from translution.apps.training.config import Config
 from translution.apps.training.run import LOCK
 from translution.models.pretrained import Pretrained
 
@@ -88,8 +96,13 @@ def test_a_run_says_what_it_is_and_what_to_do_next(ended):
     parameters = sum(p.numel() for p in open_checkpoint(run).model.parameters())
     assert f"{parameters:,} parameters" in out
     assert re.search(r"[\d.]+ k multiply-adds per image\non     cpu, 1 thread; float32\n", out)
-    assert "steps  6 of 16 images; validation every 3\n" in out
+    assert "steps  6 of 16 images (1.5 epochs); validation every 3\n" in out
     assert "Epoch" not in out
+    assert re.search(r"step 3 of 6 \(epoch 0.75\): loss .*, valid loss .*, MFU \d+%", out)
+    last, best = read_about(run / "checkpoints" / "last-000006"), read_about(find_checkpoint(run))
+    assert f"  last  step 6: valid_loss {last['metrics']['valid_loss']:.5g}, " in out
+    assert f"  best  step {best['step']}: valid_loss {best['metrics']['valid_loss']:.5g}, " in out
+    assert "evaluate and the commands below use the best checkpoint" in out
     lines = out.splitlines()
     following = lines[lines.index("Next:") + 1 :]
     assert following[0] == f"  translution evaluate {run}"
@@ -110,7 +123,7 @@ train: {{steps: 2, batch_size: 2, device: cpu}}
     assert re.search(r"data   [\d,]+ tokens to train, .*; a vocabulary of \d+\n", out)
     assert "multiply-adds per token" in out
     assert "of 2 texts of 8 tokens" in out
-    assert f"translution generate {tmp_path / 'run'} --prompt" in out
+    assert f"translution generate {tmp_path / 'run'} --prompt 'whether '\"'\"'tis nobler" in out
 
 
 def in_a_terminal(*words, until=b"\0", send=b""):
@@ -154,15 +167,17 @@ def test_the_bar_fits_a_terminal_of_80_columns(ended, tmp_path, monkeypatch):
     bars = re.findall(r"^(?:train|valid) (\S+) ", drawn, flags=re.M)
     assert {len(bar) for bar in bars} == {10}  # nothing was squeezed for want of room
     assert "…" not in drawn
-    assert re.search(r"train ━+ 30/30 \d:\d\d:\d\d loss \d\.\d{3}, [\d,]+ images/s", drawn)
-    assert re.search(r"step 30 of 30: loss .*, valid .*, accuracy ", drawn)
+    assert re.search(
+        r"train ━+ 30/30 \d:\d\d:\d\d left, loss \d\.\d{3}, \S+ steps/s, [\d,]+ images/s", drawn
+    )
+    assert re.search(r"step 30 of 30 \(epoch 7.5\): loss .*, valid loss .*, valid accuracy ", drawn)
     assert "Epoch" not in drawn
 
 
 @pytest.mark.parametrize("width", [60, 70, 80, 90, 120])
 @pytest.mark.parametrize("steps", [30, 100_000])
 def test_the_bar_leaves_out_what_has_no_room(width, steps):
-    bar = telling.Bar()
+    bar = progress.ProgressBar()
     bar.console = Console(width=width, file=io.StringIO(), force_terminal=True)
     values = {"train_loss": 1234.5678, "images_per_second": 123456.7, "mfu": 0.5, "memory_gb": 11}
     trainer = SimpleNamespace(is_global_zero=True, global_step=7, progress_bar_metrics=values)
@@ -171,7 +186,9 @@ def test_the_bar_leaves_out_what_has_no_room(width, steps):
     bar.teardown()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", bar.console.file.getvalue())
     last = text.strip().splitlines()[-1]
-    assert re.match(rf"train \S{{10}} 7/{steps} -:--:-- loss 1234\.568", last)  # nothing squeezed
+    assert re.match(
+        rf"train \S{{10}} 7/{steps} -:--:-- left, loss 1234\.568", last
+    )  # nothing squeezed
     assert len(last) <= width
     assert ("GB" in last) == (width == 120 or (width == 90 and steps == 30))
 
@@ -182,7 +199,7 @@ def test_ctrl_c_saves_where_it_is(ended, tmp_path):
     code, drawn = in_a_terminal(*words, until=b"images/s", send=b"\x03")
     assert code == 130, drawn
     assert "Traceback" not in drawn
-    assert "Stopped. The same command with --resume goes on" in drawn
+    assert "Stopped. The same command with --resume continues the run" in drawn
     assert 0 < int(latest(tmp_path / "run" / "checkpoints").name.removeprefix("last-")) < 1000
 
 
@@ -198,6 +215,41 @@ def test_tensorboard_has_the_configuration(ended):
     found = yaml.safe_load((ended[1] / "tensorboard" / "hparams.yaml").read_text())
     assert found["model.mixer"] == "attention"
     assert found["train.steps"] == 6
+
+
+def test_unreadable_images_are_not_counted(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (12, 12), 10 * i).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / "dog" / "3.png").write_bytes(b"no picture")
+    folders = f"train: {tmp_path / 'images'}, valid: {tmp_path / 'other'}, bad: skip"
+    (tmp_path / "images").rename(tmp_path / "other")
+    shutil.copytree(tmp_path / "other", tmp_path / "images")
+    (tmp_path / "other" / "dog" / "3.png").unlink()
+    (tmp_path / "a.yaml").write_text(f"""
+model: {{name: vit, mixer: attention, patch_size: 4, dim: 8, depth: 1, heads: 1}}
+data: {{kind: images, format: folder, {folders}, image_size: 12, channels: 1}}
+train: {{steps: 1, batch_size: 4, device: cpu}}
+""")
+    code, out, err = command("train", tmp_path / "a.yaml", f"--out={tmp_path / 'a'}")
+    assert code == 0, err
+    assert "data   19 images to train, 19 images to validate (1 unreadable left out); " in out
+    words = ("train", tmp_path / "a.yaml", f"--out={tmp_path / 'b'}", "--data.cache=false")
+    assert "data   at most 20 images to train, at most 19 images to " in command(*words)[1]
+
+
+def test_a_run_that_wants_a_gpu_says_so(monkeypatch):
+    config = load(Config, ROOT / "recipes" / "cifar10.yaml", ["--train.device=cpu"])
+    data = SimpleNamespace(part=lambda _: None, steps=35_000, facts={})
+    monkeypatch.setattr(messages, "matmul_rate", lambda *_: 1e11)
+    cost = messages.Cost(5_000_000, 4e8)
+    said = messages.too_slow(config, data, cost)
+    assert said == "more than 30 hours on this CPU; this run is meant for a GPU"
+    data.steps = 350_000
+    assert "more than 12 days on" in messages.too_slow(config, data, cost)
+    data.steps = 35
+    assert messages.too_slow(config, data, cost) == ""
 
 
 # -- a folder and its run ------------------------------------------------------------------------
@@ -249,8 +301,11 @@ def test_resuming_what_has_ended(ended):
     assert code == 0
     assert out.startswith(f"{run} is already at step 6 of 6")
     assert "valid_loss" in out
+    assert "; a larger --train.steps continues it" in out
+    epochs = command(*words, "--train.steps=null", "--train.epochs=1.5")[1]
+    assert "; a larger --train.epochs continues it" in epochs
     told = refused(*words, "--train.steps=4")
-    assert f"train.steps: got 4, but {run} is already at step 6" in told
+    assert f"train.steps: got 4 steps, but {run} is already at step 6" in told
     assert before == ((run / "config.yaml").read_bytes(), (run / "config.yaml").stat().st_mtime_ns)
 
 

@@ -313,7 +313,7 @@ def test_pickle(tree, tmp_path):
 def test_small_data_are_kept_in_memory_unasked(tree, monkeypatch):
     assert open_images(folder(tree), "train", 0)._cache is not None
     assert open_images(folder(tree, cache=False), "train", 0)._cache is None
-    monkeypatch.setattr("translution.apps.data.images.CACHE", 1000)
+    monkeypatch.setattr("translution.apps.data.images.CACHE_BYTES", 1000)
     assert open_images(folder(tree), "train", 0)._cache is None
     assert open_images(folder(tree, cache=True), "train", 0)._cache is not None
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lightning")
 pytest.importorskip("datasets")
@@ -86,6 +87,29 @@ def test_print_is_a_recipe_too(tmp_path):
     assert done.returncode == 0, done.stderr
     (tmp_path / "whole.yaml").write_text(done.stdout)
     assert load(Config, tmp_path / "whole.yaml").train.steps == 7
+
+
+@pytest.mark.parametrize(
+    "change", ["size=tiny", "name=resnet26", "name=acmix_swin_tiny", "name=san10", "name=gpt"]
+)
+@pytest.mark.parametrize("path", RECIPES[:2], ids=lambda path: path.stem)
+def test_print_has_the_defaults_of_the_model(path, change, tmp_path):
+    """And stands for the same model."""
+    given = yaml.safe_load(path.read_text("utf-8"))
+    if change.startswith("name"):
+        given["model"] = {}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given))
+    before = load(Config, tmp_path / "given.yaml", [f"model.{change}"])
+    (tmp_path / "whole.yaml").write_text(before.print_complete())
+    after = load(Config, tmp_path / "whole.yaml")
+    assert after.data == before.data
+    assert after.train == before.train
+    with torch.device("meta"):
+        models = [create_model(c.model.name, **c.model.given) for c in (before, after)]
+    configs = [json.loads(json.dumps(vars(model.config))) for model in models]  # no tuples
+    assert configs[0] == configs[1]
+    missing = set(configs[0]) - set(yaml.safe_load(before.print_complete())["model"])
+    assert missing <= {"image_size", "in_channels", "num_classes", "vocab_size", "context"}
 
 
 def train_kill_resume(recipe, folder, *changes):

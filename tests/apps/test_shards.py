@@ -198,10 +198,10 @@ def edit(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
-        ("00001.bin", truncate, r"00001\.bin: got 126 bytes, want 128; remove .* to tokenise anew"),
+        ("00001.bin", truncate, r"00001\.bin: got 126 bytes, want 128; .* to tokenise again"),
         ("00001.bin", Path.unlink, r"00001\.bin: this shard is missing; remove"),
         ("00001.bin", flip, r"00001\.bin: its content has changed"),
-        ("index.json", Path.unlink, r"index\.json: it is missing"),
+        ("index.json", Path.unlink, r"index\.json: this file is missing"),
         ("index.json", lambda p: p.write_text("{"), r"index\.json: not the index .*JSON"),
         ("index.json", lambda p: edit(p, dtype="int8"), r"index\.json: not the index .*dtype"),
         ("index.json", lambda p: edit(p, format=2), r"index\.json: format is 2, want 1"),

@@ -322,7 +322,7 @@ def test_what_changed_is_tokenised_anew(corpus, tmp_path):
     status = path.stat()
     path.write_bytes(content[::-1].decode(errors="replace").encode()[: len(content)])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.warns(UserWarning, match=r"train: .*/4\.txt changed; tokenised anew"):
+    with pytest.warns(UserWarning, match=r"train: .*/4\.txt changed; tokenised again"):
         after = open_text(chosen, "train", 0)
     assert path.read_bytes().decode() in text_of(after)
     assert text_of(before) != text_of(after)

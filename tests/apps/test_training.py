@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -28,6 +29,7 @@ from translution.apps.config import load, parse
 from translution.apps.training import callbacks, checkpoints
 from translution.apps.training.checkpoints import latest, open_checkpoint
 from translution.apps.training.config import Config
+from translution.apps.training.logs import MetricsFile
 from translution.apps.training.run import evaluate, train
 from translution.apps.training.tasks import Classification, learning_rate
 
@@ -40,7 +42,7 @@ TINY = {
               "ema": 0.8, "clip": 1.0, "validate_every": 4, "save_every": 3, "log_every": 2,
               "device": "cpu"},
 }  # fmt: skip
-MEASURED = {"mfu", "memory_gb", "images_per_second"}  # differ from run to run
+MEASURED = {"seconds", "mfu", "memory_gb", "images_per_second"}  # differ from run to run
 
 
 def config(*changes, **parts):
@@ -226,6 +228,66 @@ def test_it_learns(tmp_path):
 def test_precision_and_compile(tmp_path, precision):
     metrics = train(config(f"--train.precision={precision}", "--train.steps=2"), tmp_path / "run")
     assert metrics["valid_loss"] > 0
+
+
+def test_the_columns_of_the_metrics_are_in_order(finished):
+    with (finished[0] / "metrics.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+    assert reader.fieldnames == [
+        "step", "epoch", "seconds", "learning_rate",
+        "train_loss", "train_accuracy", "train_accuracy_top5", "train_skipped",
+        "valid_loss", "valid_accuracy", "valid_accuracy_top5", "valid_skipped",
+        "images_per_second", "memory_gb", "mfu",
+    ]  # fmt: skip
+    assert [row["epoch"] for row in found if row["valid_loss"]] == ["0.6667", "1.3333", "2"]
+    seconds = [float(row["seconds"]) for row in found]
+    assert seconds == sorted(seconds)
+    digits = [re.sub(r"e.*|\D|^0\.0*", "", value) for row in found for value in row.values()]
+    assert max(map(len, digits)) <= 7
+
+
+def test_metrics_of_an_earlier_version_are_continued(tmp_path):
+    """With other columns, and a last line that was cut off."""
+    (tmp_path / "metrics.csv").write_text(
+        "mfu,step,train_loss,valid_loss\n0.5,2,1.25,\n,4,,1.5\n0.5,6,1.0,\n0.5,8"
+    )
+    file = MetricsFile(tmp_path, 4)
+    file.log_metrics({"train_loss": 1 / 3, "epoch": 1.5}, 6)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,epoch,train_loss,valid_loss,mfu", "2,,1.25,,0.5", "4,,,1.5,", "6,1.5,0.3333333,,",
+    ]  # fmt: skip
+
+
+def test_tensorboard_has_groups(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    assert {
+        "train/loss", "train/learning_rate", "train/epoch", "valid/loss", "valid/accuracy",
+        "speed/images_per_second", "speed/mfu", "speed/memory_gb", "speed/seconds",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
+
+
+def test_seconds_go_on_in_a_resumed_run(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    before = [row["seconds"] for row in callbacks.read_curves(folder)]
+    train(config("--train.steps=14"), folder, resume=True)
+    after = [row["seconds"] for row in callbacks.read_curves(folder)]
+    assert after[: len(before)] == before
+    assert after[len(before)] >= before[-1] > 0
+
+
+def test_a_warmup_that_is_too_long_is_shortened_aloud(tmp_path, capsys):
+    train(config("--train.steps=10", "--train.warmup=500", "--train.log_every=1"), tmp_path / "run")
+    said = "warmup 1 steps, because train.warmup=500 is not shorter than the run"
+    assert said in capsys.readouterr().out
+    rates = [
+        r["learning_rate"] for r in callbacks.read_curves(tmp_path / "run") if "train_loss" in r
+    ]
+    assert max(rates) == pytest.approx(3e-3, rel=0.05)
 
 
 # -- errors --------------------------------------------------------------------------------------

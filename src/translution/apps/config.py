@@ -1,9 +1,11 @@
-"""Configuration: typed and validated; an error names the key, the file and what is allowed."""
+"""Configurations from YAML and the command line. An error names the key, the file and what is
+allowed."""
 
 from __future__ import annotations
 
 import copy
 import difflib
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,26 +22,32 @@ O = TypeVar("O", bound="Options")  # noqa: E741
 
 
 class Options(BaseModel):
-    """A part of a configuration: typed, without unknown keys, unchanging once made."""
+    """A part of a configuration. It is typed, has no unknown keys and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 def load(kind: type[O], path: Path | str, changes: Sequence[str] = ()) -> O:
-    """The configuration in a YAML file, with changes such as "train.steps=100" from a command line.
+    """Read a configuration from a YAML file.
+
+    Args:
+        kind: the class of the configuration.
+        path: the file.
+        changes: changes from a command line, such as "train.steps=100".
 
     Raises:
-        ValueError: naming the file (or the command line), the key, what came and what is allowed.
+        ValueError: a wrong configuration. The message names the file or the command line, the key,
+            the value and what is allowed.
         OSError: a file that cannot be read.
     """
     return parse(kind, read(path), str(path), changes)
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The content of a YAML file, as it stands there.
+    """Read the keys and values of a YAML file, without checking them.
 
     Raises:
-        ValueError: naming the file: not YAML, or not keys and values.
+        ValueError: a file that is not YAML, or has no keys.
         OSError: a file that cannot be read.
     """
     content = _yaml(Path(path).read_text("utf-8"), str(path))
@@ -54,8 +62,19 @@ def parse(
     source: str,
     changes: Sequence[str] | Mapping[str, Any] = (),
 ) -> O:
-    """The configuration in a dict that came from `source`, with changes as above, or with such as
-    {"train.steps": 100} that come from there too."""
+    """Make a configuration from keys and values.
+
+    Args:
+        kind: the class of the configuration.
+        content: the keys and values; they are not changed.
+        source: where they come from, for messages.
+        changes: either texts from a command line, such as "train.steps=100", or a mapping that
+            comes from `source` too, such as {"train.steps": 100}.
+
+    Raises:
+        ValueError: a wrong configuration. The message names the source or the command line, the
+            key, the value and what is allowed.
+    """
     content, given = copy.deepcopy(content), set()
     if isinstance(changes, Mapping):
         for key, value in changes.items():
@@ -72,13 +91,14 @@ def parse(
         return kind.model_validate(content)
     except ValidationError as error:
         wrong = error.errors()
-        told = [_tell(kind, one, source, given) for one in wrong]
-        raise ValueError(some(told, "\n")) from None
+        messages = [_message(kind, one, source, given) for one in wrong]
+        raise ValueError(some(messages, "\n")) from None
 
 
-def as_yaml(options: Options) -> str:
-    """All of it, defaults included."""
-    return yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def as_yaml(options: Options, **replaced: Any) -> str:
+    """A configuration as YAML, with its defaults. `replaced` gives other values for some keys."""
+    content = json.loads(json.dumps(options.model_dump(mode="json") | replaced))  # no tuples
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _yaml(text: str, source: str) -> Any:
@@ -88,37 +108,39 @@ def _yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _put(content: dict[str, Any], keys: list[str], value: Any, told: str) -> None:
+def _put(content: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
     for key in keys[:-1]:
         if content.get(key) is None:
             content[key] = {}
         content = content[key]
         if not isinstance(content, dict):
-            raise ValueError(f"{told} goes into {key!r}, which is a value")
+            raise ValueError(f"{where} goes into {key!r}, which is a value")
     content[keys[-1]] = value
 
 
-def _tell(kind: type[Options], error: Any, source: str, given: set[str]) -> str:
-    """One line for one error of pydantic's."""
+def _message(kind: type[Options], error: Any, source: str, given: set[str]) -> str:
+    """One line for one error of pydantic."""
     path, owner = _walk(kind, error["loc"])
     key = ".".join(path)
-    said = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         known = list(owner.model_fields)
         close = difflib.get_close_matches(path[-1], known, n=1)
         meant = f" (did you mean {close[0]}?)" if close else ""
-        said = f"there is no such key{meant}; allowed are {', '.join(known)}"
+        message = f"there is no such key{meant}; allowed are {', '.join(known)}"
     elif error["type"] == "missing":
-        said = "is missing"
+        message = "is missing"
     elif error["type"] != "value_error" and not error["type"].startswith("union_tag"):
-        said = f"got {error['input']!r}, {said[0].lower()}{said[1:]}"
+        message = f"got {error['input']!r}, {message[0].lower()}{message[1:]}"
     where = "command line" if any(key == g or g.startswith(f"{key}.") for g in given) else source
-    return f"{where}: {key}: {said}" if key else f"{where}: {said}"
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
 
 
 def _walk(kind: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], type[BaseModel]]:
-    """The keys as a file has them (pydantic's path has the kind of a union too), and what owns
-    the last one."""
+    """The path of keys in a file, and the class that the last key belongs to.
+
+    A path of pydantic also contains the `kind` of each union, which a file does not.
+    """
     path, models, owner = list[str](), [kind], kind
     for step in loc:
         if len(models) > 1 and (of := [m for m in models if step in _kinds(m)]):
@@ -137,14 +159,14 @@ def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a type may be."""
+    """The configuration classes that a type allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in _models(part)]
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, but a key given twice is an error."""
+    """A SafeLoader that refuses a key that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, on the device that they are on."""
+"""Augmentation and normalisation of whole batches, on the device of the images."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from ..config import Options
 
 __all__ = ["Augment", "AugmentOptions"]
 
-LEVELS = 30  # of RandAugment's magnitude
-GREY = 0.5  # what RandAugment's geometry leaves empty
-ERASED = (0.02, 1 / 3)  # share of the area
-STRETCH = (0.3, 3.3)  # and its height to its width
+LEVELS = 30  # RandAugment's magnitude goes from 0 to this
+GREY = 0.5  # fills what a rotation or shift by RandAugment uncovers
+ERASED = (0.02, 1 / 3)  # least and largest share of the area that is erased
+STRETCH = (0.3, 3.3)  # least and largest ratio of its height to its width
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class AugmentOptions(Options):
-    """What is changed in training images; as it stands, nothing.
+    """Random changes of training images. By default nothing is changed.
 
-    resized_crop: least and largest share of an image that is cut out and resized, such as
-        [0.08, 1]; ratio: least and largest stretch of it. Done while images are loaded.
-    pad: pixels of black around an image, out of which its size is cut again at random.
-    flip: probability of a mirror image.
-    randaugment: [n, m], n operations per image at magnitude m of 30.
-    erasing: probability that a rectangle becomes the mean colour.
-    mixup, cutmix: alpha of the Beta distribution that the share of another image comes from
-        (as usual 0.8 and 1); 0 is without. Where both are given each batch draws one.
-    mix: probability that a batch is mixed at all.
+    resized_crop: the least and largest share of an image that is cut out and resized, such as
+        [0.08, 1]. ratio: the least and largest stretch of that part. Both happen in the loader.
+    pad: the image gets a black border of so many pixels, and is cut out of it again at random.
+    flip: the probability of a mirror image.
+    randaugment: [n, m] applies n operations to each image, at magnitude m of 30.
+    erasing: the probability that a rectangle is filled with the mean colour.
+    mixup, cutmix: alpha of the Beta distribution that the share of another image is drawn from,
+        usually 0.8 and 1; 0 switches it off. If both are given, each batch draws one of them.
+    mix: the probability that a batch is mixed at all.
     """
 
     resized_crop: tuple[float, float] | None = None
@@ -63,7 +63,7 @@ class AugmentOptions(Options):
         if n < 1 or not 0 <= m <= LEVELS:
             raise ValueError(
                 f"randaugment: got {[n, m]}, want [n, m] with n of at least 1 and "
-                f"m of 0 to {LEVELS} (null is without)"
+                f"m from 0 to {LEVELS} (null switches it off)"
             )
         for name in ("mixup", "cutmix"):
             if not math.isfinite(getattr(self, name)):
@@ -72,15 +72,21 @@ class AugmentOptions(Options):
 
     @property
     def mixes(self) -> bool:
-        """Whether targets are shares of classes rather than one class."""
+        """Whether a target is a probability for each class instead of one class."""
         return bool(self.mix and (self.mixup or self.cutmix))
 
 
 class Augment(nn.Module):
-    """Batches as the model takes them: augmented in training mode, normalised in both.
+    """Prepares batches for a model: augments them in training mode, and always normalises them.
 
-    All that is random is drawn from torch's global generator of the CPU, whatever the device of
-    the images: equal seeds give equal changes everywhere.
+    All random numbers come from torch's global generator on the CPU, whatever the device of the
+    images is. So equal seeds give equal changes on every device.
+
+    Args:
+        options: the random changes.
+        classes: the number of classes.
+        image_size: (height, width) in pixels.
+        mean, std: per channel, for values from 0 to 1.
     """
 
     mean: Tensor
@@ -94,35 +100,39 @@ class Augment(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        """mean, std: per channel, of values from 0 to 1."""
         super().__init__()
         self.options = options
         self.classes = classes
         self.image_size = tuple(image_size)
-        # not weights: a checkpoint has them in its configuration
+        # not saved with the weights, because a checkpoint's configuration has them
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images: uint8 [b, c, h, w]. labels: int64 [b].
+        """Augment and normalise a batch.
+
+        Args:
+            images: uint8 [batch, channels, height, width].
+            labels: int64 [batch].
 
         Returns:
-            float32 images [b, c, h, w], normalised, and the targets: int64 [b], or where images
-            are mixed (in training mode) float32 [b, classes] that sum to 1.
+            The images, float32 of the same shape, and the targets: int64 [batch], or probabilities
+            float32 [batch, classes] if images are mixed (only in training mode).
 
         Raises:
-            ValueError: images of another dtype or shape, or labels of another number.
+            ValueError: images of another dtype or shape, or another number of labels.
         """
         want = (len(self.mean), *self.image_size)
-        if not len(images):  # of an empty batch nobody knows the shape
+        if not len(images):  # `collate` does not know the shape of an empty batch
             images = images.new_zeros(0, *want)
         if images.dtype != torch.uint8 or images.shape[1:] != want or len(labels) != len(images):
             raise ValueError(
                 f"images: got {images.dtype} {list(images.shape)} and {len(labels)} labels, want "
                 f"torch.uint8 {['b', *want]} and b labels"
             )
-        with torch.autocast(images.device.type, enabled=False):  # half precision bands colours
+        # half precision would round colours
+        with torch.autocast(images.device.type, enabled=False):
             pixels = images.float() / 255
             targets = labels
             if self.training:
@@ -145,7 +155,7 @@ class Augment(nn.Module):
         return pixels
 
     def _mixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """With a share of another image of the batch, or of what another image has in a box."""
+        """Mix each image with another one of the batch: all pixels (MixUp) or a box (CutMix)."""
         options = self.options
         mixed, cut = torch.rand(2).tolist()
         if mixed >= options.mix:
@@ -164,24 +174,24 @@ class Augment(nn.Module):
 
 
 def _chosen(probability: float, pixels: Tensor) -> Tensor:
-    """Each image with this probability, [b, 1, 1, 1]."""
+    """Choose each image with this probability: bool [batch, 1, 1, 1]."""
     return (torch.rand(len(pixels), 1, 1, 1) < probability).to(pixels.device)
 
 
 def _shifted(pixels: Tensor, by: int) -> Tensor:
-    """Each image cut out of itself with a border of zeros: every place equally likely."""
+    """Add a border of zeros and cut each image out again at a random position."""
     b, _, h, w = pixels.shape
     places = torch.randint(2 * by + 1, (2, b, 1)).to(pixels.device)
     rows = places[0] + torch.arange(h, device=pixels.device)
     columns = places[1] + torch.arange(w, device=pixels.device)
     image = torch.arange(b, device=pixels.device)[:, None, None]
-    # the axis of channels lies between indices, and so comes last
+    # indexing moves the axis of channels to the end, because it lies between indices
     padded = pad(pixels, (by, by, by, by))
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _rectangles(pixels: Tensor) -> Tensor:
-    """A random rectangle in each image, bool [b, 1, h, w]."""
+    """A random rectangle in each image: bool [batch, 1, height, width]."""
     b, _, h, w = pixels.shape
     area, stretch, y, x = torch.rand(4, b)
     area = h * w * (ERASED[0] + area * (ERASED[1] - ERASED[0]))
@@ -200,7 +210,8 @@ def _rectangles(pixels: Tensor) -> Tensor:
 
 
 def _cut(h: int, w: int, share: float) -> tuple[tuple[slice, slice], float]:
-    """CutMix's box of about this share of the area around a random centre, and its true share."""
+    """A box (rows, columns) of about this share of the area around a random centre, and its exact
+    share after clipping at the border."""
     y, x = torch.rand(2).tolist()
     rows, columns = (
         slice(max(0, round(c * n - side * n / 2)), min(n, round(c * n + side * n / 2)))
@@ -214,28 +225,29 @@ def _cut(h: int, w: int, share: float) -> tuple[tuple[slice, slice], float]:
 
 
 def _rand_augment(pixels: Tensor, n: int, m: int) -> Tensor:
-    """n operations on each image, drawn for each on its own, at ±m of 30."""
+    """Apply n random operations to each image, at magnitude +m or -m of 30."""
     pixels = pixels.clone()
     operations = _operations()
     for _ in range(n):
         drawn = torch.randint(len(operations), (len(pixels),))
         level = m / LEVELS * (torch.randint(2, (len(pixels),)) * 2 - 1)
         for i, operation in enumerate(operations):
-            some = (drawn == i).nonzero()[:, 0]
-            if len(some):
-                here = some.to(pixels.device)
-                changed = operation(pixels[here], level[some].to(pixels.device))
+            indices = (drawn == i).nonzero()[:, 0]
+            if len(indices):
+                here = indices.to(pixels.device)
+                changed = operation(pixels[here], level[indices].to(pixels.device))
                 pixels[here] = changed.clamp(0, 1)
     return pixels
 
 
 def _operations() -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """RandAugment's fourteen: images [k, c, h, w] from 0 to 1 and levels [k] from -1 to 1."""
+    """RandAugment's fourteen operations. Each takes images [images, channels, height, width] with
+    values from 0 to 1, and levels [images] from -1 to 1."""
     from kornia import enhance
     from kornia.geometry.transform import warp_affine
 
     def warp(x: Tensor, rows: Sequence[Sequence[Tensor | float]]) -> Tensor:
-        """By a matrix [[a, b, tx], [c, d, ty]] about the centre; tx and ty in image sizes."""
+        """Apply the matrix [[a, b, tx], [c, d, ty]] about the centre; tx, ty are in image sizes."""
         h, w = x.shape[-2:]
         (a, b, tx), (c, d, ty) = rows
         cx, cy = (w - 1) / 2, (h - 1) / 2

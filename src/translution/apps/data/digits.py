@@ -21,8 +21,8 @@ from torch import Tensor
 
 __all__ = ["Digits", "Ring", "load_digits", "mnist", "place", "read_idx", "rings", "train_batches"]
 
-# The four files of MNIST and the SHA-256 of what is in them (unpacked, so that it does not matter
-# how a copy was compressed).
+# The four files of MNIST and the SHA-256 of their content when unpacked, so that it does not matter
+# how a copy was compressed.
 MNIST = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -33,12 +33,12 @@ SOURCES = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
-RINGS = 10  # at most so many distances in "accuracy against distance moved"
+RINGS = 10  # the most distances that accuracy is measured at
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Digits [n, height, width] with values 0 to 1, and their labels; the test ones held out."""
+    """Digits, float32 [n, height, width] with values from 0 to 1, and their labels, int64 [n]."""
 
     train: Tensor
     train_labels: Tensor
@@ -47,17 +47,18 @@ class Digits:
 
     @property
     def size(self) -> int:
+        """The side of a digit in pixels."""
         return int(self.train.shape[-1])
 
     def limited(self, train: int | None, test: int | None) -> Digits:
-        """The first so many of each part (their order is random already)."""
+        """Only the first digits of each part, whose order is random already. None keeps all."""
         return Digits(
             self.train[:train], self.train_labels[:train], self.test[:test], self.test_labels[:test]
         )
 
 
 def load_digits() -> Digits:
-    """The 1,797 digits of 8×8 pixels that scikit-learn ships; a fixed fifth is held out."""
+    """The 1,797 digits of 8×8 pixels that scikit-learn contains. A fixed fifth is for testing."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -74,10 +75,15 @@ def mnist(
     sources: Sequence[str] = SOURCES,
     checksums: dict[str, str] | None = None,
 ) -> Digits:
-    """MNIST from its four IDX files in this folder, gzip or not; absent ones are downloaded.
+    """MNIST from the four IDX files in a folder, plain or with gzip. Missing files are downloaded.
+
+    Args:
+        folder: where the files are.
+        sources: addresses to download from, in this order.
+        checksums: the SHA-256 of each unpacked file; None takes those of MNIST.
 
     Raises:
-        ValueError: a file that is not what it should be.
+        ValueError: a file with another content.
         OSError: a file that cannot be read or downloaded.
     """
     checksums = MNIST if checksums is None else checksums
@@ -98,7 +104,15 @@ def mnist(
 
 
 def read_idx(content: bytes, name: str) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file."""
+    """The array of unsigned bytes in an IDX file.
+
+    Args:
+        content: the unpacked file.
+        name: its name, for messages.
+
+    Raises:
+        ValueError: another format, or a file that is cut off.
+    """
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 4:
         raise ValueError(
             f"{name}: not an IDX file of unsigned bytes (it starts with {content[:4].hex(' ')}, "
@@ -136,7 +150,7 @@ def _check(name: str, content: bytes, checksum: str) -> None:
 
 
 def _download(folder: Path, name: str, checksum: str, sources: Sequence[str]) -> bytes:
-    """Fetch a file from the first source that has it; it appears in the folder only if right."""
+    """Download a file from the first source that offers it. Only a correct file is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     problems = []
     for source in sources:
@@ -159,14 +173,22 @@ def _download(folder: Path, name: str, checksum: str, sources: Sequence[str]) ->
     )
 
 
-# -- places on the canvas ------------------------------------------------------------------------
+# -- positions on a canvas -----------------------------------------------------------------------
 
 
 def place(digits: Tensor, canvas: int, places: Tensor) -> Tensor:
-    """Images [n, 1, canvas, canvas], digit i with its upper left pixel at places[i] (row, column).
+    """Place digits on black canvases.
+
+    Args:
+        digits: [n, height, width].
+        canvas: the side of the canvas in pixels.
+        places: int64 [n, 2], the row and column of each digit's upper left pixel.
+
+    Returns:
+        Images [n, 1, canvas, canvas].
 
     Raises:
-        ValueError: a digit that would not lie within the canvas.
+        ValueError: a digit that would not lie within its canvas.
     """
     n, size = len(digits), digits.shape[-1]
     if n and (places.min() < 0 or places.max() > canvas - size):
@@ -182,11 +204,15 @@ def place(digits: Tensor, canvas: int, places: Tensor) -> Tensor:
 
 
 def centre(n: int, size: int, canvas: int) -> Tensor:
+    """Positions [n, 2] that put digits of this size in the centre of a canvas."""
     return torch.full((n, 2), (canvas - size) // 2)
 
 
 def anywhere(n: int, size: int, canvas: int, generator: torch.Generator, step: int = 1) -> Tensor:
-    """step: the places are away from the centre by multiples of so many pixels."""
+    """Random positions [n, 2] for digits of this size on a canvas.
+
+    Their distances from the centre, down and across, are multiples of `step` pixels.
+    """
     first = (canvas - size) // 2 % step
     count = (canvas - size - first) // step + 1
     return first + step * torch.randint(count, (n, 2), generator=generator)
@@ -194,42 +220,59 @@ def anywhere(n: int, size: int, canvas: int, generator: torch.Generator, step: i
 
 @dataclass(frozen=True)
 class Ring:
-    """The places at a distance (the larger of rows and columns) of first to last pixels."""
+    """The positions whose distance from the centre is from `first` to `last` pixels.
+
+    The distance is the larger one of rows and columns.
+
+    places: int64 [n, 2].
+    share: how many of all positions these are, from 0 to 1.
+    """
 
     first: int
     last: int
-    places: Tensor  # [n, 2]
-    share: float  # of all places
+    places: Tensor
+    share: float
 
 
 def rings(size: int, canvas: int) -> list[Ring]:
-    """All places of a digit by their distance from the centre, nearest first."""
+    """All positions of a digit of this size, grouped by distance from the centre, nearest first."""
     axis = torch.arange(canvas - size + 1)
     every = torch.cartesian_prod(axis, axis)
     distance = (every - (canvas - size) // 2).abs().amax(1)
     most = int(distance.max())
     count = min(RINGS - 1, most)
     edges = [0] + [1 + i * most // count for i in range(count + 1)]
-    found = []
+    groups = []
     for first, after in itertools.pairwise(edges):
         places = every[(distance >= first) & (distance < after)]
-        found.append(Ring(first, after - 1, places, len(places) / len(every)))
-    return found
+        groups.append(Ring(first, after - 1, places, len(places) / len(every)))
+    return groups
 
 
 def train_batches(
     data: Digits, canvas: int, moved: bool, batch_size: int, steps: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` batches, going through the digits in a new order each time around."""
+    """Batches of training digits on canvases. Every epoch has a new random order.
+
+    Args:
+        data: the digits.
+        canvas: the side of the canvas in pixels.
+        moved: whether digits lie anywhere on the canvas, or in its centre.
+        batch_size, steps: the size and number of batches.
+        seed: decides orders and positions.
+
+    Yields:
+        Images, float32 [batch_size, 1, canvas, canvas], and labels, int64 [batch_size].
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(order) < batch_size:
             again = torch.randperm(len(data.train), generator=generator)
             order = torch.cat([order, again])
-        some, order = order[:batch_size], order[batch_size:]
+        chosen, order = order[:batch_size], order[batch_size:]
         if moved:
             places = anywhere(batch_size, data.size, canvas, generator)
         else:
             places = centre(batch_size, data.size, canvas)
-        yield place(data.train[some], canvas, places), data.train_labels[some]
+        yield place(data.train[chosen], canvas, places), data.train_labels[chosen]

@@ -1,4 +1,4 @@
-"""Text documents from files, Parquet and the Hugging Face hub, read as a stream, piece by piece."""
+"""Documents in text files, in Parquet files and on the Hugging Face hub, read piece by piece."""
 
 from __future__ import annotations
 
@@ -15,40 +15,45 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
 from ...utils.files import write_whole
 from ..config import Options
+from .parts import Part
+from .text_options import TextOptions
 from .transform import find
-
-if TYPE_CHECKING:
-    from .text import Part, TextOptions
 
 __all__ = ["Piece", "Place", "Scan", "Source", "pieces", "places", "scan"]
 
-PIECE = 2**17  # characters; a longer document is tokenised in pieces, which no token joins
-BLOCK = 2**17  # bytes that are read at once, and most that is seen of a line to find its document
+PIECE = 2**17  # characters; a longer document is tokenised in pieces, and no token spans two pieces
+BLOCK = 2**17  # bytes that are read at once; `documents` is matched against the first so many bytes
 
-# The number of a document within its place, and some of its text.
+# The number of a document within its place, and a part of its text.
 Fragment = tuple[int, str]
 
 
 class Piece(NamedTuple):
-    """A document, or of a long one a part that ends with a line where it can."""
+    """A document, or a part of a long one. A part ends at the end of a line if possible.
 
-    document: int  # its number within its place; empty documents do not count
+    document: the number of the document within its place; empty documents are not counted.
+    text: the text of the piece.
+    ends: whether the piece is the last one of its document.
+    """
+
+    document: int
     text: str
-    ends: bool  # whether the document ends with it
+    ends: bool
 
 
 @dataclass(frozen=True)
 class Place:
-    """A file or table that documents stand in.
+    """A file or table with documents.
 
-    stamp: another one where the content may have changed.
-    read: its text. Raises ValueError, without the name, for what is not text.
+    name: its path or the name of the data set.
+    stamp: a text that changes when the content may have changed.
+    read: reads the text. It raises ValueError, without the name, for content that is not text.
     """
 
     name: str
@@ -57,8 +62,13 @@ class Place:
 
 
 class Source(Options):
-    """What a place was found to hold. sha256: of the text and where its documents end.
-    bad: why none of it is used."""
+    """The content of a place, as one reading found it.
+
+    name, stamp: those of the place.
+    sha256: a hash of the text and of where its documents end.
+    documents, bytes: how many documents there are, and how many bytes of UTF-8 they have.
+    bad: why the place is not used, or None.
+    """
 
     name: str
     stamp: str
@@ -69,12 +79,13 @@ class Source(Options):
 
 
 class Scan(Options):
-    """All that a part's places hold."""
+    """The content of all places of a part."""
 
     sources: tuple[Source, ...]
 
     @property
     def good(self) -> list[Source]:
+        """The sources that are used."""
         return [source for source in self.sources if source.bad is None]
 
     @property
@@ -87,10 +98,10 @@ class Scan(Options):
 
 
 def pieces(place: Place) -> Iterator[Piece]:
-    """The documents of a place in order, never more than a piece of one in memory.
+    """Read the documents of a place in order, with at most one piece in memory.
 
     Raises:
-        ValueError: naming the place.
+        ValueError: content that is not text; the message names the place.
     """
     try:
         for document, (_, group) in enumerate(itertools.groupby(place.read(), itemgetter(0))):
@@ -107,21 +118,28 @@ def pieces(place: Place) -> Iterator[Piece]:
 
 
 def scan(
-    found: list[Place], bad: str, file: Path, advance: Callable[[int], object]
+    given: list[Place], bad: str, file: Path, advance: Callable[[int], object]
 ) -> tuple[Scan, list[str]]:
-    """Read everything once, except what has the stamp that it had when `file` was written.
+    """Read the places that have changed since `file` was written, and write the result there.
 
-    Also returns the names of what was there before with another text. advance: is told of bytes.
+    Args:
+        given: the places.
+        bad: "refuse" or "skip", what happens to a place without text.
+        file: keeps the result between runs.
+        advance: called with the number of bytes that were just read.
+
+    Returns:
+        The content of all places, and the names of those whose text has changed.
 
     Raises:
-        ValueError: a place without text or with something else, if bad is "refuse".
+        ValueError: a place without text, if `bad` is "refuse".
     """
     try:
         before = {s.name: s for s in Scan.model_validate_json(file.read_bytes()).sources}
-    except (OSError, ValidationError):  # it only saves time
+    except (OSError, ValidationError):  # the file only saves time
         before = {}
     sources, changed = [], []
-    for place in found:
+    for place in given:
         source = before.get(place.name)
         if source is None or source.stamp != place.stamp:
             source = _scanned(place, advance)
@@ -130,11 +148,11 @@ def scan(
         if source.bad and bad == "refuse":
             raise ValueError(f"{source.bad}; bad=skip leaves such out")
         sources.append(source)
-    all_of_it = Scan(sources=tuple(sources))
+    result = Scan(sources=tuple(sources))
     if sources != list(before.values()):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda to: to.write_text(all_of_it.model_dump_json(), "utf-8"))
-    return all_of_it, changed
+        write_whole(file, lambda to: to.write_text(result.model_dump_json(), "utf-8"))
+    return result, changed
 
 
 def _scanned(place: Place, advance: Callable[[int], object]) -> Source:
@@ -145,7 +163,7 @@ def _scanned(place: Place, advance: Callable[[int], object]) -> Source:
             digest.update(text)
             size += len(text)
             if piece.ends:
-                digest.update(b"\xff")  # which no UTF-8 has
+                digest.update(b"\xff")  # a byte that UTF-8 never contains
                 documents += 1
             advance(len(text))
     except ValueError as error:
@@ -161,14 +179,14 @@ def _scanned(place: Place, advance: Callable[[int], object]) -> Source:
     )
 
 
-# -- where text stands ---------------------------------------------------------------------------
+# -- places of text -------------------------------------------------------------------------------
 
 
 def places(options: TextOptions, part: Part) -> list[Place]:
-    """What the key of this name says, in natural order (2 before 10), each once.
+    """The places that the options name for a part, each once, in natural order (2 before 10).
 
     Raises:
-        ValueError: nothing is there, or it is not what the format says, naming the part.
+        ValueError: a part without places, or one of another format; the message names the part.
     """
     given = getattr(options, part)
     if given is None:
@@ -209,7 +227,7 @@ def _file(options: TextOptions, file: Path) -> Place:
 
 
 def _read_file(file: Path, documents: str) -> Iterator[Fragment]:
-    """Of a file that is one document, or has one at each line that begins with a match."""
+    """Read a file that is one document, or that starts one at each matching line."""
     packed = file.suffix.lower() == ".gz"
     with cast(IO[bytes], gzip.open(file) if packed else open(file, "rb")) as opened:
         try:
@@ -231,7 +249,7 @@ def _read_file(file: Path, documents: str) -> Iterator[Fragment]:
 
 
 def _blocks(file: IO[bytes]) -> Iterator[str]:
-    """A file's text in blocks that end where lines end, unless a line is very long."""
+    """Read a file in blocks of text. A block ends at the end of a line unless the line is long."""
     decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
         raw = file.read(BLOCK)
@@ -288,7 +306,12 @@ def _hub(options: TextOptions, split: str) -> Place:
         columns = (chunk for batch in batches for chunk in batch.column(0).chunks)
         return _rows(columns, options.bad)
 
-    return Place(name, f"{table._fingerprint} {len(table)}", read)
+    return Place(name, fingerprint(table), read)
+
+
+def fingerprint(table: Any) -> str:
+    """A text that changes with the content of a data set. `datasets` has no public name for it."""
+    return f"{table._fingerprint} {len(table)}"
 
 
 def _check_column(name: str, schema: Any, column: str) -> None:
@@ -303,7 +326,7 @@ def _check_column(name: str, schema: Any, column: str) -> None:
 
 
 def _rows(columns: Iterable[Any], bad: str) -> Iterator[Fragment]:
-    """A row is a document; one without text is bad."""
+    """Read each row as a document. A row without text is bad."""
     for row, value in enumerate(value for column in columns for value in column):
         try:
             text = value.as_py()
@@ -317,7 +340,7 @@ def _rows(columns: Iterable[Any], bad: str) -> Iterator[Fragment]:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A long text in parts that end where lines end, unless a line is very long."""
+    """Divide a long text. A part ends at the end of a line unless the line is long."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE - 1, start + 2 * PIECE) + 1

@@ -1,22 +1,22 @@
-"""Images and their classes, from folders, Parquet, the Hugging Face hub, or digits."""
+"""Images and their classes as a data set: opening a part, reading samples, making batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor
 
-from ..config import Options
-from .augment import AugmentOptions
 from .digits import anywhere, centre, place
-from .sources import Source, read
+from .image_options import ImageOptions
+from .order import generator_of
+from .parts import PARTS, Part
+from .sources import Source, read_source
 from .transform import centred_box, decode, fit, image_files, random_box
 
 __all__ = [
@@ -30,127 +30,16 @@ __all__ = [
     "open_images",
 ]
 
-Part = Literal["train", "valid", "test"]
-PARTS: tuple[Part, ...] = ("train", "valid", "test")
-CACHE = 2**28  # bytes of pixels that are kept in memory unasked
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-DIGIT = {"digits": 8, "mnist": 28}  # side in pixels
-COLUMNS = {"image_column", "label_column", "classes"}
-# The keys that only some formats have.
-KEYS: dict[str, set[str]] = {
-    "folder": {"train", "valid", "test", "cache"},
-    "parquet": {"train", "valid", "test", "cache"} | COLUMNS,
-    "hub": {"train", "valid", "test", "cache", "name", "subset", "revision"} | COLUMNS,
-    "digits": {"canvas", "moved"},
-    "mnist": {"canvas", "moved", "folder"},
-}
-NEEDED = {
-    "folder": ("train",), "parquet": ("train",), "hub": ("name", "train"), "digits": (),
-    "mnist": ("folder",),
-}  # fmt: skip
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-class ImageOptions(Options):
-    """Where images come from, and what they become.
-
-    format: "folder" (of a folder per class), "parquet" (columns of encoded images and of labels),
-        "hub" (a data set of the Hugging Face hub), "digits" (scikit-learn's), "mnist".
-    train, valid, test: folders; Parquet files, folders of them or globs; or names of splits. Paths
-        are relative to where the program runs. Without `valid`, `holdout` of train is held out.
-    name, subset, revision: of a data set on the hub. folder: MNIST's four files.
-    image_column, label_column, classes: the columns, and names for labels that have none.
-    image_size: pixels, a side or [h, w]. channels: 1 or 3.
-    canvas, moved: digits are put on a canvas of this side, in the centre, anywhere (true), or away
-        from the centre by multiples of so many pixels, down and across.
-    crop: share of the short side that evaluation sees (of images that have the size already, all).
-    train_limit, valid_limit, test_limit: at most so many, drawn at random.
-    mean, std: per channel, of values from 0 to 1.
-    bad: images that cannot be read are refused, or skipped and counted.
-    cache: keep decoded pixels in memory; null: if they are less than 256 MiB.
-    """
-
-    kind: Literal["images"] = "images"
-    format: Literal["folder", "parquet", "hub", "digits", "mnist"]
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
-    holdout: float = Field(0.1, ge=0, lt=1)
-    name: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    folder: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    classes: tuple[str, ...] | None = None
-    image_size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
-    channels: Literal[1, 3]
-    canvas: PositiveInt | None = None
-    moved: bool | PositiveInt = False
-    crop: float = Field(gt=0, le=1)
-    resample: Literal["bilinear", "bicubic"] = "bicubic"
-    train_limit: PositiveInt | None = None
-    valid_limit: PositiveInt | None = None
-    test_limit: PositiveInt | None = None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    bad: Literal["refuse", "skip"] = "refuse"
-    cache: bool | None = None
-    augment: AugmentOptions = AugmentOptions()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, content: Any) -> Any:
-        """The defaults that depend on the format."""
-        if not isinstance(content, dict):
-            return content
-        side = DIGIT.get(str(content.get("format")))
-        defaults: dict[str, Any] = {"channels": 1 if side else 3, "crop": 1.0 if side else 0.875}
-        if side:
-            defaults["canvas"] = side
-            defaults["image_size"] = content.get("canvas") or side
-        if (content.get("channels") or defaults["channels"]) == 1:
-            defaults |= {"mean": (0.5,), "std": (0.5,)}
-        else:
-            defaults |= IMAGENET
-        given = {k: v for k, v in content.items() if v is not None or k not in defaults}
-        return defaults | given
-
-    @model_validator(mode="after")
-    def _check(self) -> ImageOptions:
-        for key in NEEDED[self.format]:
-            if getattr(self, key) is None:
-                raise ValueError(f"{key}: is missing; format {self.format!r} needs it")
-        for key in sorted(set().union(*KEYS.values()) - KEYS[self.format]):
-            value = getattr(self, key)
-            if value != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: got {value!r}, want none with format {self.format!r}")
-        if self.test is not None and self.test in (self.train, self.valid):
-            raise ValueError(
-                f"test: got {self.test!r}, want other images than train and valid have"
-            )
-        if self.valid is not None and self.valid == self.train:
-            raise ValueError(f"valid: got {self.valid!r}, want other images than train has")
-        if self.canvas is not None and self.canvas < DIGIT[self.format]:
-            raise ValueError(
-                f"canvas: got {self.canvas}, want at least a digit's side of {DIGIT[self.format]}"
-            )
-        for key in ("mean", "std"):
-            if len(getattr(self, key)) != self.channels:
-                raise ValueError(
-                    f"{key}: got {len(getattr(self, key))} values, want {self.channels} (channels)"
-                )
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std: got {list(self.std)}, want values above 0")
-        return self
+CACHE_BYTES = 2**28  # decoded images that take less are kept in memory by default
 
 
 class ImageBatch(NamedTuple):
-    """images: uint8 [b, channels, h, w]. labels: int64 [b]. skipped: bad images left out."""
+    """A batch of images.
+
+    images: uint8 [batch, channels, height, width].
+    labels: int64 [batch].
+    skipped: the number of unreadable images that were left out.
+    """
 
     images: Tensor
     labels: Tensor
@@ -158,7 +47,7 @@ class ImageBatch(NamedTuple):
 
 
 def collate(items: Sequence[tuple[Tensor, int] | None]) -> ImageBatch:
-    """A batch of what is there; of nothing, images [0, 0, 0, 0]."""
+    """Make a batch of the samples that could be read. Without any, images is [0, 0, 0, 0]."""
     good = [item for item in items if item is not None]
     images = [image for image, _ in good]
     return ImageBatch(
@@ -169,7 +58,7 @@ def collate(items: Sequence[tuple[Tensor, int] | None]) -> ImageBatch:
 
 
 def load_image(path: Path | str, options: ImageOptions) -> Tensor:
-    """An image file as evaluation sees it: uint8 [channels, h, w].
+    """Read an image file and prepare it as evaluation does: uint8 [channels, height, width].
 
     Raises:
         ValueError: an image that cannot be decoded.
@@ -184,70 +73,81 @@ def load_image(path: Path | str, options: ImageOptions) -> Tensor:
 
 
 def open_images(options: ImageOptions, part: Part, seed: int) -> Images:
-    """A part of the data. Equal seeds give equal parts, orders and pixels.
+    """Open a part of the data. Equal seeds give equal parts, orders and pixels.
 
-    Where there is no `valid`, it is drawn from train by the seed, which then has to be the same
-    for both.
+    Without `options.valid`, the seed decides which training images are held out for validation, so
+    both parts must be opened with the same seed.
 
     Raises:
-        ValueError: data that are not what they should be, naming the part and the file or row.
+        ValueError: wrong data; the message names the part and the file or row.
         OSError: a file that cannot be read.
     """
-    held = part == "valid" and options.valid is None
-    if held and not options.holdout:
+    held_out = part == "valid" and options.valid is None
+    if held_out and not options.holdout:
         raise ValueError("valid: got none and a holdout of 0, want one of them")
-    source = read(options, "train" if held else part)
+    source = read_source(options, "train" if held_out else part)
     n = len(source.labels)
     chosen = torch.arange(n)
     if options.valid is None and part != "test":
         count = max(1, round(n * options.holdout)) if options.holdout else 0
         if count >= n:
             raise ValueError(f"train: got {n} images, want more than the {count} held out")
-        order = torch.randperm(n, generator=_seeded(seed, 0))
-        chosen = order[:count] if held else order[count:]
+        order = torch.randperm(n, generator=generator_of(seed, 0))
+        chosen = order[:count] if held_out else order[count:]
     limit = getattr(options, f"{part}_limit")
     if limit is not None:
-        order = torch.randperm(len(chosen), generator=_seeded(seed, 1, PARTS.index(part)))
+        order = torch.randperm(len(chosen), generator=generator_of(seed, 1, PARTS.index(part)))
         chosen = chosen[order[:limit]]
     return Images(options, part, seed, source, chosen.sort().values)
 
 
 class Images(torch.utils.data.Dataset[Any]):
-    """Images of one part; what is random in one depends on seed, epoch and index alone.
+    """The images of one part. The random changes of a sample depend on the seed, the epoch and the
+    index alone; evaluation is the same in every epoch.
 
-    Evaluation is the same in every epoch. classes: their names, by label. labels: int64 [n].
+    Attributes:
+        classes: the names of the classes; label i stands for the i-th.
+        channels: 1 (grey) or 3 (RGB).
+        labels: int64 [images].
+        unreadable: how many images cannot be read, or None if they were not all decoded yet.
     """
 
     def __init__(
         self, options: ImageOptions, part: Part, seed: int, source: Source, chosen: Tensor
     ) -> None:
+        """chosen: the rows of `source` that belong to this part, int64 [images]."""
         self.options = options
         self.part: Part = part
         self.seed = seed
         self.classes = source.classes
         self.channels: int = options.channels
         self.labels = source.labels[chosen]
+        self.unreadable: int | None = None
         self._source = source
         self._rows = chosen
         self._cache: _Pixels | None = None
-        if not isinstance(source.images, Tensor) and self._worth_caching():
+        if isinstance(source.images, Tensor):
+            self.unreadable = 0
+        elif self._worth_caching():
             self._cache = _Pixels.of(self._decoded(i) for i in range(len(self)))
+            self.unreadable = int((self._cache.shapes[:, 0] == 0).sum())
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | None:
-        """(epoch, index) -> uint8 [channels, h, w] and a label; None for a bad image skipped."""
+        """(epoch, index) -> uint8 [channels, height, width] and a label; None for an unreadable
+        image that is skipped."""
         epoch, index = key
         training, options = self.part == "train", self.options
         crops = options.augment.resized_crop if training else None
-        # a generator takes as long to make as a small image to read
+        # seeding a generator takes as long as reading a small image, so it is done only if needed
         generator = torch.Generator()
         if crops or options.moved:
             part = PARTS.index(self.part)
-            generator = _seeded(self.seed, 2, part, epoch if training else 0, index)
+            generator = generator_of(self.seed, 2, part, epoch if training else 0, index)
         if isinstance(self._source.images, Tensor):
-            image: Image.Image | None = self._placed(index, generator)
+            image: Image.Image | None = self._digit_on_canvas(index, generator)
         else:
             image = self._decoded(index) if self._cache is None else self._cache[index]
         if image is None:
@@ -259,7 +159,7 @@ class Images(torch.utils.data.Dataset[Any]):
             box = centred_box(*image.size, size, options.crop)
         return fit(image, size, box, options.resample), int(self.labels[index])
 
-    def _placed(self, index: int, generator: torch.Generator) -> Image.Image:
+    def _digit_on_canvas(self, index: int, generator: torch.Generator) -> Image.Image:
         digit = self._source.images[self._rows[index]]
         size, canvas = len(digit), self.options.canvas or len(digit)
         moved = self.options.moved
@@ -288,20 +188,25 @@ class Images(torch.utils.data.Dataset[Any]):
             raise ValueError(f"{self.part}: {name}: {error}") from None
 
     def _worth_caching(self) -> bool:
+        """Estimate the size of all decoded images from 16 of them."""
         if self.options.cache is not None or not len(self):
             return bool(self.options.cache)
-        some = range(0, len(self), max(1, len(self) // 16))
-        sizes = [i.width * i.height * self.channels for i in map(self._decoded, some) if i]
-        return sum(sizes) / max(1, len(sizes)) * len(self) <= CACHE
+        sample = range(0, len(self), max(1, len(self) // 16))
+        sizes = [i.width * i.height * self.channels for i in map(self._decoded, sample) if i]
+        return sum(sizes) / max(1, len(sizes)) * len(self) <= CACHE_BYTES
 
 
 @dataclass
 class _Pixels:
-    """Decoded images end to end in one tensor, which the workers of a loader share."""
+    """Decoded images one after the other in one tensor, which loader processes share.
 
-    pixels: Tensor  # uint8, flat
+    pixels: uint8 [bytes]. ends: int64 [images], where each image ends in `pixels`.
+    shapes: int64 [images, 2 or 3], the shape of each image; zeros for an unreadable one.
+    """
+
+    pixels: Tensor
     ends: Tensor
-    shapes: Tensor  # [n, axes]; a bad image has zeros
+    shapes: Tensor
 
     @classmethod
     def of(cls, images: Iterator[Image.Image | None]) -> _Pixels:
@@ -318,9 +223,3 @@ class _Pixels:
         size = int(np.prod(shape))
         end = int(self.ends[index])
         return Image.fromarray(self.pixels[end - size : end].view(shape).numpy()) if size else None
-
-
-def _seeded(*numbers: int) -> torch.Generator:
-    """A generator that all of these numbers decide."""
-    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
-    return torch.Generator().manual_seed(int(seed))

@@ -1,15 +1,24 @@
-"""Progress through data, on a terminal."""
+"""A progress bar for the preparation of data, on a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Bar"]
+__all__ = ["ByteProgress"]
 
 
-class Bar:
-    """A progress bar over bytes, that appears on a terminal when something happens."""
+class ByteProgress:
+    """A progress bar over bytes of text, drawn on standard error if that is a terminal.
+
+    Entering the context gives a function that is called with the number of bytes just done. The bar
+    appears at its first call and is removed at the end.
+
+    Args:
+        label: the text in front of the bar.
+        total: the number of bytes in all, or None if it is unknown.
+        show: False draws nothing.
+    """
 
     def __init__(self, label: str, total: int | None, show: bool) -> None:
         self.label, self.total, self.show = label, total, show

@@ -1,8 +1,10 @@
-"""Tokens on disk: one long sequence in files of equal length, written once and mapped into memory.
+"""Tokens on disk: one long sequence in files of equal length, which are mapped into memory.
 
-FOLDER/tokenizer.json
-      /00000.bin …      little-endian uint16 or uint32; each there whole or not at all
-      /index.json       what they are; "whole" once the last is written
+A folder contains
+    tokenizer.json    the tokenizer
+    00000.bin …       the shards, little-endian uint16 or uint32
+    index.json        a description; "whole" is true once the last shard is written
+A file is written under a temporary name and renamed, so it is never there in part.
 """
 
 from __future__ import annotations
@@ -31,13 +33,17 @@ __all__ = ["FORMAT", "SHARD", "Index", "Shard", "Shards", "write_shards"]
 FORMAT = 1
 SHARD = 2**25  # tokens
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
-BATCH = 2**17  # characters that a thread tokenises at a time
+BATCH = 2**17  # characters that a thread tokenises at once
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Shard(Options):
-    """bytes: of UTF-8, of the pieces of text that begin in it."""
+    """One file of tokens.
+
+    name: the file. tokens: how many it has. sha256: a hash of its content.
+    bytes: the size in UTF-8 of the pieces of text that begin in it.
+    """
 
     name: str
     tokens: int
@@ -46,10 +52,16 @@ class Shard(Options):
 
 
 class Index(Options):
-    """What a folder of shards holds.
+    """The description of a folder of shards.
 
-    end: the token before and after each document. names: of the sources.
-    pieces, written: how many pieces of text are in the shards, and tokens of the next one.
+    format: the version of this layout. dtype: that of the tokens.
+    vocab_size, tokenizer: the size of the vocabulary and a hash of the tokenizer.
+    end: the token before and after each document.
+    names: the sources of the text. documents: how many there are.
+    shard: the number of tokens in every shard except the last.
+    pieces, written: how many pieces of text are complete, and how many tokens of the next piece
+        are written. An interrupted call continues there.
+    whole: whether the last shard is written.
     """
 
     format: int = FORMAT
@@ -89,23 +101,28 @@ def write_shards(
     advance: Callable[[int], object] = lambda bytes: None,
     check: Callable[[], object] = lambda: None,
 ) -> Index:
-    """Tokenise pieces into shards: end, document, end, document, …, end.
+    """Tokenise pieces of text and write them as shards: end, document, end, document, …, end.
 
-    Where an earlier call was interrupted it goes on after the last shard: the pieces must be those
-    of then. The shards are the same for any number of workers. One process at a time.
+    A call that was interrupted continues after its last shard, if it gets the same pieces. The
+    shards do not depend on the number of workers. Only one process may write a folder at a time.
 
     Args:
-        folder: made if it is not there.
+        folder: where to write; it is made if it is missing.
+        pieces: the text.
+        tokenizer: how it becomes tokens.
         end: the token before and after each document.
-        documents: how many the pieces are of.
-        names: of the sources, for the index.
-        workers: threads; the tokenizer computes outside of Python's lock.
-        shard: tokens in each but the last.
-        advance: is told how many bytes of text were done.
-        check: called before the index says that it is whole, to raise if it must not.
+        documents: the number of documents that the pieces come from.
+        names: the names of the sources, which the index keeps.
+        workers: the number of threads. The tokenizer computes outside of Python's lock.
+        shard: the number of tokens in every shard except the last.
+        advance: called with the number of bytes of text that were just written.
+        check: called before the index says that the folder is whole; it raises if it is not.
+
+    Returns:
+        The index.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # else each process forked from here on, such as a loader's workers, warns of the threads
+    # otherwise every process that is forked later, such as a loader's, prints a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     vocab = vocab_size(tokenizer)
     index = Index(
@@ -124,7 +141,7 @@ def write_shards(
             index = before
     if index.whole:
         return index
-    for remains in folder.glob(".*"):  # of a call that was killed while it wrote
+    for remains in folder.glob(".*"):  # temporary files of a call that was killed
         remains.unlink()
     save_tokenizer(tokenizer, folder / TOKENIZER)
     dtype = _dtype(index)
@@ -147,8 +164,8 @@ def write_shards(
         write_whole(folder / INDEX, lambda to: to.write_text(text, "utf-8"))
         return changed
 
-    some = itertools.islice(pieces, taken, None)
-    for tokens, length in _tokenised(some, tokenizer, end, dtype, workers):
+    remaining = itertools.islice(pieces, taken, None)
+    for tokens, length in _tokenised(remaining, tokenizer, end, dtype, workers):
         held.append(tokens[written:])
         size += len(tokens) - written
         bytes_ += 0 if written else length
@@ -156,7 +173,7 @@ def write_shards(
         while size >= shard:
             flat = np.concatenate(held)
             held, size = [flat[shard:].copy()], size - shard
-            if size:  # of this piece is left
+            if size:  # a part of this piece is left
                 index = put(flat[:shard], taken, len(tokens) - size)
             else:
                 index = put(flat[:shard], taken + 1, 0)
@@ -170,7 +187,7 @@ def write_shards(
 def _tokenised(
     pieces: Iterable[Piece], tokenizer: Tokenizer, end: int, dtype: np.dtype[Any], workers: int
 ) -> Iterator[tuple[Tokens, int]]:
-    """The tokens of each piece, in order, and its bytes."""
+    """The tokens of each piece, in order, and its size in bytes."""
 
     def work(batch: list[Piece]) -> list[tuple[Tokens, int]]:
         texts = [piece.text for piece in batch]
@@ -210,17 +227,22 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 class Shards:
-    """The sequence that a folder holds. Copies in other processes map the files anew.
+    """The sequence of tokens in a folder. A copy in another process maps the files again.
+
+    Args:
+        folder: where `write_shards` wrote.
+        tokenizer: the tokenizer that the shards must come from.
+        verify: also check the hash of every shard.
 
     Raises:
-        ValueError: a shard that is missing or not as long as it was, another format, tokenizer or
-            vocabulary; with `verify` also one whose content has changed. It names the file.
+        ValueError: a shard that is missing, of another length or (with `verify`) of another
+            content; another format or tokenizer. The message names the file.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, verify: bool = False):
         self.folder = folder
         self.index = index = _read_index(folder)
-        again = f"remove {folder} to tokenise anew"
+        again = f"remove {folder} to tokenise again"
         for what, got, want in (
             ("tokenizer", index.tokenizer, hash_of(tokenizer)),
             ("vocab_size", index.vocab_size, vocab_size(tokenizer)),
@@ -228,7 +250,7 @@ class Shards:
             if got != want:
                 raise ValueError(f"{folder / INDEX}: {what} is {got}, want {want}; {again}")
         if not index.whole:
-            raise ValueError(f"{folder / INDEX}: tokenising was interrupted; it has to be ended")
+            raise ValueError(f"{folder / INDEX}: tokenising was interrupted and has to be finished")
         lengths = [shard.tokens for shard in index.shards]
         full = all(n == index.shard for n in lengths[:-1])
         if not lengths or not full or not 0 < lengths[-1] <= index.shard:
@@ -250,26 +272,27 @@ class Shards:
         return self.index.tokens
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """The tokens from start to stop, which lie within the sequence.
+        """The tokens from `start` up to but without `stop`, int64 [stop - start].
 
         Raises:
-            ValueError: a token that the vocabulary lacks, naming the shard.
+            ValueError: positions outside of the sequence, or a token outside of the vocabulary; the
+                message then names the shard.
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"start, stop: got {start}, {stop}, want within 0 to {len(self)}")
-        found = np.empty(stop - start, np.int64)
+        tokens = np.empty(stop - start, np.int64)
         at = start
         while at < stop:
             number, first = divmod(at, self.index.shard)
-            some = self._map(number)[first : first + stop - at]
-            if some.max() >= self.index.vocab_size:
+            part = self._map(number)[first : first + stop - at]
+            if part.max() >= self.index.vocab_size:
                 raise ValueError(
-                    f"{self.folder / self.index.shards[number].name}: got token {some.max()}, want "
-                    f"less than {self.index.vocab_size}; remove {self.folder} to tokenise anew"
+                    f"{self.folder / self.index.shards[number].name}: got token {part.max()}, want "
+                    f"less than {self.index.vocab_size}; remove {self.folder} to tokenise again"
                 )
-            found[at - start : at - start + len(some)] = some
-            at += len(some)
-        return found
+            tokens[at - start : at - start + len(part)] = part
+            at += len(part)
+        return tokens
 
     def _map(self, number: int) -> Tokens:
         if number not in self._maps:
@@ -288,7 +311,7 @@ def _dtype(index: Index) -> np.dtype[Any]:
 def _read_index(folder: Path) -> Index:
     path = folder / INDEX
     if not path.exists():
-        raise ValueError(f"{path}: it is missing; remove {folder} to tokenise anew")
+        raise ValueError(f"{path}: this file is missing; remove {folder} to tokenise again")
     try:
         index = Index.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -296,10 +319,10 @@ def _read_index(folder: Path) -> Index:
         key = ".".join(map(str, first["loc"]))
         raise ValueError(
             f"{path}: not the index of shards ({key or 'JSON'}: {first['msg']}); remove {folder} "
-            "to tokenise anew"
+            "to tokenise again"
         ) from None
     if index.format != FORMAT:
         raise ValueError(
-            f"{path}: format is {index.format}, want {FORMAT}; remove {folder} to tokenise anew"
+            f"{path}: format is {index.format}, want {FORMAT}; remove {folder} to tokenise again"
         )
     return index

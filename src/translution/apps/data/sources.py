@@ -1,30 +1,32 @@
-"""Where images and their labels stand: folders, Parquet, the Hugging Face hub, digits."""
+"""Finding images and their labels: in folders, in Parquet files, on the Hugging Face hub, and the
+digits of scikit-learn and MNIST."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .digits import load_digits, mnist
+from .image_options import ImageOptions
+from .parts import Part
 from .transform import SUFFIXES, find
 
-if TYPE_CHECKING:
-    from .images import ImageOptions, Part
-
-__all__ = ["Source", "read"]
+__all__ = ["Source", "read_source"]
 
 
 @dataclass(frozen=True)
 class Source:
     """All images of a part and their labels.
 
-    images: a datasets.Dataset, whose `column` has encoded images, or uint8 digits [n, h, w].
+    name: the folder, file or data set, for messages.
+    images: a datasets.Dataset with encoded images in `column`, or digits, uint8 [n, height, width].
     labels: int64 [n], from 0 to len(classes) - 1.
+    classes: the names of the classes.
     """
 
     name: str
@@ -34,8 +36,12 @@ class Source:
     classes: list[str]
 
 
-def read(options: ImageOptions, part: Part) -> Source:
-    """All there is for a part, with the classes that train has."""
+def read_source(options: ImageOptions, part: Part) -> Source:
+    """Find all images of a part, and label them with the classes of the training part.
+
+    Raises:
+        ValueError: data that are missing or wrong; the message names the part and the place.
+    """
     if options.format in ("digits", "mnist"):
         return _digits(options, part)
     place = getattr(options, part)
@@ -64,7 +70,8 @@ def _folder(options: ImageOptions, part: Part, place: str) -> Source:
     folders = _class_folders(place, part)
     classes = [folder.name for folder in folders]
     if part != "train":
-        _same(part, classes, [f.name for f in _class_folders(str(options.train), "train")])
+        train = [folder.name for folder in _class_folders(str(options.train), "train")]
+        _check_same_classes(part, classes, train)
     paths, labels = [], []
     for label, folder in enumerate(folders):
         try:
@@ -73,14 +80,14 @@ def _folder(options: ImageOptions, part: Part, place: str) -> Source:
             raise ValueError(f"{part}: {error}") from None
         paths += [str(file) for file in files]
         labels += [label] * len(files)
-    # a table is one block of memory, that worker processes share; a list of strings they copy
+    # loader processes share the memory of a table, but each would copy a list of strings
     features = datasets.Features(image=datasets.Image(decode=False))
     table = datasets.Dataset.from_dict({"image": paths}, features)
     return Source(place, table, "image", torch.tensor(labels), classes)
 
 
 def _class_folders(place: str, part: Part) -> list[Path]:
-    """In the order of their names: classes get their labels by it."""
+    """The folders of the classes, sorted by name. The order decides the labels."""
     root = Path(place).expanduser()
     if not root.is_dir():
         raise ValueError(f"{part}: {place} is no folder, want one with a folder for each class")
@@ -94,7 +101,7 @@ def _class_folders(place: str, part: Part) -> list[Path]:
     return folders
 
 
-def _same(part: str, classes: Sequence[str], train: Sequence[str]) -> None:
+def _check_same_classes(part: str, classes: Sequence[str], train: Sequence[str]) -> None:
     if list(classes) != list(train):
         missing = [name for name in train if name not in classes]
         extra = [name for name in classes if name not in train]
@@ -112,7 +119,7 @@ def _table(options: ImageOptions, part: Part, place: str) -> Source:
     if part != "train":
         *_, train = _labelled(options, "train", str(options.train))
         if classes is not None:
-            _same(part, classes, train or [])
+            _check_same_classes(part, classes, train or [])
         classes = train
     classes = classes or []
     name = _name(options, place)
@@ -133,7 +140,8 @@ def _name(options: ImageOptions, place: str) -> str:
 def _labelled(
     options: ImageOptions, part: Part, place: str
 ) -> tuple[Any, Tensor, list[str] | None]:
-    """A table, its labels, and its classes; of parts other than train they may be unknown."""
+    """A table, its labels and its classes. The classes are None if the table does not name them and
+    the part is not the training part."""
     import datasets
 
     name = _name(options, place)

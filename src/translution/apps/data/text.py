@@ -1,4 +1,9 @@
-"""Text for language models: tokenised once, then read in windows of one context."""
+"""Text as a data set for language models: tokenised once, then read in windows of one context.
+
+This and `documents`, `shards` are our own and not maps of Hugging Face's `datasets`, which starts a
+shard again after an interruption and reads each document whole. Its messages name no position in a
+broken file, and its cache took half as much disk again and half as much time again in a trial.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +11,28 @@ import hashlib
 import heapq
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...utils.words import some
-from ..config import Options
 from .documents import Piece, Place, Scan, pieces, places, scan
 from .order import seed_of
-from .progress import Bar
+from .parts import Part
+from .progress import ByteProgress
 from .shards import FORMAT, SHARD, Shards, write_shards
+from .text_options import TextOptions
 from .tokenizers import (
-    TokenizerOptions,
     end_token,
     hash_of,
     load_tokenizer,
@@ -40,95 +43,7 @@ from .tokenizers import (
 
 __all__ = ["Part", "TextOptions", "Windows", "load_tokenizer", "open_text"]
 
-Part = Literal["train", "valid", "test"]
-IGNORED = -100  # a target that is none
-
-# The keys that only some formats have.
-KEYS = {
-    "files": {"suffixes", "documents"},
-    "parquet": {"text_column"},
-    "hub": {"text_column", "name", "subset", "revision"},
-}
-
-Several = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    Field(min_length=1),
-]
-
-
-class TextOptions(Options):
-    """Where text comes from, and how it is read.
-
-    format: "files" (of text, also gzip), "parquet" (with a column of documents), "hub" (a data set
-        of the Hugging Face hub).
-    train, valid, test: files, folders or globs, one or a list; of the hub, names of splits. Paths
-        are relative to where the program runs. Without `valid`, the share `holdout` of train's
-        documents is held out.
-    suffixes: of the files that are taken from folders and globs, each also with .gz.
-    documents: "file", or a regular expression for files with many documents: one begins at each
-        line that begins with a match, and what it matches belongs to none. So "(?=Title: )" keeps
-        the line, "-{5,}\\n" drops it, and "" makes each line a document.
-    text_column: of Parquet and the hub. name, subset, revision: of a data set on the hub.
-    context: tokens that a model sees.
-    shards: the folder for tokens; null is translution/text in the user's cache.
-    workers: threads that tokenise; null is one per core.
-    windows: of an epoch of training. "disjoint" cuts the text into windows, from another place in
-        each epoch; "random" takes `epoch_windows` from anywhere.
-    bad: files that are not UTF-8 or empty (and rows without text) are refused, or left out.
-    verify: check the hashes of the shards whenever they are opened.
-    """
-
-    kind: Literal["text"] = "text"
-    format: Literal["files", "parquet", "hub"] = "files"
-    train: Several
-    valid: Several | None = None
-    test: Several | None = None
-    holdout: float = Field(0.1, ge=0, lt=1)
-    suffixes: Several = (".txt", ".md", ".rst", ".py")
-    documents: str = "file"
-    text_column: str = "text"
-    name: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    context: PositiveInt
-    tokenizer: TokenizerOptions = TokenizerOptions()
-    shards: str | None = None
-    workers: PositiveInt | None = None
-    windows: Literal["disjoint", "random"] = "disjoint"
-    epoch_windows: PositiveInt = 32_000
-    bad: Literal["refuse", "skip"] = "refuse"
-    verify: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> TextOptions:
-        if self.format == "hub" and self.name is None:
-            raise ValueError("name: is missing; format 'hub' needs it")
-        for key in sorted(set().union(*KEYS.values()) - KEYS[self.format]):
-            value = getattr(self, key)
-            if value != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key}: got {value!r}, but format {self.format!r} has no such key"
-                )
-        for key, others in (("valid", self.train), ("test", self.train + (self.valid or ()))):
-            if same := [value for value in getattr(self, key) or () if value in others]:
-                raise ValueError(f"{key}: got {same[0]!r}, want other text than the parts before")
-        if wrong := [s for s in self.suffixes if not s.startswith(".") or s != s.lower()]:
-            raise ValueError(f"suffixes: got {wrong[0]!r}, want such as '.txt', in lower case")
-        try:
-            re.compile(self.documents)
-        except re.error as error:
-            raise ValueError(
-                f"documents: got {self.documents!r}, want 'file' or a regular expression ({error})"
-            ) from None
-        return self
-
-    @property
-    def root(self) -> Path:
-        if self.shards is not None:
-            return Path(self.shards).expanduser()
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(cache).expanduser() / "translution" / "text"
+IGNORED = -100  # the target at a position that has none
 
 
 def open_text(
@@ -138,22 +53,28 @@ def open_text(
     progress: bool = True,
     tokenizer: Tokenizer | None = None,
 ) -> Windows:
-    """A part of the text; tokenises it first where that has not been done.
+    """Open a part of the text, and tokenise it first if that has not been done.
 
-    What is on disk goes by the content of the sources, the tokenizer and the options: changed
-    sources are tokenised anew (with a warning that names them), and several processes may open
-    the same. Where there is no `valid`, the seed decides what is held out. A tokenizer given here,
-    such as a checkpoint's, takes the place of that of the options.
+    The folder of the tokens follows from the content of the sources, the tokenizer and the options.
+    If a source has changed, its part is tokenised again, and a warning names the source. Several
+    processes may open the same part at the same time.
+
+    Args:
+        options: where the text comes from.
+        part: the part to open. Without `options.valid`, "valid" is held out of the training text.
+        seed: decides which documents are held out.
+        progress: whether to draw a progress bar on a terminal.
+        tokenizer: replaces that of the options, for example with that of a checkpoint.
 
     Raises:
-        ValueError: sources, a tokenizer or shards that are not what they should be, naming them.
+        ValueError: wrong sources, tokenizer or shards; the message names them.
         OSError: a file that cannot be read or written.
     """
-    text = _read(options, part, seed, progress)
+    text = _documents_of(options, part, seed, progress)
     tokenizer = tokenizer or _tokenizer(options, seed, progress)
     end = end_token(tokenizer, options.tokenizer.end)
     folder = options.root / _key(text.content, hash_of(tokenizer), end, FORMAT, SHARD)
-    with _locked(folder), Bar(f"Tokenising {part}", text.bytes, progress) as advance:
+    with _locked(folder), ByteProgress(f"Tokenising {part}", text.bytes, progress) as advance:
         write_shards(
             folder,
             iter(text),
@@ -163,20 +84,25 @@ def open_text(
             tuple(source.name for source in text.scan.good),
             options.workers or os.cpu_count() or 1,
             advance=advance,
-            check=text.check,
+            check=text.check_unchanged,
         )
     return Windows(options, part, seed, tokenizer, Shards(folder, tokenizer, options.verify))
 
 
 class Windows(torch.utils.data.Dataset[Tensor]):
-    """Windows of one part; what is random in one depends on seed, epoch and index alone.
+    """The windows of one part. Where a window begins depends on the seed, the epoch and the index.
 
-    In evaluation they lie end to end, so that each token is predicted once, given those before it
-    in its window; the last window is filled up with -100.
+    In evaluation the windows follow each other without overlap, so every token is predicted once,
+    from the tokens before it in its window. The last window is filled up with -100.
 
-    vocab_size: of the tokenizer. tokens: that can be predicted, ends of documents included. bytes:
-    of UTF-8 that they stand for. So the mean loss over all windows of an evaluation times
-    tokens / bytes is exactly the loss per byte; of a part of them, or of training, it is about it.
+    The mean loss over all windows of an evaluation, times tokens / bytes, is exactly the loss per
+    byte. Over some of the windows, or in training, it is an estimate.
+
+    Attributes:
+        vocab_size: the size of the tokenizer's vocabulary.
+        tokens: the number of tokens that are predicted, with the ends of documents.
+        bytes: the number of bytes of UTF-8 that these tokens stand for.
+        documents: the number of documents.
     """
 
     def __init__(
@@ -187,7 +113,7 @@ class Windows(torch.utils.data.Dataset[Tensor]):
         self.seed = seed
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size(tokenizer)
-        self.tokens = len(shards) - 1  # the first is an end, that begins the text
+        self.tokens = len(shards) - 1  # the first token, an end, is never predicted
         self.bytes = shards.index.bytes
         self.documents = shards.index.documents
         self.shards = shards
@@ -202,11 +128,11 @@ class Windows(torch.utils.data.Dataset[Tensor]):
             return -(-self.tokens // context)
         if self.options.windows == "random":
             return self.options.epoch_windows
-        # a context less, so that each epoch can begin anywhere in the first
+        # one context less, so that each epoch can begin anywhere in the first context
         return max(1, (self.tokens + 1) // context - 1)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        """(epoch, index) -> int64 [context + 1], each token but the first a target."""
+        """(epoch, index) -> int64 [context + 1]. Every token except the first is a target."""
         epoch, index = key
         if not 0 <= index < len(self):
             raise IndexError(f"index: got {index}, want 0 to {len(self) - 1}")
@@ -223,23 +149,30 @@ class Windows(torch.utils.data.Dataset[Tensor]):
         return window
 
 
-# -- what a part consists of ---------------------------------------------------------------------
+# -- the documents of a part -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The documents of a part; kept: which of those that the sources have, None is all."""
+    """The documents of a part.
+
+    part: the part that the sources belong to; held-out documents come from "train".
+    places: the sources that are used.
+    scan: what the sources contain.
+    kept: which documents of the sources belong to this part, bool [documents]; None is all.
+    division: the numbers that `kept` was computed from.
+    """
 
     options: TextOptions
-    part: Part  # the sources'
-    found: list[Place]
+    part: Part
+    places: list[Place]
     scan: Scan
     kept: npt.NDArray[np.bool_] | None
-    division: tuple[Any, ...]  # what `kept` follows from
+    division: tuple[Any, ...]
 
     def __iter__(self) -> Iterator[Piece]:
         first = 0
-        for place, source in zip(self.found, self.scan.good, strict=True):
+        for place, source in zip(self.places, self.scan.good, strict=True):
             for piece in pieces(place):
                 if self.kept is None or self.kept[first + piece.document]:
                     yield piece._replace(document=first + piece.document)
@@ -247,7 +180,7 @@ class _Text:
 
     @cached_property
     def content(self) -> str:
-        """Of which the tokens are a function, given the tokenizer."""
+        """A hash of everything, except the tokenizer, that the tokens depend on."""
         options = self.options
         texts = [source.sha256 for source in self.scan.good]
         return _key(texts, self.division, options.format, options.documents)
@@ -258,22 +191,27 @@ class _Text:
 
     @property
     def bytes(self) -> int:
-        """About."""
+        """The estimated size in bytes of UTF-8."""
         return self.scan.bytes * self.documents // self.scan.documents
 
-    def check(self) -> None:
-        """The sources are still those that were scanned."""
+    def check_unchanged(self) -> None:
+        """Check that the sources are still those that were scanned.
+
+        Raises:
+            ValueError: a source has changed.
+        """
         now = {place.name: place.stamp for place in places(self.options, self.part)}
-        changed = [place.name for place in self.found if now.get(place.name) != place.stamp]
+        changed = [place.name for place in self.places if now.get(place.name) != place.stamp]
         if changed:
             raise ValueError(f"{self.part}: {some(changed)} changed while being tokenised")
 
 
-def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
-    held = part == "valid" and options.valid is None
-    if held and not options.holdout:
+def _documents_of(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
+    """Find the sources of a part, and read what has not been read before."""
+    held_out = part == "valid" and options.valid is None
+    if held_out and not options.holdout:
         raise ValueError("valid: got none and a holdout of 0, want one of them")
-    source: Part = "train" if held else part
+    source: Part = "train" if held_out else part
     found = places(options, source)
     if source != "train" and options.format != "hub":
         train = _real_paths(options, "train")
@@ -283,12 +221,12 @@ def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
     key = _key(names, options.documents, options.text_column, options.bad, FORMAT)
     file = options.root / "scans" / f"{key}.json"
     try:
-        with _locked(file), Bar(f"Reading {source}", None, progress) as advance:
+        with _locked(file), ByteProgress(f"Reading {source}", None, progress) as advance:
             whole, changed = scan(found, options.bad, file, advance)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if changed:
-        warnings.warn(f"{source}: {some(changed)} changed; tokenised anew", stacklevel=3)
+        warnings.warn(f"{source}: {some(changed)} changed; tokenised again", stacklevel=3)
     if bad := [str(one.bad) for one in whole.sources if one.bad]:
         warnings.warn(f"{source}: left out: {some(bad)}", stacklevel=3)
     good = {one.name for one in whole.good}
@@ -297,8 +235,8 @@ def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
     kept: npt.NDArray[np.bool_] | None = None
     division: tuple[Any, ...] = ()
     if source == "train" and options.valid is None and options.holdout:
-        mask = _held_out(whole.documents, options.holdout, seed)
-        kept, division = mask if held else ~mask, (held, options.holdout, seed)
+        mask = _choose_held_out(whole.documents, options.holdout, seed)
+        kept, division = mask if held_out else ~mask, (held_out, options.holdout, seed)
     usable = [place for place in found if place.name in good]
     return _Text(options, source, usable, whole, kept, division)
 
@@ -306,12 +244,12 @@ def _read(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
 def _real_paths(options: TextOptions, part: Part) -> set[str]:
     try:
         return {os.path.realpath(place.name) for place in places(options, part)}
-    except ValueError:  # an evaluation can do without the training part
+    except ValueError:  # evaluation needs no training part
         return set()
 
 
-def _held_out(documents: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """By hashes, which no version of a library changes: the parts must stay disjoint."""
+def _choose_held_out(documents: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Choose the documents to hold out, bool [documents], by hashes of their numbers."""
     count = max(1, round(documents * share))
     if count >= documents:
         raise ValueError(
@@ -325,26 +263,27 @@ def _held_out(documents: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def _uniform(*of: Any) -> float:
+    """A number from 0 to 1 that depends on all of these values."""
     digest = hashlib.blake2b(repr(of).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def _tokenizer(options: TextOptions, seed: int, progress: bool) -> Tokenizer:
-    """Made, loaded, or trained on the training part once."""
+    """Make the tokenizer, or train it on the training part once and load it from then on."""
     chosen = options.tokenizer
-    if not chosen.trained:
+    if not chosen.is_trained:
         return make_tokenizer(chosen)
-    text = _read(options, "train", seed, progress)
+    text = _documents_of(options, "train", seed, progress)
     key = _key(text.content, chosen.model_dump())
     file = options.root / "tokenizers" / f"{key}.json"
-    with _locked(file), Bar("Training the tokenizer", text.bytes, progress) as advance:
+    with _locked(file), ByteProgress("Training the tokenizer", text.bytes, progress) as advance:
         if not file.exists():
             save_tokenizer(make_tokenizer(chosen, _texts(text, advance)), file)
         return load_tokenizer(file)
 
 
 def _texts(text: _Text, advance: Callable[[int], object]) -> Iterator[str]:
-    """What a tokenizer is trained on: all characters, or for a BPE about `limit` bytes."""
+    """The text that a tokenizer is trained on: all of it, or for a BPE about `limit` bytes."""
     chosen = text.options.tokenizer
     share = chosen.limit / text.bytes if chosen.kind == "bpe" else 1.0
     for n, piece in enumerate(text):
@@ -353,14 +292,15 @@ def _texts(text: _Text, advance: Callable[[int], object]) -> Iterator[str]:
         advance(len(piece.text))
 
 
-# -- small things --------------------------------------------------------------------------------
+# -- keys and locks ------------------------------------------------------------------------------
 
 
 def _key(*of: Any) -> str:
+    """A name for a file, as a hash of all of these values."""
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:24]
 
 
 def _locked(path: Path) -> FileLock:
-    """For one process at a time."""
+    """A lock on a path, which one process at a time can hold."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{path}.lock")

@@ -1,4 +1,4 @@
-"""Tokenizers: made, trained, loaded. All are Hugging Face's, so one tokenizer.json holds any."""
+"""Tokenizers of Hugging Face's `tokenizers`: making, training, loading and saving them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ __all__ = [
 ]
 
 END = "<|endoftext|>"
-NEEDED = {"bytes": (), "characters": (), "bpe": ("vocab_size",), "file": ("path",),
+# The keys that a kind requires.
+REQUIRED = {"bytes": (), "characters": (), "bpe": ("vocab_size",), "file": ("path",),
           "hub": ("name",)}  # fmt: skip
 
 
 class TokenizerOptions(Options):
-    """How text becomes numbers.
+    """How text becomes tokens.
 
-    kind: "bytes" (of UTF-8); "characters" (those of the training part; others become bytes);
-        "bpe" (byte-level, trained on the training part); "file" (a tokenizer.json); "hub" (by
-        name, such as "gpt2").
-    vocab_size: of a BPE, with the end of text and the 256 bytes; of little text it gets fewer.
-    limit: a BPE is trained on about so many bytes, of pieces of text drawn from all of the part.
-    end: the token before and after each document, one that a "file" or "hub" has.
+    kind: "bytes" (one token per byte of UTF-8), "characters" (one token per character of the
+        training part, and bytes for other characters), "bpe" (a byte-level BPE that is trained on
+        the training part), "file" (a tokenizer.json) or "hub" (by name, such as "gpt2").
+    vocab_size: the size of a BPE's vocabulary, with the end token and the 256 bytes. A BPE that is
+        trained on little text may be smaller.
+    limit: a BPE is trained on about so many bytes, drawn from the whole training part.
+    path: the file of kind "file". name, revision: which tokenizer of the hub.
+    end: the token before and after each document. A "file" or "hub" must contain it.
     """
 
     kind: Literal["bytes", "characters", "bpe", "file", "hub"] = "bytes"
@@ -51,11 +54,11 @@ class TokenizerOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerOptions:
-        needed = NEEDED[self.kind]
-        for key in needed:
+        required = REQUIRED[self.kind]
+        for key in required:
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: is missing; kind {self.kind!r} needs it")
-        allowed = set(needed) | ({"revision"} if self.kind == "hub" else set())
+        allowed = set(required) | ({"revision"} if self.kind == "hub" else set())
         allowed |= set() if self.kind in ("bytes", "characters", "bpe") else {"end"}
         for key in ("vocab_size", "path", "name", "revision", "end"):
             default = type(self).model_fields[key].default
@@ -66,16 +69,20 @@ class TokenizerOptions(Options):
         return self
 
     @property
-    def trained(self) -> bool:
-        """Whether it depends on the training part."""
+    def is_trained(self) -> bool:
+        """Whether the tokenizer is made from the training part."""
         return self.kind in ("characters", "bpe")
 
 
 def make_tokenizer(options: TokenizerOptions, texts: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer of these options; texts are what one of kind characters or bpe is trained on.
+    """Make the tokenizer of these options.
+
+    Args:
+        texts: what a tokenizer of kind "characters" or "bpe" is trained on.
 
     Raises:
-        ValueError: a file that is no tokenizer, a name that is not found, an `end` that it lacks.
+        ValueError: a file that is no tokenizer, a name that does not exist, or an `end` that is not
+            in the vocabulary.
     """
     if options.kind == "bytes":
         return _bytes(options.end)
@@ -89,14 +96,14 @@ def make_tokenizer(options: TokenizerOptions, texts: Iterable[str] = ()) -> Toke
         try:
             revision = options.revision or "main"
             tokenizer = _plain(Tokenizer.from_pretrained(str(options.name), revision=revision))
-        except Exception as error:  # the library raises that itself
+        except Exception as error:  # the library raises no narrower class
             raise ValueError(f"tokenizer.name: {options.name}: {error}") from None
     end_token(tokenizer, options.end)
     return tokenizer
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """From a tokenizer.json. What looks like a special token in a text is text to it.
+    """Load a tokenizer.json. A special token that is written out in a text is read as plain text.
 
     Raises:
         ValueError: a file that holds no tokenizer.
@@ -105,22 +112,26 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     content = Path(path).read_bytes()
     try:
         return _plain(Tokenizer.from_buffer(content))
-    except Exception as error:  # the library raises that itself
+    except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path}: not a tokenizer.json ({error})") from None
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """As a tokenizer.json."""
+    """Write a tokenizer.json."""
     write_whole(path, lambda to: to.write_text(tokenizer.to_str(pretty=True), "utf-8"))
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token."""
+    """The number of rows that an embedding needs: one more than the largest token."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def end_token(tokenizer: Tokenizer, end: str) -> int:
-    """The number of the token that separates documents."""
+    """The number of the token that separates documents.
+
+    Raises:
+        ValueError: a token that is not in the vocabulary.
+    """
     token = tokenizer.token_to_id(end)
     if token is None:
         special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
@@ -132,13 +143,13 @@ def end_token(tokenizer: Tokenizer, end: str) -> int:
 
 
 def hash_of(tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that it is, however its file is laid out."""
+    """The SHA-256 of a tokenizer's content, whatever the layout of its file."""
     content = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Without what is for batches of sentences, and which would not be the text's tokens."""
+    """Switch off truncation, padding and the reading of special tokens."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -151,8 +162,8 @@ def _with_end(tokenizer: Tokenizer, end: str) -> Tokenizer:
 
 
 def _bytes(end: str) -> Tokenizer:
-    """Token b is byte b; the end follows."""
-    # the characters that stand for bytes: printable ones for themselves, others in order
+    """Token b is byte b, and the end token is 256."""
+    # ByteLevel writes printable bytes as themselves and the others as further characters, in order
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     kept = {ord(c): c for c in alphabet if ord(c) < 256}
     others = iter(c for c in alphabet if ord(c) >= 256)
@@ -164,7 +175,7 @@ def _bytes(end: str) -> Tokenizer:
 
 
 def _characters(texts: Iterable[str], end: str) -> Tokenizer:
-    """Tokens 0 to 255 are the bytes of characters that the texts lack; then their characters."""
+    """Tokens 0 to 255 are bytes, for characters that the texts lack. Their characters follow."""
     characters = set[str]()
     for text in texts:
         characters.update(text)
@@ -176,7 +187,7 @@ def _characters(texts: Iterable[str], end: str) -> Tokenizer:
 
 
 def _bpe(texts: Iterable[str], size: int, end: str) -> Tokenizer:
-    """Token 0 is the end, then come the bytes, then what was merged."""
+    """Token 0 is the end token. The bytes follow, and then the merged tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -187,6 +198,6 @@ def _bpe(texts: Iterable[str], size: int, end: str) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # else each process forked from here on, such as a loader's workers, warns of the threads
+    # otherwise every process that is forked later, such as a loader's, prints a warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return _plain(tokenizer)

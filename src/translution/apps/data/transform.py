@@ -1,4 +1,4 @@
-"""Image files: finding them, decoding them, and fitting them to one size. With Pillow."""
+"""Image files: finding them, decoding them with Pillow, and resizing them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIXES = (
     ".pnm", ".jp2", ".avif",
 )  # fmt: skip
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-TRIES = 10  # at a random box that lies within the image
+TRIES = 10  # attempts to draw a random box that lies within the image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -31,18 +31,26 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 def image_files(patterns: Sequence[str]) -> list[Path]:
-    """The image files that these files, folders (with all below them) and globs name.
+    """Find image files.
 
-    In natural order (2 before 10) within each pattern, each file once.
+    Args:
+        patterns: files, folders (searched with all their subfolders) and globs.
+
+    Returns:
+        Each file once, in natural order (2 before 10) within each pattern.
 
     Raises:
-        ValueError: a pattern that no image is found for.
+        ValueError: a pattern without images.
     """
     return list(dict.fromkeys(file for pattern in patterns for file in find(pattern, SUFFIXES)))
 
 
 def find(pattern: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file of this name, or the files with these suffixes in a folder or matching a glob."""
+    """Find the file of this name, or all files with these suffixes in a folder or by a glob.
+
+    Raises:
+        ValueError: nothing was found.
+    """
     path = Path(pattern).expanduser()
     roots = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     if not roots:
@@ -57,7 +65,7 @@ def find(pattern: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """All files below a folder; hidden ones are no data."""
+    """All files below a folder, without hidden ones."""
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -73,12 +81,13 @@ def _natural(path: Path) -> list[str | int]:
 
 
 def decode(content: bytes, channels: int) -> Image.Image:
-    """An encoded image, upright, in mode RGB (3 channels) or L (1).
+    """Decode an image, turned upright, in mode RGB (3 channels) or L (1 channel).
 
-    Transparent pixels lie on white, 16 bits are rounded to 8, of an animation the first is taken.
+    Transparent pixels are laid on white, values of 16 bits are rounded to 8, and of an animation
+    the first image is taken.
 
     Raises:
-        ValueError: what is wrong with it, without a name.
+        ValueError: content that is not a readable image. The message has no file name.
     """
     if not content:
         raise ValueError("it is empty")
@@ -87,11 +96,11 @@ def decode(content: bytes, channels: int) -> Image.Image:
         file.load()
         image = ImageOps.exif_transpose(file)
         if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PNG"):
-            image = _rounded(image)  # convert() would clip at 255
+            image = _rounded(image)  # Pillow's convert() would clip at 255
         return _plain(image, "RGB" if channels == 3 else "L")
-    except UnidentifiedImageError:  # its text has an address in memory
+    except UnidentifiedImageError:  # its message contains an address in memory
         raise ValueError("not an image, or of an unknown format") from None
-    except Exception as error:  # of damaged data Pillow raises nearly everything
+    except Exception as error:  # for damaged data Pillow raises nearly every class
         raise ValueError(f"not a readable image ({error})") from None
 
 
@@ -114,10 +123,11 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 def centred_box(width: int, height: int, size: tuple[int, int], crop: float) -> Box:
-    """What evaluation sees: the shape of `size` [h, w], over `crop` of the side that fits closer.
+    """The part of an image that evaluation uses: centred, of the shape of `size` (height, width).
 
-    To take it and resize it is to resize the short side to size / crop and to cut out the centre,
-    in one step. Of an image that has the size already it is everything.
+    It covers the share `crop` of the side that limits it. Cutting it out and resizing it does in
+    one step what is usually done in two: resizing to size / crop and cutting out the centre. An
+    image that already has `size` is used whole.
     """
     if (height, width) == tuple(size):
         return 0, 0, width, height
@@ -135,10 +145,17 @@ def random_box(
     ratio: tuple[float, float],
     generator: torch.Generator,
 ) -> Box:
-    """A random resized crop: a share of the area in `scale`, stretched by a factor in `ratio`.
+    """A random box for a random resized crop.
 
-    The stretch is relative to the shape of `size` [h, w] and uniform in its logarithm. Where no
-    such box is found within the image it is the largest centred one.
+    If no attempt gives a box within the image, it is the largest centred one.
+
+    Args:
+        width, height: the size of the image in pixels.
+        size: (height, width) that the box will be resized to.
+        scale: the least and largest share of the image's area.
+        ratio: the least and largest stretch relative to the shape of `size`. The logarithm of the
+            stretch is uniform.
+        generator: where the random numbers come from.
     """
     for _ in range(TRIES):
         area, stretch, x, y = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
@@ -153,7 +170,10 @@ def random_box(
 
 
 def fit(image: Image.Image, size: tuple[int, int], box: Box, resample: str) -> Tensor:
-    """This box of the image as uint8 [channels, h, w]; resampled only if it differs in size."""
+    """Cut out a box and resize it to `size`: uint8 [channels, height, width].
+
+    An image that already has this size is not resampled.
+    """
     height, width = size
     if image.size != (width, height) or box != (0, 0, width, height):
         image = image.resize((width, height), RESAMPLING[resample], box=box)

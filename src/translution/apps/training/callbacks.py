@@ -1,8 +1,11 @@
-"""What happens beside the steps: measuring, logging, saving."""
+"""What happens beside the training steps: measuring, and saving checkpoints.
+
+`Meter` is our own and not Lightning's ThroughputMonitor. That one assumes that all batches have one
+size, includes the first with its warm-up, and has MFU only for GPUs whose peak rate it lists.
+"""
 
 from __future__ import annotations
 
-import csv
 import math
 import resource
 import signal
@@ -14,41 +17,61 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 
-from ...utils.files import write_whole
 from ...utils.measuring import matmul_rate
+from ..data.parts import Part
 from .checkpoints import Folders
 from .config import TrainOptions
-from .data import Part
+from .logs import read_curves
 from .tasks import Task
 
-__all__ = ["Curves", "Keeper", "Meter", "read_curves"]
+__all__ = ["Keeper", "Meter", "read_curves"]
 
 
 class Meter(Callback):
-    """Reads the training meters every `log_every` steps, and those of each validation; adds speed,
-    memory and the share of the matmul rate, and hands them to the loggers and the progress bar."""
+    """Measures a run, and gives the metrics to the loggers and to the progress bar.
+
+    Training metrics are means since the last ones, every `log_every` steps; with them come speed,
+    memory and MFU. Validation metrics follow each validation.
+
+    Args:
+        options: those of the training.
+        flops: floating-point operations of a training step, per image or token.
+
+    Attributes:
+        measured: the metrics of the last validation or test.
+    """
 
     def __init__(self, options: TrainOptions, flops: float):
         self.options = options
-        self.flops = flops  # of a training step, per unit
-        self.rate = 0.0  # of matrix products, flops per second
-        self.began, self.units = 0.0, 0
-        self.measured: dict[str, float] = {}  # by the last validation or test
+        self.flops = flops
+        self.matmul_rate = 0.0  # floating-point operations per second of a large matrix product
+        self.began, self.units = 0.0, 0  # of the interval that is being measured
+        self.trained, self.started = 0.0, 0.0  # seconds of earlier processes; the start of this one
+        self.measured: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.trained = state_dict["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training and validation, in all processes of the run."""
+        return self.trained + (time.perf_counter() - self.started if self.started else 0.0)
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
-        self.rate = matmul_rate(getattr(torch, self.options.precision), task.device)
+        self.matmul_rate = matmul_rate(getattr(torch, self.options.precision), task.device)
+        self.started = time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, task: Task, outputs: Any, batch: Any, index: int
     ) -> None:
         if self.began:
             self.units += task.size(batch)
-        else:  # the first batch has the warm-up in it
+        else:  # the first batch includes the warm-up of the device
             self.began = time.perf_counter()
         step = trainer.global_step
         if (index + 1) % self.options.accumulate or not (
@@ -68,12 +91,11 @@ class Meter(Callback):
         seconds = time.perf_counter() - self.began
         if self.units and seconds > 0:
             ranks = trainer.world_size // self.options.offset_ranks
-            speed = self.units * ranks / seconds
-            values[f"{task.unit}_per_second"] = speed
-            values["mfu"] = self.flops * self.units / seconds / self.rate
-        values["memory_gb"] = _memory(task.device) / 1e9
+            values[f"{task.unit}_per_second"] = self.units * ranks / seconds
+            values["mfu"] = self.flops * self.units / seconds / self.matmul_rate
+        values["memory_gb"] = _peak_bytes(task.device) / 1e9
         self.began, self.units = time.perf_counter(), 0
-        _tell(trainer, task, values)
+        self._log(trainer, task, values)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         task: Task = pl_module
@@ -81,22 +103,23 @@ class Meter(Callback):
         values = task.read(task.validation_meters, part)
         self.began, self.units = time.perf_counter(), 0
         self.measured = {f"{part}_{name}": value for name, value in values.items()}
-        _tell(trainer, task, self.measured)
+        self._log(trainer, task, self.measured)
 
     on_test_epoch_end = on_validation_epoch_end
 
+    def _log(self, trainer: Trainer, task: Task, values: dict[str, float]) -> None:
+        step = trainer.global_step
+        when = {"epoch": round(task.data.epoch_of(step), 4), "seconds": round(self.seconds, 1)}
+        for logger in trainer.loggers:
+            logger.log_metrics(when | values, step)
+            logger.save()
+        hidden = ("learning_rate", "skipped")
+        shown = {name: value for name, value in values.items() if not name.endswith(hidden)}
+        task.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
-def _tell(trainer: Trainer, task: Task, values: dict[str, float]) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(values, trainer.global_step)
-        logger.save()
-    hidden = ("learning_rate", "skipped")
-    shown = {name: value for name, value in values.items() if not name.endswith(hidden)}
-    task.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
 
-
-def _memory(device: torch.device) -> int:
-    """Peak bytes: of the device, or on the CPU of the process."""
+def _peak_bytes(device: torch.device) -> int:
+    """The peak memory in bytes: of the device, or of the process if it is a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -106,30 +129,40 @@ def _memory(device: torch.device) -> int:
 
 
 class Keeper(Checkpoint):
-    """Keeps the last and the best checkpoint: saves the new one, then removes the one before.
+    """Keeps the last and the best checkpoint. It saves a new one before it removes the old one.
 
-    The last is saved every `save_every` steps, at the end, and before a SIGTERM or, in one process,
-    a Ctrl-C is followed; the best where a validation had the least loss. What is saved at a step
-    with a validation is saved after it. At the last step a validation always follows.
+    The last checkpoint is saved every `save_every` steps, at the end, and before the run follows a
+    SIGTERM or (in one process) a Ctrl-C. The best one is saved when a validation has the smallest
+    loss so far. At a step with a validation the checkpoint is saved after it, and the last step
+    always has a validation.
+
+    Args:
+        folder: the folder for checkpoints.
+        io: writes them.
+        meter: has the metrics that are saved with them.
+        steps: the number of steps of the run.
     """
 
     def __init__(self, folder: Path, io: Folders, meter: Meter, steps: int):
         self.folder, self.io, self.meter, self.steps = folder, io, meter, steps
         self.options = meter.options
-        self.least = math.inf
+        self.least = math.inf  # the smallest validation loss
         self.interrupted = False
-        self.saved: dict[str, int] = {}  # the step of each kind
+        self.saved: dict[str, int] = {}  # kind of checkpoint -> its step
 
     def on_train_start(self, trainer: Trainer, task: Any) -> None:
-        # where several processes get Ctrl-C, each may be at another step: they can't save together
+        # several processes may get Ctrl-C at different steps, and then cannot save together
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._interrupt)  # `interruptible` puts the old one back
+            signal.signal(signal.SIGINT, self._interrupt)  # `interruptible` restores the old one
 
     def _interrupt(self, *_: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nCtrl-C: saves after this step; again: stops at once", file=sys.stderr, flush=True)
+        print(
+            "\nCtrl-C: the run stops after this step and saves it; a second Ctrl-C stops at once",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         return {"least": self.least}
@@ -145,34 +178,33 @@ class Keeper(Checkpoint):
             return
         if step == self.steps:
             trainer.should_stop = True  # Lightning then validates
-        elif step % self.options.validate_every and self._due(trainer):
+        elif step % self.options.validate_every and self._is_due(trainer):
             self._save(trainer, "last")
-            self._follow(step)
+            self._stop_if_interrupted(step)
 
     def on_validation_end(self, trainer: Trainer, task: Any) -> None:
         if trainer.state.fn != "fit":
             return
         self.io.metrics = self.meter.measured
-        # the best first: a run that is killed between the two goes on from there
+        # the best first: a run that is killed between the two continues from there
         if self.io.metrics["valid_loss"] < self.least:
             self.least = self.io.metrics["valid_loss"]
             self._save(trainer, "best")
-        if self._due(trainer):
+        if self._is_due(trainer):
             self._save(trainer, "last")
-            self._follow(trainer.global_step)
+            self._stop_if_interrupted(trainer.global_step)
 
-    def _due(self, trainer: Trainer) -> bool:
+    def _is_due(self, trainer: Trainer) -> bool:
         step, asked = trainer.global_step, trainer.received_sigterm or self.interrupted
         return asked or step % self.options.save_every == 0 or step == self.steps
 
-    def _follow(self, step: int) -> None:
-        """Ctrl-C, now that all is saved."""
+    def _stop_if_interrupted(self, step: int) -> None:
         if self.interrupted and step < self.steps:
             raise KeyboardInterrupt
 
     def _save(self, trainer: Trainer, kind: str) -> None:
         step = trainer.global_step
-        if self.saved.get(kind) == step:  # not by a look at the files: ranks must agree on it
+        if self.saved.get(kind) == step:  # all ranks must agree, so this does not look at files
             return
         self.saved[kind] = step
         path = self.folder / f"{kind}-{step:06d}"
@@ -181,63 +213,3 @@ class Keeper(Checkpoint):
         if trainer.is_global_zero:
             for old in before:
                 self.io.remove_checkpoint(old)
-
-
-class Curves(CSVLogger):
-    """metrics.csv in a run's folder, which a resumed run continues from its step."""
-
-    def __init__(self, folder: Path, step: int):
-        super().__init__(folder, name="", version="")
-        if not rank_zero_only.rank:  # type: ignore[attr-defined]
-            _keep_rows(folder / "metrics.csv", step)
-
-    @property
-    def log_dir(self) -> str:
-        return str(self._root_dir)
-
-    @property
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _Continued(self.log_dir)
-        return self._experiment
-
-
-class _Continued(_ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.exists():
-            with path.open(newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
-
-
-def _keep_rows(path: Path, step: int) -> None:
-    """Those up to a step: what came after is done again."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows, names = [row for row in reader if _upto(row, step)], reader.fieldnames or []
-
-    def save(to: Path) -> None:
-        with to.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path, save)
-
-
-def _upto(row: dict[str, str], step: int) -> bool:
-    try:
-        return int(row["step"]) <= step
-    except (KeyError, TypeError, ValueError):  # a line that a kill cut short
-        return False
-
-
-def read_curves(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv, each with what was measured at its step."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [
-            {name: float(value) for name, value in row.items() if name and value}
-            for row in csv.DictReader(file)
-        ]

@@ -1,14 +1,14 @@
-"""Checkpoints: folders that are there whole or not at all.
+"""Checkpoints, each a folder in the folder `checkpoints` of a run, such as last-000500.
 
-    <run>/checkpoints/last-000500/model.safetensors   the weights (the averaged ones, with `ema`)
-                                 /checkpoint.json     the model's name and options, step, metrics
-                                 /tokenizer.json      of a language model
-                                 /parts               instead of model.safetensors, where several
-                                                      devices divide the tables (`parallel.save`)
-                                 /state.pt            what only a resumed run needs
+A checkpoint contains
+    model.safetensors   the weights; with `ema`, the averaged ones
+    checkpoint.json     the name and options of the model, the step and the metrics
+    tokenizer.json      the tokenizer of a language model
+    parts               a folder instead of model.safetensors, if tables are divided over devices
+    state.pt            what only a resumed run needs
 
-A folder is written under another name and then renamed, so a run that is killed at any moment
-leaves loadable ones. Nothing is unpickled but tensors and plain values.
+A folder is written under a temporary name and then renamed, so the checkpoints of a run that is
+killed can be loaded. Only tensors and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from ...models.pretrained import (
     read_about,
     read_weights,
 )
+from ...models.registry import current_options
 from ...utils.files import umask
 from ..data.tokenizers import load_tokenizer, save_tokenizer
 
@@ -70,15 +71,20 @@ __all__ = [
 ]
 
 STATE, TOKENIZER = "state.pt", "tokenizer.json"
-PREFIX = "model."  # of the model within the training module
+PREFIX = "model."  # begins the names of the model's weights within the training task
 
 
 @dataclass
 class Checkpoint:
-    """A model as it was saved, in eval mode.
+    """A model that was loaded from a checkpoint, in evaluation mode.
 
-    config: of the run, as plain values. classes: names, of a classifier. tokenizer: of a language
-    model. metrics: the last that were measured before it was saved.
+    path: the folder of the checkpoint.
+    model: the model.
+    config: the configuration of the run, as plain values.
+    step: the number of steps that the model was trained for.
+    classes: the names of the classes, for a classifier.
+    tokenizer: the tokenizer, for a language model.
+    metrics: those of the last validation before it was saved.
     """
 
     path: Path
@@ -90,8 +96,10 @@ class Checkpoint:
     metrics: dict[str, float]
 
     def export(self, folder: Path | str) -> None:
-        """Write a folder to share, as `save_pretrained` does, with a card that tells the data, the
-        training and the metrics; with the names of classes, or the tokenizer.
+        """Write a folder to share, as `save_pretrained` does.
+
+        It also has the names of the classes or the tokenizer, and a model card with the data, the
+        training and the metrics.
 
         Raises:
             ValueError: a model that is not of this library.
@@ -99,8 +107,8 @@ class Checkpoint:
         """
         if not isinstance(self.model, Pretrained):
             raise ValueError(f"model: got {type(self.model).__name__}, want one of this library")
-        told = {part: self.config[part] for part in ("data", "train")}
-        text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+        training = {part: self.config[part] for part in ("data", "train")}
+        text = yaml.safe_dump(training, sort_keys=False, allow_unicode=True)
         data = f"{self.step:,} steps of\n\n```yaml\n{text}```"
         self.model.save_pretrained(folder, data, self.metrics, self.classes)
         if self.tokenizer is not None:
@@ -108,8 +116,11 @@ class Checkpoint:
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps, from which a run goes on; one whose state is cut (by a
-    copy, as none is saved so) only where there is no other."""
+    """The checkpoint with the most steps, from which a run continues.
+
+    One with an incomplete state, as an interrupted copy leaves it, is only used if there is no
+    other.
+    """
     return max(
         (path for kind in ("last", "best") if (path := newest(folder, kind))),
         key=lambda path: (is_whole(path), int(path.name.rpartition("-")[2])),
@@ -118,19 +129,24 @@ def latest(folder: Path) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a run can go on from this checkpoint, as far as its state's last bytes tell."""
+    """Whether the state of a checkpoint is complete, judged by its last bytes."""
     return zipfile.is_zipfile(path / STATE)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """The model of a run's folder (its best checkpoint) or of one checkpoint's folder.
+    """Load the model of a checkpoint.
+
+    Args:
+        path: the folder of a checkpoint, or that of a run, which stands for its best checkpoint.
 
     Raises:
-        ValueError: no checkpoint, or one that does not fit its model, naming what does not.
+        ValueError: no checkpoint, or weights that do not fit the model; the message names them.
+        OSError: a file that cannot be read.
     """
     path = find_checkpoint(path)
     about = read_about(path)
-    model = create_model(about["model"]["name"], **about["model"]["options"])
+    name, options = about["model"]["name"], about["model"]["options"]
+    model = create_model(name, **current_options(name, options, warn=False))
     if (path / PARTS).is_dir():
         parallel.load(model, path / PARTS)
     else:
@@ -148,9 +164,11 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 class Folders(CheckpointIO):
-    """Lightning's checkpoints as the folders above.
+    """Writes and reads the checkpoints of Lightning as the folders that are described above.
 
-    about: what `checkpoint.json` says beside the step and the metrics.
+    Args:
+        about: the content of checkpoint.json, without the step and the metrics.
+        tokenizer: the tokenizer of a language model.
     """
 
     def __init__(self, about: dict[str, Any], tokenizer: Tokenizer | None):
@@ -172,7 +190,7 @@ class Folders(CheckpointIO):
             self._rest(state, folder)
 
     def _rest(self, state: dict[str, Any], folder: Path) -> None:
-        """All but the weights."""
+        """Write everything except the weights."""
         about = {"format": FORMAT, "translution": __version__, **self.about}
         about |= {"step": state["global_step"], "metrics": self.metrics}
         text = json.dumps(about, indent=1, ensure_ascii=False)
@@ -183,7 +201,7 @@ class Folders(CheckpointIO):
 
     @contextmanager
     def parts(self, checkpoint: dict[str, Any], path: Path, strategy: Any) -> Iterator[Path]:
-        """A folder that all devices write parts to, and then a checkpoint."""
+        """A folder that all devices write their parts to; after the block it is a checkpoint."""
         with ExitStack() as stack:
             folder = None
             if strategy.is_global_zero:
@@ -203,15 +221,16 @@ class Folders(CheckpointIO):
         try:
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(f"{path / STATE}: cannot be read as plain tensors ({said})") from None
+            reason = str(error).splitlines()[0]
+            message = f"{path / STATE}: cannot be read as plain tensors ({reason})"
+            raise ValueError(message) from None
         if (path / PARTS).is_dir():
             return state | {"parts": path / PARTS}
         weights = read_weights(path)
         return state | {"state_dict": {PREFIX + name: value for name, value in weights.items()}}
 
     def remove_checkpoint(self, path: Any) -> None:
-        # under another name first: a folder half removed must not look like a checkpoint
+        # it is renamed first, because a folder that is half removed must not look like a checkpoint
         gone = Path(tempfile.mkdtemp(dir=Path(path).parent, prefix=".old-"))
         os.replace(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -219,10 +238,10 @@ class Folders(CheckpointIO):
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place at the end, or leaves no trace.
+    """A temporary folder that is renamed to `path` after the block, or removed after an error.
 
     Raises:
-        OSError: it cannot be written, also where torch or safetensors say so in other ways.
+        OSError: the folder cannot be written, also if torch or safetensors raise other classes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -239,16 +258,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         folder.chmod(0o777 & ~umask())
         os.replace(folder, path)
     except (RuntimeError, SafetensorError) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise OSError(
-            f"{path}: cannot be written, the earlier checkpoints are whole: {said}"
+            f"{path}: cannot be written, the earlier checkpoints are whole: {reason}"
         ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_remains(folder: Path) -> None:
-    """Remove what a killed run left half written, and all but the newest of each kind."""
+    """Remove incomplete checkpoints of a killed run, and all but the newest of each kind."""
     if not folder.is_dir():
         return
     keep = {newest(folder, "last"), newest(folder, "best")}

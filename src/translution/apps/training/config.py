@@ -1,15 +1,17 @@
-"""What a run is made from: the configuration that `translution train` reads."""
+"""The configuration of a run, which `translution train` reads."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from ...models import model_options
-from ..config import Options
+from ...models import create_model, model_options
+from ..config import Options, as_yaml
 from ..data.images import ImageOptions
 from ..data.text import TextOptions
 
@@ -17,13 +19,26 @@ __all__ = ["Config", "ModelOptions", "TrainOptions", "config_file"]
 
 
 class ModelOptions(Options):
-    """A model by its name ("vit", "gpt", "resnet", … or any of `translution.list_models`), and any
-    of its options beside it. What follows from the data (image_size, channels, num_classes,
-    vocab_size, context) need not be given."""
+    """A model and its options.
+
+    name: "vit", "gpt", "resnet" or any other name of `translution.list_models`.
+
+    All further keys are options of that model. Those that follow from the data (image_size,
+    in_channels, num_classes, vocab_size, context) are set by the run.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        """Read the option names of earlier versions."""
+        if not isinstance(given, dict) or given.get("name") not in list_models():
+            return given
+        options = {option: value for option, value in given.items() if option != "name"}
+        return {"name": given["name"], **current_options(given["name"], options)}
 
     @model_validator(mode="after")
     def _check(self) -> ModelOptions:
@@ -40,36 +55,70 @@ class ModelOptions(Options):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given; numbers stand for names such as "50"."""
+        """The options that were given. A number becomes text where an option is one, like "50"."""
         known = model_options(self.name)
         return {
             option: str(value) if known.get(option) is str else value
             for option, value in (self.model_extra or {}).items()
         }
 
+    def complete(self, from_data: dict[str, Any]) -> dict[str, Any]:
+        """The name and all options with their defaults, without those that follow from the data.
 
+        A named size is replaced by the options that it stands for.
+
+        Args:
+            from_data: options that follow from the data, as far as the configuration tells them.
+
+        Raises:
+            ValueError: options that do not fit together.
+        """
+        known = model_options(self.name)
+        options = {k: v for k, v in from_data.items() if k in known} | self.given
+        with torch.device("meta"):
+            model = create_model(self.name, **options)
+        complete = {"name": self.name} | {k: v for k, v in self.given.items() if k in FROM_DATA}
+        for field in dataclasses.fields(model.config):  # type: ignore[arg-type]
+            if field.name not in FROM_DATA:
+                # null stays null, so that what follows from other options still follows from them
+                derived = field.default is None and field.name not in self.given
+                complete[field.name] = None if derived else getattr(model.config, field.name)
+        return complete
+
+
+# options that follow from the data
+FROM_DATA = {"image_size", "in_channels", "num_classes", "vocab_size", "context"}
 _LAX = ConfigDict(coerce_numbers_to_str=True)
 
 
 class TrainOptions(Options):
-    """The optimisation, and where it runs.
+    """The optimisation, and the devices that it runs on.
 
-    steps, epochs: how long; one of them. One step is one change of the weights.
-    batch_size: samples per step, over all devices and accumulated parts.
-    accumulate: parts that a step's batch is computed in, one after the other.
-    learning_rate: its peak. warmup: steps in which it rises linearly to there. Then schedule
-        "cosine" takes it to min_learning_rate at the last step, "constant" leaves it.
-    weight_decay: AdamW's, on all parameters, or with decay="matrices" on those of two axes or more.
-    clip: largest norm of the gradient; null does not clip.
-    label_smoothing: of the cross-entropy.
-    ema: decay of the averaged weights, which are then those evaluated and saved; null for none.
-    precision: "bfloat16" and "float16" are autocast.
-    compile: torch.compile the model.
-    validate_every, save_every, log_every: steps. validate_batches: at most so many; null for all.
-    device: "auto" takes cuda, mps or cpu. devices: how many of each node; nodes.
-    strategy: how several devices share the work: "ddp" holds the model on each, "fsdp" divides it.
-    offset_ranks: over how many devices the tables' classes are divided (docs/scaling.md).
-    workers: processes that load data, per device.
+    steps, epochs: the length of the run; exactly one of them is given. A step is one update of the
+        weights.
+    batch_size: the number of samples in a step, over all devices.
+    accumulate: the number of parts that a batch is divided into, which are computed in turn.
+    learning_rate: the peak of the learning rate.
+    warmup: the number of steps in which the learning rate rises linearly to its peak. If the run
+        is not longer than that, the warm-up is a tenth of the run, and the run says so.
+    schedule: after the warm-up, "cosine" lowers the learning rate to min_learning_rate at the last
+        step, and "constant" keeps it.
+    weight_decay: that of AdamW.
+    decay: "all" applies it to all parameters, "matrices" to those with at least two axes.
+    betas: those of AdamW.
+    clip: the largest norm of the gradient; null does not clip.
+    label_smoothing: that of the cross-entropy.
+    ema: the decay of an exponential moving average of the weights, which is then evaluated and
+        saved in their place; null keeps none.
+    precision: "bfloat16" and "float16" use autocast.
+    compile: compile the model with torch.compile.
+    validate_every, save_every, log_every: intervals in steps.
+    validate_batches: the number of batches of a validation; null uses all.
+    device: "auto" is the first of cuda, mps and cpu that the machine has.
+    devices, nodes: the number of devices per machine, and of machines.
+    strategy: how several devices share the work. "ddp" copies the model to each, "fsdp" divides it.
+    offset_ranks: the number of devices that tables are divided over (docs/scaling.md).
+    workers: the number of processes that load data, per device.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -99,12 +148,15 @@ class TrainOptions(Options):
     offset_ranks: int = Field(1, ge=1)
     workers: int = Field(0, ge=0)
 
+    def warmup_within(self, steps: int) -> int:
+        """`warmup`, or a tenth of the steps if the run is not longer than the warm-up."""
+        return self.warmup if self.warmup < steps else steps // 10
+
     @model_validator(mode="after")
     def _check(self) -> TrainOptions:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"want steps or epochs, got {self.steps} and {self.epochs} (the other one is taken "
-                "away with =null)"
+                f"want steps or epochs, got {self.steps} and {self.epochs} (=null removes one)"
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
@@ -128,7 +180,12 @@ class TrainOptions(Options):
 
 
 class Config(Options):
-    """One run. out: its folder; null is runs/ and the name of the configuration's file."""
+    """The configuration of one run.
+
+    out: the folder of the run. null is a folder in runs/ with the name of the configuration's file.
+    seed: decides all random numbers.
+    model, data, train: what is trained, on what, and how.
+    """
 
     out: str | None = None
     seed: int = Field(0, ge=0)
@@ -136,23 +193,34 @@ class Config(Options):
     data: Annotated[ImageOptions | TextOptions, Field(discriminator="kind")]
     train: TrainOptions
 
+    def print_complete(self) -> str:
+        """The configuration as YAML, with all defaults, also those of the model."""
+        data = self.data
+        given: dict[str, Any] = {"context": getattr(data, "context", None)}
+        if data.kind == "images":
+            given = {"image_size": data.image_size, "in_channels": data.channels}
+        return as_yaml(self, model=self.model.complete(given))
+
     def folder(self, path: Path) -> Path:
+        """The folder of the run whose configuration is the file `path`."""
         return Path("runs") / path.stem if self.out is None else Path(self.out).expanduser()
 
 
 def config_file(path: Path) -> Path:
-    """The YAML file that is meant: itself, or that of a run's folder.
+    """The YAML file of a configuration, which may be given as the folder of a run.
 
     Raises:
-        ValueError: there is none; it names recipes that are called like it.
+        ValueError: there is no such file; the message suggests similar names.
     """
-    found = path / "config.yaml" if path.is_dir() else path
-    if found.is_file():
-        return found
+    file = path / "config.yaml" if path.is_dir() else path
+    if file.is_file():
+        return file
     if path.is_dir():
-        raise ValueError(f"CONFIG: {path} is a folder without config.yaml; want a file or a run's")
-    there = [*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml")]
-    names = {file.stem: str(file) for file in there}
+        raise ValueError(
+            f"CONFIG: {path} is a folder without config.yaml; want a file or the folder of a run"
+        )
+    existing = [*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml")]
+    names = {file.stem: str(file) for file in existing}
     close = [names[name] for name in difflib.get_close_matches(path.stem, names, n=3)]
     meant = f"; did you mean {' or '.join(close)}?" if close else ", want a YAML file"
     raise ValueError(f"CONFIG: no such file {path}{meant}")

@@ -1,10 +1,10 @@
-"""The data of a run as Lightning's loaders, in an order that a resumed run continues."""
+"""The data of a run as loaders for Lightning, in an order that a resumed run continues."""
 
 from __future__ import annotations
 
 import signal
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -13,19 +13,25 @@ from torch.utils.data import DataLoader
 
 from ..data.images import Images, collate, open_images
 from ..data.order import InOrder, Shuffled
+from ..data.parts import Part
 from ..data.text import Windows, open_text
 from .config import Config
 
 __all__ = ["Data", "Part", "Parts"]
 
-Part = Literal["train", "valid", "test"]
 Parts = dict[Part, Images | Windows]
 
 
 class Data(LightningDataModule):
-    """The parts of a data set, opened when they are first asked for."""
+    """The parts of a data set. Each is opened when it is first needed.
 
-    order: InOrder  # of the samples that are evaluated
+    Args:
+        config: the configuration of the run.
+        tokenizer: replaces the one of the configuration, for example by that of a checkpoint.
+        parts: parts that are open already. Those that this object opens are added to it.
+    """
+
+    order: InOrder  # that of the part that is being evaluated
 
     def __init__(
         self,
@@ -33,13 +39,17 @@ class Data(LightningDataModule):
         tokenizer: Tokenizer | None = None,
         parts: Parts | None = None,
     ):
-        """tokenizer: in place of that of the configuration, such as a checkpoint's. parts: those
-        that are open already; takes in those that this one opens."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self._open: Parts = {} if parts is None else parts
 
     def part(self, name: Part) -> Images | Windows:
+        """Open a part, if it is not open yet.
+
+        Raises:
+            ValueError: wrong data.
+            OSError: data that cannot be read.
+        """
         if name not in self._open:
             data, seed = self.config.data, self.config.seed
             if data.kind == "images":
@@ -50,7 +60,7 @@ class Data(LightningDataModule):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the model must agree with, by the names of the models' options."""
+        """The options of a model that follow from the data."""
         train = self.part("train")
         if isinstance(train, Windows):
             return {"vocab_size": train.vocab_size, "context": self.config.data.context}  # type: ignore[union-attr]
@@ -62,17 +72,21 @@ class Data(LightningDataModule):
 
     @cached_property
     def steps(self) -> int:
-        """Of the whole run."""
+        """The number of steps of the whole run."""
         options = self.config.train
         if options.steps is not None:
             return options.steps
         assert options.epochs is not None
         return max(1, round(options.epochs * len(self.part("train")) / options.batch_size))
 
+    def epoch_of(self, step: int) -> float:
+        """How often the training part has been passed over after so many steps."""
+        return step * self.config.train.batch_size / len(self.part("train"))
+
     @property
     def share(self) -> tuple[int, int]:
-        """Which part of a batch belongs here: rank, ranks. Devices that divide the tables' offsets
-        among them load the same."""
+        """(rank, ranks): which part of each batch this process loads. Devices that divide the
+        tables among them load the same samples."""
         if self.trainer is None:
             return 0, 1
         each = self.config.train.offset_ranks
@@ -116,5 +130,5 @@ class Data(LightningDataModule):
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal: the main one says what happens then."""
+    """Ignore Ctrl-C, which a terminal sends to all processes. The main one handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Around Lightning: its device, its silence, and Ctrl-C. Light to import."""
+"""Devices, processes and signals around Lightning. This module is quick to import."""
 
 from __future__ import annotations
 
@@ -12,30 +12,41 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["DEVICES", "interruptible", "pick_device", "quiet", "terminate"]
+__all__ = ["DEVICES", "interruptible", "is_main_process", "pick_device", "quiet", "terminate"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def pick_device(name: str) -> str:
-    """cuda, mps or cpu; "auto" takes the first of them that is there."""
+    """Choose a device: "cuda", "mps" or "cpu". "auto" is the first of them that this machine has.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
     mps = getattr(torch.backends, "mps", None)
-    there = {
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": mps is not None and mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        return next(device for device, here in there.items() if here)
-    if name not in there or not there[name]:
-        have = [device for device, here in there.items() if here]
+        return next(device for device, here in available.items() if here)
+    if not available.get(name):
+        have = [device for device, here in available.items() if here]
         raise ValueError(f"device: got {name!r}, want one that this machine has: {have}")
     return name
 
 
+def is_main_process() -> bool:
+    """Whether this process prints and writes, of all that share a run."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return not rank_zero_only.rank  # type: ignore[attr-defined]
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning without its banners, tips and warnings about loaders."""
+    """Silence Lightning's banners, tips and warnings in a block."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -49,7 +60,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lightning turns Ctrl-C into an exit and ignores the next ones; make it Ctrl-C again."""
+    """Let Ctrl-C raise KeyboardInterrupt in a block, where Lightning would exit and ignore it."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main else None
     try:
@@ -64,7 +75,7 @@ def interruptible() -> Iterator[None]:
 
 
 def terminate(pool: ProcessPoolExecutor) -> None:
-    """End the processes of a pool at once, in the middle of what they do."""
+    """End the processes of a pool at once. Python has no public way to do so before 3.14."""
     for process in (pool._processes or {}).values():
         process.terminate()
     pool.shutdown(wait=False, cancel_futures=True)

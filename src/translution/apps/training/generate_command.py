@@ -1,4 +1,4 @@
-"""The command `translution generate`: text from a trained language model, as it is made."""
+"""The command `translution generate`: text from a trained language model, shown as it is made."""
 
 from __future__ import annotations
 
@@ -21,27 +21,40 @@ __all__ = ["TextStream", "generate", "write_samples"]
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Of a language model.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue; - reads stdin.")] = "",
-    prompt_file: Annotated[str, typer.Option(help="Instead: a UTF-8 file.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Among the k most likely; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Among the most likely that reach this.")] = 1.0,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder, or a checkpoint's, of a language model.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to continue; - reads standard input.")] = "",
+    prompt_file: Annotated[str, typer.Option(help="A UTF-8 file with the text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="The largest number of new tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from the k most likely tokens; 0: from all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Draw from the most likely tokens that together reach this probability."),
+    ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text, or at this token; repeatable.")
+        list[str] | None,
+        typer.Option(help="End before this text, or at this token. Can be repeated."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first sample; the next has seed + 1.")] = 0,
-    samples: Annotated[int, typer.Option(help="How many texts.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="The seed of the first sample; the next has seed + 1.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(help="The number of texts.")] = 1,
     slide: Annotated[
         int,
         typer.Option(
-            help="Tokens forgotten when the context is full: 1 to the context; -1: a quarter; "
-            "0: none, if the model has no limit (buckets or windows, no absolute positions)."
+            help="How many tokens to forget when the context is full: 1 to all, or -1 for a "
+            "quarter. 0 forgets none, for a model without a limit (with buckets or windows, and "
+            "without absolute positions)."
         ),
     ] = -1,
-    echo: Annotated[bool, typer.Option(help="Write the prompt too.")] = False,
-    cache: Annotated[bool, typer.Option(help="Without, all is computed for each token.")] = True,
+    echo: Annotated[bool, typer.Option(help="Write the prompt before the text.")] = False,
+    cache: Annotated[
+        bool, typer.Option(help="Keep keys and values. Without, every token computes all again.")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Continue a text with a trained language model."""
@@ -73,17 +86,17 @@ def generate(
 
 
 def _check(**options: tuple[Any, bool, str]) -> None:
-    """By name: what came, whether it is right, what is wanted. Before anything is loaded."""
+    """Check options before anything is loaded: name=(value, is it valid, what is wanted)."""
     for name, (got, right, want) in options.items():
         if not right:
             raise ValueError(f"{name}: got {got}, want {want}")
 
 
 def read_prompt(prompt: str, prompt_file: str) -> str:
-    """The text to continue.
+    """Read the text to continue from the option, from standard input or from a file.
 
     Raises:
-        ValueError: two sources or none, or a source that is not UTF-8.
+        ValueError: two sources or none, or a source that is empty or not UTF-8.
         OSError: a file that cannot be read.
     """
     if bool(prompt) == bool(prompt_file):
@@ -112,15 +125,20 @@ def write_samples(
     echo: bool = False,
     **options: Any,
 ) -> None:
-    """Write a continuation for each seed, piece by piece; blank lines with --- divide them.
+    """Write a continuation for each seed, piece by piece, with lines of --- between them.
 
     Args:
-        write, flush: of the stream; `flush` is called after each piece.
-        stop: as in `TextStream`; one that is a token ends the text there too.
-        options: of `translution.models.generation.generate`.
+        model, tokenizer: a language model and its tokenizer.
+        prompt: the text to continue.
+        write: called with each piece of text.
+        flush: called after each piece.
+        seeds: one per continuation.
+        stop: texts that end a continuation. If one is a token, that token ends it too.
+        echo: whether to write the prompt first.
+        options: further arguments of `translution.models.generation.generate`.
 
     Raises:
-        ValueError: a prompt without a token, an empty stop, or what `generate` refuses.
+        ValueError: a prompt without tokens, an empty text in `stop`, or wrong options.
     """
     stops = list(stop)
     if "" in stops:
@@ -144,24 +162,26 @@ def write_samples(
 
 
 class TextStream:
-    """The text of tokens as they come.
+    """Decodes tokens one by one into text.
 
-    A character's bytes may be divided over tokens, and some decoders write a space only between
-    two tokens. So a few tokens are decoded together, and what that adds is given out once it no
-    longer ends in a broken character. What may yet become a stop text is held back.
+    The bytes of a character may be spread over several tokens, and some decoders write a space only
+    between two tokens. Therefore new tokens are decoded together with a few earlier ones. Their
+    text is returned once it no longer ends in an incomplete character, and once it can no longer
+    become a stop text.
 
     Args:
-        before: tokens that the first ones follow.
-        stop: texts that end the stream; they are not given out.
+        tokenizer: decodes the tokens.
+        before: the tokens in front of the first one.
+        stop: texts that end the stream. They are not returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = (), stop: Iterable[str] = ()):
         self.tokenizer, self.stop = tokenizer, list(stop)
-        self.known = list(before)[-CONTEXT:]  # tokens whose text is out
+        self.known = list(before)[-CONTEXT:]  # tokens whose text has been returned
         self.fresh: list[int] = []
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Texts that together are what the tokens decode to, up to the first stop text."""
+        """The text of the tokens in pieces, up to the first stop text."""
         held = ""
         for token in tokens:
             self.fresh.append(token)
@@ -179,7 +199,7 @@ class TextStream:
             yield held
 
     def _text(self, whole: bool) -> str:
-        """The text of the fresh tokens; with `whole` none while a character is not complete."""
+        """The text of the new tokens. With `whole`, it is "" while a character is incomplete."""
         known = self.tokenizer.decode(self.known)
         both = self.tokenizer.decode(self.known + self.fresh)
         if whole and both.endswith(BROKEN):
@@ -191,10 +211,10 @@ class TextStream:
         return min((at for s in self.stop if (at := text.find(s)) >= 0), default=None)
 
     def _hold(self, text: str) -> int:
-        """The length of the longest end of `text` that a stop text begins with."""
+        """The length of the longest end of `text` that is the beginning of a stop text."""
         lengths = range(min(len(text), max(map(len, self.stop), default=1) - 1), 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self.stop)), 0)
 
 
-BROKEN = "\ufffd"  # what decoders write for bytes that are no character
-CONTEXT = 8  # known tokens that are decoded with new ones
+BROKEN = "\ufffd"  # decoders write it for bytes that are not a character
+CONTEXT = 8  # how many earlier tokens are decoded with the new ones

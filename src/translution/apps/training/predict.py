@@ -1,4 +1,4 @@
-"""Which class a checkpoint gives to image files."""
+"""Classifying image files with a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ __all__ = ["Prediction", "predict"]
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of a file and their probabilities; or why it could not be read."""
+    """The most likely classes of an image file.
+
+    file: the file.
+    classes, probabilities: the most likely first.
+    error: why the file could not be read, or None.
+    """
 
     file: Path
     classes: list[str]
@@ -33,13 +38,20 @@ def predict(
     batch_size: int = 64,
     device: str = "cpu",
 ) -> Iterator[Prediction]:
-    """Classify the files, in their order.
+    """Classify image files, in their order.
 
     Args:
-        top: how many classes of each.
+        checkpoint: a classifier of images.
+        files: the image files.
+        top: the number of classes to give for each file.
+        batch_size: the number of images that are classified at once.
+        device: where the model runs.
+
+    Yields:
+        One prediction per file. For a file that cannot be read, its `error` says why.
 
     Raises:
-        ValueError: the checkpoint is no classifier of images.
+        ValueError: the checkpoint is not a classifier of images.
     """
     config = Config.model_validate(checkpoint.config)
     if checkpoint.classes is None or config.data.kind != "images":
@@ -48,15 +60,15 @@ def predict(
     augment = Augment(data.augment, len(classes), data.image_size, data.mean, data.std).eval()
     model, augment = checkpoint.model.to(device), augment.to(device)
     for first in range(0, len(files), batch_size):
-        some = files[first : first + batch_size]
-        read = [_read(path, data) for path in some]
-        images = [image for image in read if isinstance(image, torch.Tensor)]
+        batch_files = files[first : first + batch_size]
+        loaded = [_load(path, data) for path in batch_files]
+        images = [image for image in loaded if isinstance(image, torch.Tensor)]
         likely: Iterator[Any] = iter(())
         if images:
             batch, _ = augment(torch.stack(images).to(device), torch.zeros(len(images)).long())
-            found = model(batch).float().softmax(-1).topk(min(top, len(classes)))
-            likely = zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        for path, image in zip(some, read, strict=True):
+            best = model(batch).float().softmax(-1).topk(min(top, len(classes)))
+            likely = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for path, image in zip(batch_files, loaded, strict=True):
             if isinstance(image, str):
                 yield Prediction(path, [], [], image)
             else:
@@ -64,7 +76,8 @@ def predict(
                 yield Prediction(path, [classes[i] for i in indices], values)
 
 
-def _read(path: Path, options: Any) -> torch.Tensor | str:
+def _load(path: Path, options: Any) -> torch.Tensor | str:
+    """An image, or why it could not be read."""
     try:
         return load_image(path, options)
     except (ValueError, OSError) as error:

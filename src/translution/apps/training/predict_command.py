@@ -13,16 +13,16 @@ __all__ = ["predict"]
 def predict(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint's.")],
     images: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes of each image.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to give for each image.")] = 1,
     output: Annotated[
-        Path | None, typer.Option(help="Write there: .csv or .json. Default: a table.")
+        Path | None, typer.Option(help="A file to write, .csv or .json. Default: a table.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Classify images: translution predict CHECKPOINT IMAGE...
 
-    An image that cannot be read is named, the others are classified, and the exit code is 1.
+    An image that cannot be read is named, all others are classified, and the exit code is then 1.
     """
     import csv
     import json
@@ -40,9 +40,9 @@ def predict(
     if output is not None and output.suffix not in (".csv", ".json"):
         raise ValueError(f"output: got {output}, want a name that ends in .csv or .json")
     files = image_files(images)
-    found = run(open_checkpoint(checkpoint), files, top, batch_size, pick_device(device))
+    results = run(open_checkpoint(checkpoint), files, top, batch_size, pick_device(device))
     errors = Console(stderr=True)
-    done = list(track(found, "images", len(files), console=errors, transient=True))
+    done = list(track(results, "Classifying", len(files), console=errors, transient=True))
     good = [one for one in done if one.error is None]
     if output is None:
         table = Table("image", *[h for _ in range(top) for h in ("class", "probability")])

@@ -1,4 +1,4 @@
-"""A run from its configuration to its last checkpoint, and its evaluation."""
+"""Training a model from a configuration to its last checkpoint, and evaluating it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -22,7 +21,7 @@ from ...utils.words import some
 from ..config import as_yaml, load
 from ..data.images import Images
 from ..data.text import Windows
-from .callbacks import Curves, Keeper, Meter
+from .callbacks import Keeper, Meter
 from .checkpoints import (
     PARTS,
     STATE,
@@ -36,16 +35,18 @@ from .checkpoints import (
 )
 from .config import Config, TrainOptions
 from .data import Data, Part, Parts
-from .engine import interruptible, pick_device, quiet
+from .engine import interruptible, is_main_process, pick_device, quiet
+from .logs import GroupedTensorBoard, MetricsFile
+from .messages import Cost, run_summary
+from .progress import progress
 from .strategies import Offset, Sharded
 from .tasks import Classification, LanguageModel, Task
-from .telling import Cost, about_run, leads, progress
 
 __all__ = ["evaluate", "train"]
 
-LOCK = ".lock"  # in a run's folder
+LOCK = ".lock"  # a file in the folder of a run
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
-# What a resumed run may have otherwise than before.
+# The keys that may change when a run is resumed.
 FREE = {
     "out", "train.steps", "train.epochs", "train.validate_every", "train.validate_batches",
     "train.save_every", "train.log_every", "train.device", "train.devices", "train.nodes",
@@ -56,15 +57,22 @@ FREE = {
 def train(
     config: Config, folder: Path, resume: bool = False, parts: Parts | None = None
 ) -> dict[str, float]:
-    """Train into a folder; returns the metrics of the last validation.
+    """Train a model.
 
-    parts: of the data, kept open for other runs on the same.
+    Args:
+        config: the configuration of the run.
+        folder: the folder of the run; it is made if it is missing.
+        resume: continue the run in this folder from its last checkpoint, if there is one.
+        parts: parts of the data that are open already; those that this run opens are added.
+
+    Returns:
+        The metrics of the last validation.
 
     Raises:
-        ValueError: a configuration that does not fit the data, the machine or an earlier run there.
-        OSError: a folder or checkpoint that cannot be written, data that cannot be read.
+        ValueError: a configuration that does not fit the data, the machine or the run in `folder`.
+        OSError: a folder or checkpoint that cannot be written, or data that cannot be read.
     """
-    with _alone(folder) if leads() else nullcontext():
+    with _locked(folder) if is_main_process() else nullcontext():
         return _train(config, folder, resume, parts)
 
 
@@ -75,21 +83,24 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
     at = latest(folder / "checkpoints")
     about: dict[str, Any] = {"step": 0} if at is None else read_about(at)
     step = int(about["step"])
+    length = "train.steps" if config.train.steps is not None else "train.epochs"
     if step > data.steps:
         raise ValueError(
-            f"train.steps: got {data.steps}, but {folder} is already at step {step}; want at least "
-            "that, or another out"
+            f"{length}: got {data.steps} steps, but {folder} is already at step {step}; want at "
+            "least that, or another out"
         )
     if at is not None and step == data.steps:
-        _say(f"{folder} is already at step {step} of {data.steps}; more train.steps go on from it")
+        _say(
+            f"{folder} is already at step {step} of {data.steps}; a larger --{length} continues it"
+        )
         return dict(about["metrics"])
     cost = _cost(name, options, data)
-    _say(about_run(config, data, name, options, cost))
+    _say(run_summary(config, data, name, options, cost))
     if at is not None:
-        for cut in _cut(folder, at):
-            _say(f"cut    {cut / STATE} is not whole: the run goes on from the other checkpoint")
+        for cut in _incomplete(folder, at):
+            _say(f"cut    {cut / STATE} is not whole: the run continues from the other checkpoint")
         _say(f"from   step {step}, {at}")
-    if leads():
+    if is_main_process():
         write_whole(folder / "config.yaml", lambda to: to.write_text(as_yaml(config), "utf-8"))
 
     def make() -> nn.Module:
@@ -97,7 +108,7 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
         return create_model(name, **options)
 
     strategy = _strategy(config.train, make, at)
-    # with offset parallelism each device makes only its own tables, once there are processes
+    # with offset parallelism each process makes only its own rows of tables, after it has started
     with torch.device("meta") if isinstance(strategy, Offset) else nullcontext():
         model = make()
     if config.train.compile:
@@ -111,17 +122,16 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
         },
         None if isinstance(part, Images) else part.tokenizer,
     )
-    # going forward, and twice that back, in flops
-    meter = Meter(config.train, 6.0 * cost.multiply_adds)
+    meter = Meter(config.train, cost.training_flops)
     keeper = Keeper(folder / "checkpoints", io, meter, data.steps)
     callbacks: list[Callback] = [meter, keeper, progress()]
     if config.train.ema is not None:
         callbacks.insert(0, EMAWeightAveraging(decay=config.train.ema))
-    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+    board = GroupedTensorBoard(folder, name="", version="tensorboard", default_hp_metric=False)
     board.log_hyperparams(_flat(config))
-    if leads():  # the logger leaves an earlier one as it is
+    if is_main_process():  # the logger would keep that of an earlier process
         Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-    loggers = [Curves(folder, step), board]
+    loggers = [MetricsFile(folder, step), board]
     with quiet(), interruptible():
         trainer = make_trainer(
             config, callbacks=callbacks, logger=loggers, plugins=[io], max_steps=data.steps,
@@ -130,7 +140,7 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
         task = make_task(model, config, part, data.steps)
         try:
             trainer.fit(task, datamodule=data, ckpt_path=at, weights_only=True)
-        except SIGTERMException:  # it has saved, but not finished: no exit with 0
+        except SIGTERMException:  # a checkpoint is saved, but the run has not finished
             raise KeyboardInterrupt from None
     return io.metrics
 
@@ -138,19 +148,27 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
 def evaluate(
     path: Path | str, part: Part, config: Config, parts: Parts | None = None
 ) -> dict[str, float]:
-    """The metrics of a checkpoint on a part of the data that the configuration names.
+    """Measure a checkpoint.
 
-    parts: of the data, kept open for other runs on the same.
+    Args:
+        path: the folder of a run, which stands for its best checkpoint, or that of a checkpoint.
+        part: the part of the data.
+        config: names the data, the batch size and the device.
+        parts: parts of the data that are open already; those that are opened here are added.
+
+    Returns:
+        The metrics.
 
     Raises:
         ValueError: no checkpoint, or data that do not fit its model.
+        OSError: data that cannot be read.
     """
     checkpoint = open_checkpoint(path)
     data = Data(config, checkpoint.tokenizer, parts)
     samples = data.part(part)
     if isinstance(samples, Images) and samples.classes != checkpoint.classes:
         raise ValueError(
-            f"data: has the classes {some(samples.classes)}, but the checkpoint "
+            f"data: has the classes {some(samples.classes)}, but the checkpoint has "
             f"{some(checkpoint.classes or [])}"
         )
     meter = Meter(config.train, 0.0)
@@ -163,7 +181,11 @@ def evaluate(
 
 
 def make_trainer(config: Config, **more: Any) -> Trainer:
-    """Lightning's trainer, as the configuration asks for it."""
+    """Make Lightning's trainer for a configuration. `more` are further arguments of it.
+
+    Raises:
+        ValueError: devices that this machine does not have, or options that exclude each other.
+    """
     options = config.train
     device = pick_device(options.device)
     started, wanted = int(os.environ.get("WORLD_SIZE", 1)), options.devices * options.nodes
@@ -185,7 +207,7 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        enable_progress_bar=False,  # `progress` is ours
+        enable_progress_bar=False,  # `progress` replaces it
         **more,
     )
     try:
@@ -195,14 +217,14 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
 
 
 def _strategy(options: TrainOptions, make: Callable[[], nn.Module], at: Path | None) -> Any:
-    """How devices share the work, also that of a checkpoint that has the tables in parts."""
+    """How devices share the work. A checkpoint with divided tables needs offset parallelism."""
     offset = options.offset_ranks > 1 or (at is not None and (at / PARTS).is_dir())
     if not offset and options.strategy != "fsdp":
         return options.strategy
     for name in ("ema", "compile"):
         if getattr(options, name):
             way = "offset_ranks" if offset else "strategy 'fsdp'"
-            raise ValueError(f"train.{name}: got {getattr(options, name)}, not with {way}")
+            raise ValueError(f"train.{name}: got {getattr(options, name)}, want none with {way}")
     if not offset:
         return Sharded(options.devices * options.nodes)
     if options.strategy == "fsdp":
@@ -211,18 +233,18 @@ def _strategy(options: TrainOptions, make: Callable[[], nn.Module], at: Path | N
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Make the run's folder, and be the only process there; a lock dies with its process.
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder of a run and lock it. The lock ends with the process.
 
     Raises:
-        ValueError: another process is there, or something else than a run.
+        ValueError: another process holds the lock, or the folder has other content than a run.
     """
     from filelock import FileLock, Timeout
 
     run = folder / "config.yaml"
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
     if folder.exists() and (not folder.is_dir() or (inside - {LOCK} and not run.exists())):
-        raise ValueError(f"out: {folder} is there and no run's; want a new or empty folder")
+        raise ValueError(f"out: {folder} exists and is not a run; want a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -238,38 +260,42 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def check_folder(config: Config, folder: Path, resume: bool) -> None:
-    """That a run may begin or go on there. What never came to a checkpoint is begun anew.
+    """Check that a run may start or continue in a folder, and remove incomplete checkpoints.
+
+    A run without a checkpoint starts again.
 
     Raises:
-        ValueError: there is a run, and `resume` is not wanted or its configuration is another.
+        ValueError: the folder has a run, and `resume` is false or its configuration differs.
     """
-    if not leads():
+    if not is_main_process():
         return
     saved = folder / "config.yaml"
     if latest(folder / "checkpoints") is not None:
         if not resume:
-            raise ValueError(f"out: {folder} holds a run; --resume continues it, or want another")
+            raise ValueError(
+                f"out: {folder} holds a run; --resume continues it; want that, or another out"
+            )
         before, now = _flat(load(Config, saved)), _flat(config)
         other = [k for k in sorted(before | now) if before.get(k) != now.get(k) and k not in FREE]
         if other:
-            told = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in other)
-            raise ValueError(f"--resume: {saved} has another configuration: {told}")
+            changes = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in other)
+            raise ValueError(f"--resume: {saved} has another configuration: {changes}")
     clear_remains(folder / "checkpoints")
 
 
-def _cut(folder: Path, at: Path) -> list[Path]:
-    """The checkpoints that were passed over for this one."""
+def _incomplete(folder: Path, at: Path) -> list[Path]:
+    """The checkpoints that cannot be continued, so that the run continues from `at`."""
     kept = [newest(folder / "checkpoints", kind) for kind in ("last", "best")]
     return [path for path in kept if path not in (None, at) and not is_whole(path)]
 
 
 def _say(text: str) -> None:
-    if leads():
+    if is_main_process():
         print(text, flush=True)
 
 
 def _flat(options: Config) -> dict[str, Any]:
-    """The configuration with keys such as train.steps."""
+    """The configuration as one dict with keys such as "train.steps"."""
 
     def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, dict):
@@ -282,10 +308,10 @@ def _flat(options: Config) -> dict[str, Any]:
 
 
 def model_of(config: Config, data: Data) -> tuple[str, dict[str, Any]]:
-    """The model's name and options, with what follows from the data.
+    """The name and options of the model, with those that follow from the data.
 
     Raises:
-        ValueError: an option that the data contradict.
+        ValueError: an option that contradicts the data.
     """
     name, options = config.model.name, config.model.given
     known = model_options(name)
@@ -303,13 +329,14 @@ def _pair(value: Any) -> list[Any]:
 
 
 def make_task(model: nn.Module, config: Config, part: Images | Windows, steps: int) -> Task:
+    """The task of a model: classification for images, prediction of the next token for text."""
     if isinstance(part, Images):
         return Classification(model, config, steps, len(part.classes), part.options.image_size)
     return LanguageModel(model, config, steps)
 
 
 def _cost(name: str, options: dict[str, Any], data: Data) -> Cost:
-    """Of the model, per image or token."""
+    """Count the parameters of a model, and its multiply-adds per image or token."""
     with torch.device("meta"):
         model = create_model(name, **options)
         if isinstance(data.part("train"), Images):

@@ -12,33 +12,31 @@ __all__ = ["share"]
 
 def share(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint's.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write; made where it is missing.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write. It is made if it is missing.")],
     push: Annotated[
-        str | None, typer.Option(help="Then send the folder to the Hub: owner/name.")
+        str | None, typer.Option(help="Then upload the folder to the Hub as owner/name.")
     ] = None,
-    private: Annotated[
-        bool, typer.Option(help="Nobody else sees a repository made there.")
-    ] = False,
+    private: Annotated[bool, typer.Option(help="Make a new repository there private.")] = False,
 ) -> None:
     """Write a trained model as a folder to share: weights, configuration and model card.
 
-    `from_pretrained` makes the model of it again. A run's folder stands for its best checkpoint.
+    `from_pretrained` loads the model from it. A run's folder stands for its best checkpoint.
     """
     from .checkpoints import open_checkpoint
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"FOLDER: got the file {folder}, want a folder")
     if (folder / "checkpoints").exists() or (folder / "checkpoint.json").exists():
-        raise ValueError(f"FOLDER: {folder} is a run's own, want another")
-    found = open_checkpoint(checkpoint)
-    found.export(folder)
-    typer.echo(f"{found.path}, step {found.step}: written to {folder}")
+        raise ValueError(f"FOLDER: {folder} belongs to a run, want another folder")
+    opened = open_checkpoint(checkpoint)
+    opened.export(folder)
+    typer.echo(f"{opened.path}, step {opened.step}: written to {folder}")
     if push is not None:
         typer.echo(_send(folder, push, private))
 
 
 def _send(folder: Path, name: str, private: bool) -> str:
-    """Upload what `Checkpoint.export` writes, in one commit; returns its address."""
+    """Upload the files that `Checkpoint.export` writes, in one commit. Returns its address."""
     import huggingface_hub
 
     from ...models.pretrained import CARD, CONFIG, WEIGHTS
@@ -48,10 +46,10 @@ def _send(folder: Path, name: str, private: bool) -> str:
     try:
         repo = api.create_repo(name, private=private or None, exist_ok=True).repo_id
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="A model of translution's",
+            repo_id=repo, folder_path=folder, commit_message="Upload a model of translution",
             allow_patterns=[WEIGHTS, CONFIG, CARD, TOKENIZER],
         )  # fmt: skip
-    except Exception as error:  # its own and those of whatever HTTP library it has
+    except Exception as error:  # those of the library, and of the HTTP library that it uses
         said = " ".join(str(error).split())
         raise OSError(f"push: {name}: {said} ({folder} is written)") from None
     return str(commit)

@@ -1,5 +1,7 @@
-"""Several devices that share one model: its parameters divided by FSDP, or the classes of its
-tables by offset parallelism."""
+"""Strategies for several devices that share one model.
+
+FSDP shards all parameters. Offset parallelism divides the tables by their classes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Divide every block's parameters over the mesh, and those of the rest."""
+    """Shard the parameters over a mesh: those of each block, and those of the rest."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for block in module:
@@ -40,12 +42,19 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP (`fully_shard`), with checkpoints as every other strategy's: whole tensors, in the order
-    of the optimizer, so that a run can go on with another strategy or number of devices."""
+    """FSDP (`fully_shard`), with checkpoints of whole tensors in the order of the optimizer.
+
+    All strategies write such checkpoints, so a run can continue with another strategy or another
+    number of devices.
+
+    Args:
+        ranks: the number of processes.
+    """
 
     def __init__(self, ranks: int):
-        super().__init__(data_parallel_size=ranks, tensor_parallel_size=1)
-        self._save_distributed_checkpoint = False
+        super().__init__(
+            data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -54,7 +63,7 @@ class Sharded(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        # Lightning's refuses a folder that is there, as it is for a rank that comes after the first
+        # Lightning's own method refuses an existing folder, which a later rank finds
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
@@ -70,7 +79,7 @@ class Sharded(ModelParallelStrategy):
         assert self.model is not None
         state: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=_WHOLE)
         names = self._names(optimizer)
-        if not state:  # only the first rank gets it
+        if not state:  # only the first rank gets the state
             return {}
         places = {name: place for place, name in enumerate(names)}
         groups = [
@@ -95,7 +104,7 @@ class Sharded(ModelParallelStrategy):
             )
 
     def _names(self, optimizer: Optimizer) -> list[str]:
-        """The names of the optimizer's parameters, in its order."""
+        """The names of the optimizer's parameters, in the order of the optimizer."""
         assert self.model is not None
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -106,13 +115,16 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
 
 
 class Offset(DDPStrategy):
-    """Offset parallelism: every `each` devices divide the tables' classes among them (and see the
-    same samples); over the groups of them the gradients are averaged.
+    """Offset parallelism together with data parallelism.
 
-    Checkpoints have the tables in parts, written by the devices that hold them, and are read by any
-    number of devices; those of other strategies are read too.
+    Groups of `each` devices divide the classes of the tables among them and see the same samples.
+    Gradients are averaged over the groups.
+
+    Each device writes its own rows of the tables to a checkpoint. Any number of devices can read
+    it, and checkpoints of other strategies can be read too.
 
     Args:
+        each: the number of devices in a group.
         make: makes the model.
     """
 
@@ -126,18 +138,21 @@ class Offset(DDPStrategy):
         mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("data", "offset"))
         self.offset_group = mesh["offset"].get_group()
         self.data_group = mesh["data"].get_group()
+        # the group exists only now, and Lightning has no public way to pass it this late
         self._ddp_kwargs["process_group"] = self.data_group
 
     def build(self) -> nn.Module:
+        """Make the model with this device's rows of its tables."""
         return parallel.build(self.make, self.offset_group)
 
     @property
     def bare(self) -> nn.Module:
+        """The model without the training task around it."""
         assert self.lightning_module is not None
         return self.lightning_module.model  # type: ignore[return-value]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # each device writes its own
+        return {}  # each device writes its own weights
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         return {}
@@ -180,7 +195,7 @@ class Offset(DDPStrategy):
         optimizer.load_state_dict(state)
 
     def _own(self) -> dict[str, slice]:
-        """The rows of this device, of every table by its parameters' names."""
+        """The rows of each table that this device has, by the names of the parameters."""
         return {
             f"{name}.{kind}": table.own_classes
             for name, table in self.bare.named_modules()

@@ -1,4 +1,4 @@
-"""What is learned: to classify images, or to predict the next token. One step of each, and the
+"""What a model is trained for: classifying images or predicting the next token. Loss, metrics and
 optimizer."""
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ...interop import parallel
 from ..data.augment import Augment
 from ..data.images import ImageBatch
 from ..data.order import seed_of
+from ..data.parts import Part
 from ..data.text import Windows
 from .config import Config
-from .data import Data, Part
+from .data import Data
 from .strategies import Offset, Sharded, shard
 
 __all__ = ["Classification", "LanguageModel", "Task", "learning_rate"]
@@ -28,7 +29,17 @@ __all__ = ["Classification", "LanguageModel", "Task", "learning_rate"]
 def learning_rate(
     step: int, steps: int, warmup: int, schedule: str = "cosine", least: float = 0.0
 ) -> float:
-    """Of a step, counted from 0, as a part of the peak; `least` is that of the end."""
+    """The learning rate of a step as a share of its peak.
+
+    It rises linearly over the warm-up, and then follows the schedule.
+
+    Args:
+        step: counted from 0.
+        steps: the length of the run.
+        warmup: the number of steps of the warm-up.
+        schedule: "cosine" falls to `least` at the end, "constant" stays at the peak.
+        least: the share at the end of the cosine.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -38,13 +49,18 @@ def learning_rate(
 
 
 class Task(LightningModule):
-    """A model in training. Subclasses say what the loss is and what is counted.
+    """A model in training. A subclass defines the loss and the metrics.
 
-    `meters` are sums since they were last read: those of training by the log, those of validation
-    by each validation.
+    `training_meters` and `validation_meters` average the metrics since they were last read. The
+    training ones are read for the log, the others after each validation.
+
+    Args:
+        model: the model.
+        config: the configuration of the run.
+        steps: the number of steps of the run.
     """
 
-    unit: str  # of what is counted per second
+    unit: str  # what speed counts per second: "images" or "tokens"
 
     def __init__(self, model: nn.Module, config: Config, steps: int):
         super().__init__()
@@ -55,19 +71,19 @@ class Task(LightningModule):
         self.validation_meters = nn.ModuleDict(self.meters())
 
     def meters(self) -> dict[str, nn.Module]:
-        """What is averaged, by its name."""
+        """New metrics by name."""
         raise NotImplementedError
 
     def loss(self, batch: Any, meters: nn.ModuleDict) -> Tensor:
-        """The mean loss of a batch; adds to the meters."""
+        """Compute the mean loss of a batch, and update the meters."""
         raise NotImplementedError
 
     def size(self, batch: Any) -> int:
-        """In units."""
+        """The number of images or tokens in a batch."""
         raise NotImplementedError
 
     def read(self, meters: nn.ModuleDict, part: Part) -> dict[str, float]:
-        """The meters' values over a part of the data; they start anew."""
+        """Read the meters of a part of the data, and reset them."""
         values = {name: float(meter.compute()) for name, meter in meters.items()}
         for meter in meters.values():
             meter.reset()
@@ -75,6 +91,7 @@ class Task(LightningModule):
 
     @property
     def data(self) -> Data:
+        """The data of the run."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,8 +120,8 @@ class Task(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
-        # dropout and augmentation depend on the batch's number alone, so a resumed run needs no
-        # states of generators; ranks with other samples draw other numbers
+        # dropout and augmentation depend only on the number of the batch, so a resumed run needs no
+        # states of generators; ranks with different samples draw different numbers
         torch.manual_seed(seed_of(self.config.seed, index, self.data.share[0]))
 
     def training_step(self, batch: Any, index: int) -> Tensor:
@@ -112,7 +129,7 @@ class Task(LightningModule):
 
     def validation_step(self, batch: Any, index: int) -> None:
         meters = self.validation_meters
-        if not self.data.order.real(index):  # a repeated one: it must not count
+        if not self.data.order.is_new(index):  # a repeated sample must not count
             meters = nn.ModuleDict(self.meters()).to(self.device)
         self.loss(batch, meters)
 
@@ -133,7 +150,8 @@ class Task(LightningModule):
             [group for group in groups if group["params"]],
             lr=options.learning_rate, betas=options.betas,
         )  # fmt: skip
-        rates = options.warmup, options.schedule, options.min_learning_rate / options.learning_rate
+        warmup = options.warmup_within(self.steps)
+        rates = warmup, options.schedule, options.min_learning_rate / options.learning_rate
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate(step, self.steps, *rates)
         )
@@ -144,22 +162,26 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["meters"] = {
-            name: {state: getattr(meter, state) for state in meter._defaults}  # type: ignore[union-attr]
+            name: dict(meter.metric_state)  # type: ignore[arg-type]
             for name, meter in self.training_meters.items()
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # a run that had ended goes on when it is given more steps
+        # lets a run that had ended continue with more steps
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
         for name, states in checkpoint["meters"].items():
             meter = self.training_meters[name]
-            meter._update_count = 1  # type: ignore[assignment]  # else it warns that it was never updated
             for state, value in states.items():
                 setattr(meter, state, value)
 
 
 class Classification(Task):
-    """Cross-entropy over classes; top-1 and, from ten classes, top-5 accuracy."""
+    """Classification of images: cross-entropy, top-1 accuracy, and top-5 from ten classes on.
+
+    Args:
+        classes: the number of classes.
+        image_size: (height, width) in pixels.
+    """
 
     unit = "images"
 
@@ -171,19 +193,19 @@ class Classification(Task):
         self.augment = Augment(data.augment, classes, image_size, data.mean, data.std)
 
     def meters(self) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {
+        meters: dict[str, nn.Module] = {
             "loss": MeanMetric(),
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
         }
         if self.classes >= 10:
-            found["accuracy_top5"] = MulticlassAccuracy(self.classes, top_k=5, average="micro")
-        return found | {"skipped": SumMetric()}
+            meters["accuracy_top5"] = MulticlassAccuracy(self.classes, top_k=5, average="micro")
+        return meters | {"skipped": SumMetric()}
 
     def size(self, batch: ImageBatch) -> int:
         return len(batch.labels)
 
     def loss(self, batch: ImageBatch, meters: nn.ModuleDict) -> Tensor:
-        if not len(batch.labels):  # every image was bad and skipped: nothing to learn
+        if not len(batch.labels):  # every image was unreadable and skipped
             meters["skipped"].update(batch.skipped)
             return sum((p.sum() for p in self.parameters()), torch.zeros(())) * 0.0
         images, targets = self.augment(batch.images, batch.labels)
@@ -199,7 +221,7 @@ class Classification(Task):
 
 
 class LanguageModel(Task):
-    """Cross-entropy of the next token; perplexity per token and bits per byte of text."""
+    """Prediction of the next token: cross-entropy, perplexity per token, bits per byte of text."""
 
     unit = "tokens"
 

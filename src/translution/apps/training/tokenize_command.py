@@ -12,25 +12,25 @@ __all__ = ["tokenize"]
 
 def tokenize(
     context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="A YAML file of a model of text.")],
+    config: Annotated[Path, typer.Argument(help="A YAML file of a language model.")],
 ) -> None:
     """Tokenise the text of a configuration ahead: translution tokenize CONFIG [--key=value ...].
 
-    Training does it too, where it has not been done; here it needs no accelerator to wait for it.
-    Interrupted, it goes on where it was.
+    Training does this too if it has not been done, but an accelerator then waits for it. After an
+    interruption the command continues where it was.
     """
     from ..config import load
     from ..data.text import Part, open_text
     from .config import Config, config_file
 
-    found = load(Config, config_file(config), context.args)
-    if found.data.kind != "text":
-        raise ValueError(f"{config}: data.kind is {found.data.kind!r}, want 'text'")
+    loaded = load(Config, config_file(config), context.args)
+    if loaded.data.kind != "text":
+        raise ValueError(f"{config}: data.kind is {loaded.data.kind!r}, want 'text'")
     parts: list[Part] = ["train"]
-    parts += ["valid"] if found.data.valid or found.data.holdout else []
-    parts += ["test"] if found.data.test else []
+    parts += ["valid"] if loaded.data.valid or loaded.data.holdout else []
+    parts += ["test"] if loaded.data.test else []
     for part in parts:
-        text = open_text(found.data, part, found.seed)
+        text = open_text(loaded.data, part, loaded.seed)
         typer.echo(
             f"{part}: {text.tokens:,} tokens of {text.bytes:,} bytes "
             f"({text.bytes / text.tokens:.3f} each), {text.documents:,} documents, "

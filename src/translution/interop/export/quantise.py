@@ -1,10 +1,14 @@
-"""Weights in eight bits: a quarter of the bytes, for inference.
+"""Weights in eight bits for inference, which take a quarter of the bytes of float32.
 
-A weight is stored as an int8 times a scale: per output channel (Linear, Conv2d), per row
-(Embedding), and per class in a table. Each is symmetric: the largest magnitude is 127. Activations
-stay as they are. A layer's weights are made again when they are used; of a table they never are:
-its numbers are multiplied as they stand, class by class, and a class's scale goes to the scores or
-attention weights of its pairs, one number per pair.
+A weight is stored as int8 numbers and a scale: one scale per output channel of Linear and Conv2d,
+per row of Embedding, and per class of a table. The largest magnitude becomes 127. Activations are
+not quantised. A layer turns its weights into floating point when it uses them. A table is used as
+int8, class by class, and the scale of a class multiplies the scores or attention weights of its
+pairs.
+
+The linear layers are our own and not torchao's: safetensors refuses torchao's weights ("invalid
+python storage"), so a quantised model could not be saved. It would replace the few lines of
+`QuantisedLinear` and not the tables, and it is a dependency of 28 MB.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...functional import offset
+from ...functional.offset_operators import layout_index
 from ...layouts import Layout
 from ...modules.attention import Attention, Primitives
 from ...modules.projections import RelativeLinear
@@ -28,10 +33,14 @@ __all__ = ["quantise", "quantised", "stored_bytes"]
 class Quantised(nn.Module):
     """An int8 weight and its scales.
 
+    Args:
+        layer: the layer to quantise.
+        axes: the axes of its weight along which one scale is shared.
+
     Attributes:
         values: int8, of the shape of the weight.
-        scale: broadcastable to it.
-        bias: as it was, or None.
+        scale: floating point, broadcastable to that shape.
+        bias: the bias of the layer in floating point, or None.
     """
 
     values: Tensor
@@ -39,7 +48,6 @@ class Quantised(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, layer: Any, axes: tuple[int, ...]):
-        """`axes`: those that share a scale."""
         super().__init__()
         values, scale = quantised(layer.weight.detach(), axes)
         self.register_buffer("values", values)
@@ -49,7 +57,7 @@ class Quantised(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """As floating point numbers."""
+        """The weight in floating point."""
         return self.values.to(self.scale.dtype) * self.scale
 
     def extra_repr(self) -> str:
@@ -57,7 +65,7 @@ class Quantised(nn.Module):
 
 
 class QuantisedLinear(Quantised):
-    """nn.Linear."""
+    """Replaces nn.Linear."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer, (1,))
@@ -67,7 +75,7 @@ class QuantisedLinear(Quantised):
 
 
 class QuantisedConv2d(Quantised):
-    """nn.Conv2d with zeros around."""
+    """Replaces nn.Conv2d with padding by zeros."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer, (1, 2, 3))
@@ -78,7 +86,7 @@ class QuantisedConv2d(Quantised):
 
 
 class QuantisedEmbedding(Quantised):
-    """nn.Embedding: only the rows that are asked for become floating point numbers."""
+    """Replaces nn.Embedding. Only the rows that are looked up become floating point."""
 
     def __init__(self, layer: nn.Embedding):
         super().__init__(layer, (1,))
@@ -88,14 +96,17 @@ class QuantisedEmbedding(Quantised):
 
 
 class Rows(NamedTuple):
-    """A table as `QuantisedTable` hands it over, in place of a tensor."""
+    """The table that `QuantisedTable` gives to `QuantisedPrimitives`.
+
+    values: int8 [classes, in, out]. scale: [classes].
+    """
 
     values: Tensor
     scale: Tensor
 
 
 class QuantisedTable(Quantised):
-    """`RelativeLinear`. Its attention computes with `QuantisedPrimitives`."""
+    """Replaces `RelativeLinear`. Its attention then uses `QuantisedPrimitives`."""
 
     def __init__(self, layer: RelativeLinear):
         if layer.shard is not None:
@@ -110,8 +121,11 @@ class QuantisedTable(Quantised):
 
 
 class QuantisedPrimitives(Primitives):
-    """The primitives for tables of `Rows`: with one scale s per class, (x W s + b) is
-    s (x W + b / s), so scores and weights of a pair are multiplied by its s."""
+    """The primitives of attention for tables that are `Rows`.
+
+    With a scale s per class, x W s + b equals s (x W + b / s). So the scores or the attention
+    weights of a pair are multiplied by the scale of its class.
+    """
 
     @staticmethod
     def scores(
@@ -146,19 +160,22 @@ def _parts(operand: Operand) -> tuple[Operand, Tensor | None]:
 
 
 def _of_pairs(per_class: Tensor, layout: Layout, like: Tensor) -> Tensor:
-    """[queries, keys]; of an absent pair any."""
-    return per_class[torch.ops.translution.layout_index(like, layout.spec).clamp(min=0)]
+    """The scale of each pair, [queries, keys]. That of an absent pair has no meaning."""
+    return per_class[layout_index(like, layout).clamp(min=0)]
 
 
 def quantised(weight: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """(int8 values, scale) with values * scale about `weight`, each off by half a scale at most.
+    """Quantise a weight. values * scale differs from it by at most half a scale.
 
     Args:
         weight: floating point.
-        axes: those that share a scale; they stay in `scale`, with size 1.
+        axes: the axes along which one scale is shared.
+
+    Returns:
+        values, int8 of the same shape, and scale, with size 1 along `axes`.
 
     Raises:
-        ValueError: numbers that are not finite.
+        ValueError: a weight that is not finite.
     """
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError("model: got weights that are not finite, want finite ones to quantise")
@@ -167,7 +184,7 @@ def quantised(weight: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
-# By the exact type: a subclass may compute in another way.
+# Only these exact classes are replaced, because a subclass may compute something else.
 LAYERS: dict[type[nn.Module], Any] = {
     nn.Linear: QuantisedLinear,
     nn.Conv2d: QuantisedConv2d,
@@ -177,17 +194,19 @@ LAYERS: dict[type[nn.Module], Any] = {
 
 
 def quantise(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with eight-bit weights. Its `state_dict` has `values` and `scale`
-    in place of `weight`, and loads into the quantised copy of any model of the same options.
+    """Make a copy of a model in evaluation mode with weights in eight bits.
 
-    Linear layers, convolutions, embeddings and tables are quantised; norms, biases and positions
-    are not. float16 tokens may overflow, as they meet numbers up to 127: use bfloat16 or float32.
+    Linear layers, convolutions, embeddings and tables are quantised. Norms, biases and positions
+    are not. The `state_dict` of the copy has `values` and `scale` instead of `weight`, and loads
+    into the quantised copy of any model with the same options.
+
+    Use bfloat16 or float32 tokens: float16 may overflow, because int8 weights are up to 127.
 
     Raises:
         ValueError: a model whose tables are divided over processes, or weights that are not finite.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    made: dict[nn.Module, nn.Module] = {}  # a layer that is used twice stays one
+    made: dict[nn.Module, nn.Module] = {}  # a layer may be used in two places
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) in LAYERS and getattr(layer, "padding_mode", "zeros") == "zeros":
@@ -200,5 +219,5 @@ def quantise(model: nn.Module) -> nn.Module:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
+    """The bytes of all parameters and buffers of a model."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])

@@ -1,9 +1,9 @@
 """Offset parallelism: the tables of a model divided over the processes of a group.
 
-Process `rank` of `ranks` holds the rows rank, rank + ranks, ... of every table, and computes the
-pairs of these classes. Tokens and everything else are the same in all processes, which see the same
-batch; so the group is one axis of a device mesh, and data parallelism another. What is sent is of
-the size of the tokens: no row of a table, nor its gradient, ever leaves its process.
+Process `rank` of `ranks` has the rows rank, rank + ranks, ... of every table and computes the pairs
+of these classes. Tokens and all other parameters are the same in all processes of the group, which
+see the same batch. The group is therefore one axis of a device mesh, and data parallelism can be
+another. Messages have the size of the tokens: no row of a table, and no gradient of one, is sent.
 """
 
 from .checkpoint import load, save

@@ -1,10 +1,14 @@
-"""Divided models in files: each process writes its own rows, and any number of processes read them.
+"""Files of divided models: each process writes its own rows, and any number of processes read them.
 
-A folder holds
-    division.json            how many shares there are, the tables, the optimizer's settings
-    shared.safetensors       what all processes hold
-    share-0-of-8.safetensors the rows 0, 8, 16, ... of every table, and so on
-in which the optimizer's states stand beside the parameters, as `optimizer/exp_avg/<parameter>`.
+A folder contains
+    division.json             the number of shares, the tables, the settings of the optimizer
+    shared.safetensors        what is the same in all processes
+    share-0-of-8.safetensors  the rows 0, 8, 16, ... of every table, and so on for the other shares
+The states of the optimizer are in the same files, as `optimizer/exp_avg/<parameter>`.
+
+This is our own and not torch.distributed.checkpoint, which unpickles its metadata; our files never
+unpickle anything. Its DTensors divide a table into contiguous blocks of rows, which puts 1.8 times
+the mean number of pairs on one of eight processes (a grid of 14×14), where ours puts 1.0004 times.
 """
 
 from __future__ import annotations
@@ -31,21 +35,21 @@ ABOUT = "division.json"
 def save(
     model: nn.Module, folder: Path | str, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Write a model, and its optimizer, to a new folder that all processes of its group see.
+    """Write a model and its optimizer to a new folder that all processes of its group can access.
 
-    Each process of the group calls this, and of several groups (data parallelism) those of one.
-    The folder is there when all have written, and whole then. A model that is not divided is
-    written by this process alone.
+    Every process of the group calls this. With data parallelism there are several groups, and only
+    the processes of one call it. The folder appears when all have written, and is then complete. A
+    model that is not divided is written by this process alone.
 
     Args:
-        model: divided or not; without wrappers, which change its parameters' names.
-        folder: where to; must not exist yet.
-        optimizer: over this model's parameters; its states are numbers, or have the parameters'
-            shapes.
+        model: a model, divided or not, without wrappers that change the names of its parameters.
+        folder: where to write; it must not exist.
+        optimizer: an optimizer of this model's parameters. Its states must be numbers or have the
+            shapes of the parameters.
 
     Raises:
-        ValueError: the folder exists, or a state or setting of the optimizer that has no place.
-        OSError: it cannot be written, by any of the processes.
+        ValueError: the folder exists, or the optimizer has a state or setting that cannot be saved.
+        OSError: one of the processes cannot write.
     """
     from safetensors.torch import save_file
 
@@ -77,19 +81,19 @@ def save(
 def load(
     model: nn.Module, folder: Path | str, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Read what `save` wrote, with any number of processes then and now.
+    """Read a model that `save` wrote. The number of processes may differ from that of `save`.
 
-    Of the tables and their states a process reads its own rows alone.
+    A process reads only its own rows of the tables and of their states.
 
     Args:
-        model: as it was saved, divided over as many processes as there are now, or not; on a
-            device (after `to_empty`, if it was made on meta).
-        folder: of `save`.
-        optimizer: over this model's parameters, in the same groups as was saved.
+        model: the same model as was saved, divided over the present processes or not divided. A
+            model that was made on the meta device needs `to_empty` first.
+        folder: the folder that `save` wrote.
+        optimizer: an optimizer of this model's parameters, in the same groups as the saved one.
 
     Raises:
-        ValueError: another model or optimizer, or files that are not whole.
-        OSError: a file that cannot be read, by any of the processes.
+        ValueError: another model or optimizer, or incomplete files.
+        OSError: one of the processes cannot read a file.
     """
     from safetensors import SafetensorError
 
@@ -107,7 +111,7 @@ def load(
 
 
 class _Reader:
-    """The open files of a folder."""
+    """Reads the files of a folder into a model and its optimizer."""
 
     def __init__(self, folder: Path, about: dict[str, Any], model: nn.Module, stack: ExitStack):
         from safetensors import safe_open
@@ -125,7 +129,7 @@ class _Reader:
         self.own = _share(division_of(model))
 
     def fill(self, into: Tensor, key: str, table: str | None) -> None:
-        """Copy what stands under `key`; of a table, the rows of this process."""
+        """Copy the tensor `key` into a parameter or state; of a table, only this process's rows."""
         shapes = [file.get_slice(key).get_shape() for file in self._files(table)]
         if any(shape[table is not None :] != list(into.shape[table is not None :])
                for shape in shapes):  # fmt: skip
@@ -164,17 +168,17 @@ class _Reader:
         saved = self.about["optimizer"]
         if saved is None:
             raise ValueError(f"optimizer: none was saved in {self.folder}")
-        told, names = optimizer.state_dict(), _names(self.model, optimizer)
-        groups = [[names[i] for i in group["params"]] for group in told["param_groups"]]
+        state_dict, names = optimizer.state_dict(), _names(self.model, optimizer)
+        groups = [[names[i] for i in group["params"]] for group in state_dict["param_groups"]]
         if groups != [group["params"] for group in saved["groups"]]:
             raise ValueError(
                 f"optimizer: got groups of {[len(g) for g in groups]} parameters, which are not "
                 f"those saved in {self.folder}"
             )
         indices, held = {name: i for i, name in enumerate(names)}, _held(self.model)
-        told["state"] = {}
+        state_dict["state"] = {}
         for name, kinds in saved["states"].items():
-            told["state"][indices[name]] = state = {}
+            state_dict["state"][indices[name]] = state = {}
             for kind, number in kinds.items():
                 key = f"optimizer/{kind}/{name}"
                 if number is not None:
@@ -186,25 +190,25 @@ class _Reader:
                     self.fill(state[kind], key, name)
                 else:
                     state[kind] = self.shared.get_tensor(key)
-        for group, settings in zip(told["param_groups"], saved["groups"], strict=True):
+        for group, settings in zip(state_dict["param_groups"], saved["groups"], strict=True):
             for key, value in settings.items():
                 if key != "params":
                     group[key] = tuple(value) if isinstance(value, list) else value
-        optimizer.load_state_dict(told)
+        optimizer.load_state_dict(state_dict)
 
 
 def _contents(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """What all processes hold, the rows of this one, and what is told of both."""
+    """The tensors that all processes share, this process's rows, and a description of both."""
     classes, held = _classes(model), _held(model)
     shared = {name: t for name, t in held.items() if name not in classes}
     own = {name: t for name, t in held.items() if name in classes}
     about: dict[str, Any] = {"tables": classes, "optimizer": None}
     if optimizer is not None:
-        told, names = optimizer.state_dict(), _names(model, optimizer)
+        state_dict, names = optimizer.state_dict(), _names(model, optimizer)
         states: dict[str, dict[str, float | None]] = {}
-        for i, state in told["state"].items():
+        for i, state in state_dict["state"].items():
             kinds = states[names[i]] = {}
             for kind, value in state.items():
                 kinds[kind] = None if isinstance(value, Tensor) else value
@@ -221,26 +225,28 @@ def _contents(
         groups = [
             {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
             | {"params": [names[i] for i in group["params"]]}
-            for group in told["param_groups"]
+            for group in state_dict["param_groups"]
         ]
         about["optimizer"] = {"groups": groups, "states": states}
         try:
             json.dumps(about)
         except TypeError as error:
-            raise ValueError(f"optimizer: has a setting or state with no place: {error}") from None
+            raise ValueError(
+                f"optimizer: has a setting or state that cannot be saved: {error}"
+            ) from None
     shared, own = ({k: t.detach().contiguous() for k, t in d.items()} for d in (shared, own))
     return shared, own, about
 
 
 def _held(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each once."""
+    """The parameters and persistent buffers of a model by name, each once."""
     kept = model.state_dict(keep_vars=True)
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if name in kept}
 
 
 def _classes(model: nn.Module) -> dict[str, int]:
-    """The parameters that are tables, and the rows that they have whole."""
+    """The parameters that are tables, and how many rows each has over all processes."""
     return {
         f"{name}.{kind}": table.classes
         for name, table in tables_of(model).items()
@@ -249,7 +255,7 @@ def _classes(model: nn.Module) -> dict[str, int]:
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The names of an optimizer's parameters, in its own order."""
+    """The names of an optimizer's parameters, in the order of the optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [names.get(p) for group in optimizer.param_groups for p in group["params"]]
     if None in found:

@@ -1,4 +1,4 @@
-"""Dividing the tables of a model over the processes of a group, and what training then needs."""
+"""Dividing the tables of a model over the processes of a group, and training such a model."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Division:
-    """Over which processes a model's tables are divided.
+    """The process group that the tables of a model are divided over.
 
     Args:
         group: a process group, such as `mesh["offset"].get_group()`; None is all processes.
 
     Attributes:
-        rank, ranks: which of its processes this is, and how many there are.
-        shard: (rank, world size), as `Layout.shard`; None where there is one process.
-        device: where its collectives take their tensors from, if these are not a model's.
+        rank, ranks: the rank of this process in the group, and the size of the group.
+        shard: (rank, world size), as in `Layout.shard`; None for a group of one process.
+        device: the device for small tensors that are sent within the group.
 
     Raises:
         ValueError: torch.distributed was not initialised, or this process is not in the group.
@@ -61,51 +61,55 @@ class Division:
         return self
 
     def from_first(self, x: Tensor) -> None:
-        """Overwrite x with that of the group's first process."""
+        """Overwrite x with the x of the first process of the group."""
         dist.broadcast(x, dist.get_global_rank(self.group, 0), self.group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes finish before any goes on; where it fails in one, it is an
-        error in all."""
+        """Wait at the end of a block for all processes. An error in one is an error in all.
+
+        Raises:
+            OSError: the block failed in another process.
+        """
         try:
             yield
         except BaseException:
             self._all(False)
             raise
         if not self._all(True):
-            raise OSError("another process of the group failed; its own error says why")
+            raise OSError("another process of the group failed; see its own error")
 
-    def _all(self, fine: bool) -> bool:
-        flag = torch.tensor(int(fine), device=self.device)
+    def _all(self, success: bool) -> bool:
+        flag = torch.tensor(int(success), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MIN, self.group)
         return bool(flag)
 
 
 def divide(model: M, group: Any = None) -> M:
-    """Divide the tables of a model, in place: each process keeps its own rows.
+    """Divide the tables of a model in place, so that each process keeps its own rows.
 
-    All take the values of the group's first process, tables included. On the meta device nothing
-    is sent: then come `model.to_empty(device=...)` and `load`. Optimizers are made afterwards, as
-    tables are other parameters then.
+    All processes take the values of the first process of the group. For a model on the meta device
+    nothing is sent; call `model.to_empty(device=...)` and `load` afterwards. Make optimizers after
+    this, because the tables become new parameters.
 
     Args:
-        model: with tables in attentions of `translution.modules`; equal in all processes, but for
-            its values.
+        model: the same model in all processes, up to its values. Its tables must be in attentions
+            of `translution.modules`.
         group: a process group; None is all processes.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no process group, a model that is divided already, or a table elsewhere.
+        ValueError: no process group, a model that is divided already, or a table outside of
+            attention.
     """
     division = Division(group)
     if division_of(model) is not None:
         raise ValueError("model: got one that is divided already, want a whole one")
     _check_tables(model)
     synchronize(model, division)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that two tables have stays one
+    made: dict[nn.Parameter, nn.Parameter] = {}  # two tables may share a parameter
     for table in tables_of(model).values():
         table.shard = division.shard
         for name, whole in list(table.named_parameters()):
@@ -117,14 +121,14 @@ def divide(model: M, group: Any = None) -> M:
 
 
 def build(make: Callable[[], M], group: Any = None) -> M:
-    """A divided model, made without ever holding a whole table.
+    """Make a divided model. No process ever has a whole table in memory.
 
-    The processes take over the first one's random numbers, so that the model is the one that this
-    would make alone, with its seed (on the CPU; elsewhere the generators may differ).
+    All processes use the random state of the first one. On the CPU the model is therefore the same
+    as `make` gives in that process alone; on other devices the generators may differ.
 
     Args:
-        make: makes the model, such as `lambda: create_model("translution_vit_base_patch16_224")`;
-            called once in each process.
+        make: makes the model, such as `lambda: create_model("translution_vit_base_patch16_224")`.
+            It is called once in each process.
         group: a process group; None is all processes.
 
     Raises:
@@ -141,7 +145,7 @@ def build(make: Callable[[], M], group: Any = None) -> M:
 
 
 def division_of(model: nn.Module) -> Division | None:
-    """How a model (or one inside this, as wrappers have it) is divided; None: not at all."""
+    """How a model, or a model inside a wrapper, is divided; None if it is not divided."""
     for module in model.modules():
         found = getattr(module, "division", None)
         if isinstance(found, Division):
@@ -155,8 +159,14 @@ def tables_of(model: nn.Module) -> dict[str, RelativeLinear]:
 
 
 def synchronize(model: nn.Module, division: Division | None = None) -> None:
-    """Let what all processes hold, parameters and buffers but no rows of a divided table, be that
-    of the first. It is equal after each step anyway, where equal inputs give equal bits."""
+    """Copy parameters and buffers, except divided tables, from the first process to all others.
+
+    They stay equal during training if equal inputs give equal results to the last bit.
+
+    Args:
+        model: a divided model.
+        division: how it is divided; None looks it up.
+    """
     division = division or division_of(model)
     if division is None or division.ranks == 1:
         return
@@ -167,11 +177,10 @@ def synchronize(model: nn.Module, division: Division | None = None) -> None:
 
 
 def same_random(group: Any = None) -> None:
-    """Let the group's processes draw the same random numbers from here on: those of its first, on
-    the CPU and, where there is CUDA, its current device.
+    """Copy the random state of the first process of a group to all others.
 
-    Dropout needs it, and so does whatever shuffles or augments the data. With data parallelism
-    besides, seed by the place along its axis before this.
+    They then draw the same random numbers on the CPU and on the current CUDA device, which dropout,
+    shuffling and augmentation need. With data parallelism, first seed each group by its rank.
 
     Raises:
         ValueError: no process group.
@@ -189,17 +198,17 @@ def same_random(group: Any = None) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients so that their norm, over the whole model, is at most `max_norm`.
+    """Scale the gradients so that their norm over the whole model is at most `max_norm`.
 
-    Rows of tables count once, wherever they are, and so does what all processes hold. A model that
-    is not divided is clipped as `torch.nn.utils.clip_grad_norm_` does.
+    Every parameter counts once, whether one process has it or all. A model that is not divided is
+    clipped as `torch.nn.utils.clip_grad_norm_` does.
 
     Args:
-        model: after its backward pass; each process of its group calls this.
+        model: a model after its backward pass. Every process of its group calls this.
         max_norm: the largest 2-norm; float("inf") changes nothing.
 
     Returns:
-        The norm before, of no axes; the same in all processes.
+        The norm before clipping, as a tensor without axes; the same in all processes.
 
     Raises:
         ValueError: a `max_norm` that is not more than 0.

@@ -1,9 +1,9 @@
-"""The primitives of attention where each process has the pairs of some classes only.
+"""The primitives of attention for processes that each have the pairs of some classes.
 
-A row of scores is divided over the processes, as its pairs are. Its softmax needs two numbers of
-the others, the largest score and the sum of exponentials, and going back one more. So scores and
-weights are never sent. What is: the tokens that the mixes sum to, and going back the gradients of
-the tokens that went in.
+The scores of a query are divided over the processes, as its pairs are. Its softmax needs two values
+from the other processes, the largest score and the sum of exponentials, and one in its backward
+pass. So scores and weights are never sent. The forward pass sums the output tokens over all
+processes, and the backward pass sums the gradients of the input tokens.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["Divided"]
 
 
 def _reduced(x: Tensor, group: Any, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sum (or another reduction) over the processes, in a tensor of its own."""
+    """The sum, or another reduction, of x over the processes, as a new tensor."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, operation, group)
     return x
 
 
 class _Enter(Function):
-    """Equal tokens go to every process's pairs: their gradient is the sum of all processes'."""
+    """Returns x, which is the same in all processes. The gradient is summed over the processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -46,7 +46,7 @@ class _Enter(Function):
 
 
 class _Leave(Function):
-    """The sum of what the processes' pairs give; each part has the gradient of the sum."""
+    """Sums x over the processes. The gradient of each process's x is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -59,8 +59,7 @@ class _Leave(Function):
 
 
 class _Softmax(Function):
-    """The softmax of rows that are divided over the processes; rows that are -inf in all of them
-    become zeros."""
+    """The softmax of rows that are divided over the processes. A row of -inf becomes zeros."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, group: Any) -> Tensor:
@@ -103,7 +102,7 @@ class Divided:
         return offset.scores(query, key, layout.sharded(*self.shard), heads=heads, scale=scale)
 
     def softmax(self, s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
-        """This process's part of the weights, 0 where the pair is another's."""
+        """The attention weights of this process's pairs, and 0 for all others."""
         if mask is not None:
             s = s.masked_fill(~mask, float("-inf"))
         return _Softmax.apply(s, self.group)
@@ -115,7 +114,7 @@ class Divided:
         return _Leave.apply(y, self.group)
 
     def weights(self, a: Tensor) -> Tensor:
-        """The weights of all pairs."""
+        """The attention weights of all pairs, summed over the processes."""
         return _Leave.apply(a, self.group)
 
     def _enter(self, x: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""The options of image data: where images come from and how they are prepared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+
+from ..config import Options
+from .augment import AugmentOptions
+
+__all__ = ["ImageOptions"]
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+DIGIT_SIDES = {"digits": 8, "mnist": 28}  # pixels
+COLUMNS = {"image_column", "label_column", "classes"}
+# The keys that only some formats accept.
+KEYS: dict[str, set[str]] = {
+    "folder": {"train", "valid", "test", "cache"},
+    "parquet": {"train", "valid", "test", "cache"} | COLUMNS,
+    "hub": {"train", "valid", "test", "cache", "name", "subset", "revision"} | COLUMNS,
+    "digits": {"canvas", "moved"},
+    "mnist": {"canvas", "moved", "folder"},
+}
+# The keys that a format requires.
+REQUIRED = {
+    "folder": ("train",), "parquet": ("train",), "hub": ("name", "train"), "digits": (),
+    "mnist": ("folder",),
+}  # fmt: skip
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+class ImageOptions(Options):
+    """Where images come from, and how they are prepared.
+
+    format: "folder" (one folder per class), "parquet" (a column of encoded images and a column of
+        labels), "hub" (a data set of the Hugging Face hub), "digits" (the digits of scikit-learn)
+        or "mnist".
+    train, valid, test: for "folder", folders; for "parquet", files, folders of them or globs; for
+        "hub", names of splits. Relative paths start at the working directory. Without `valid`, the
+        share `holdout` of the training images is held out for validation.
+    name, subset, revision: which data set of the hub.
+    folder: the folder with the four files of MNIST. Missing files are downloaded into it.
+    image_column, label_column: names of the columns. classes: names for labels without names.
+    image_size: height and width in pixels, given as one side or as [height, width].
+    channels: 1 (grey) or 3 (RGB).
+    canvas: the side in pixels of the black canvas that a digit is placed on.
+    moved: false places a digit in the centre of its canvas, true places it anywhere. A number of
+        pixels places it at a multiple of that distance from the centre, both down and across.
+    crop: the share of the shorter side that evaluation keeps. An image that already has
+        `image_size` is kept whole.
+    resample: how Pillow interpolates when an image is resized.
+    train_limit, valid_limit, test_limit: use at most so many images, drawn at random.
+    mean, std: per channel, for values from 0 to 1. Images are normalised with them.
+    bad: "refuse" stops at an image that cannot be read, "skip" leaves it out and counts it.
+    cache: whether decoded images stay in memory. null keeps them if they take less than 256 MiB.
+    augment: random changes of training images, see `AugmentOptions`.
+    """
+
+    kind: Literal["images"] = "images"
+    format: Literal["folder", "parquet", "hub", "digits", "mnist"]
+    train: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    holdout: float = Field(0.1, ge=0, lt=1)
+    name: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    classes: tuple[str, ...] | None = None
+    image_size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
+    channels: Literal[1, 3]
+    canvas: PositiveInt | None = None
+    moved: bool | PositiveInt = False
+    crop: float = Field(gt=0, le=1)
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
+    train_limit: PositiveInt | None = None
+    valid_limit: PositiveInt | None = None
+    test_limit: PositiveInt | None = None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bad: Literal["refuse", "skip"] = "refuse"
+    cache: bool | None = None
+    augment: AugmentOptions = AugmentOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, content: Any) -> Any:
+        """Add the defaults that depend on the format."""
+        if not isinstance(content, dict):
+            return content
+        side = DIGIT_SIDES.get(str(content.get("format")))
+        defaults: dict[str, Any] = {"channels": 1 if side else 3, "crop": 1.0 if side else 0.875}
+        if side:
+            defaults["canvas"] = side
+            defaults["image_size"] = content.get("canvas") or side
+        if (content.get("channels") or defaults["channels"]) == 1:
+            defaults |= {"mean": (0.5,), "std": (0.5,)}
+        else:
+            defaults |= IMAGENET
+        given = {k: v for k, v in content.items() if v is not None or k not in defaults}
+        return defaults | given
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageOptions:
+        for key in REQUIRED[self.format]:
+            if getattr(self, key) is None:
+                raise ValueError(f"{key}: is missing; format {self.format!r} needs it")
+        for key in sorted(set().union(*KEYS.values()) - KEYS[self.format]):
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: got {value!r}, want none with format {self.format!r}")
+        if self.test is not None and self.test in (self.train, self.valid):
+            raise ValueError(
+                f"test: got {self.test!r}, want other images than train and valid have"
+            )
+        if self.valid is not None and self.valid == self.train:
+            raise ValueError(f"valid: got {self.valid!r}, want other images than train has")
+        if self.canvas is not None and self.canvas < DIGIT_SIDES[self.format]:
+            side = DIGIT_SIDES[self.format]
+            raise ValueError(f"canvas: got {self.canvas}, want at least a digit's side of {side}")
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(
+                    f"{key}: got {len(getattr(self, key))} values, want {self.channels} (channels)"
+                )
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std: got {list(self.std)}, want values above 0")
+        return self
