@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ...utils.files import write_whole
-from ...utils.measuring import matmul_rate
+from ...utils.measuring import known_matmul_rate
 from .checkpoints import Folders
 from .config import TrainOptions
 from .data import Part
@@ -41,7 +41,7 @@ class Meter(Callback):
         self.measured: dict[str, float] = {}  # by the last validation or test
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
-        self.rate = matmul_rate(getattr(torch, self.options.precision), task.device)
+        self.rate = known_matmul_rate(getattr(torch, self.options.precision), task.device)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, task: Task, outputs: Any, batch: Any, index: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -54,21 +54,34 @@ FREE = {
 
 
 def train(
-    config: Config, folder: Path, resume: bool = False, parts: Parts | None = None
+    config: Config,
+    folder: Path,
+    resume: bool = False,
+    parts: Parts | None = None,
+    callbacks: Sequence[Callback] = (),
+    tensorboard: bool = True,
 ) -> dict[str, float]:
     """Train into a folder; returns the metrics of the last validation.
 
-    parts: of the data, kept open for other runs on the same.
+    parts: of the data, kept open for other runs on the same. callbacks: further ones of Lightning.
+    tensorboard: whether to write logs for TensorBoard too, which then has to be installed.
 
     Raises:
         ValueError: a configuration that does not fit the data, the machine or an earlier run there.
         OSError: a folder or checkpoint that cannot be written, data that cannot be read.
     """
     with _alone(folder) if leads() else nullcontext():
-        return _train(config, folder, resume, parts)
+        return _train(config, folder, resume, parts, callbacks, tensorboard)
 
 
-def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> dict[str, float]:
+def _train(
+    config: Config,
+    folder: Path,
+    resume: bool,
+    parts: Parts | None,
+    more: Sequence[Callback],
+    tensorboard: bool,
+) -> dict[str, float]:
     check_folder(config, folder, resume)
     data = Data(config, parts=parts)
     name, options = model_of(config, data)
@@ -114,14 +127,16 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
     # going forward, and twice that back, in flops
     meter = Meter(config.train, 6.0 * cost.multiply_adds)
     keeper = Keeper(folder / "checkpoints", io, meter, data.steps)
-    callbacks: list[Callback] = [meter, keeper, progress()]
+    callbacks: list[Callback] = [meter, keeper, progress(), *more]
     if config.train.ema is not None:
         callbacks.insert(0, EMAWeightAveraging(decay=config.train.ema))
-    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
-    board.log_hyperparams(_flat(config))
-    if leads():  # the logger leaves an earlier one as it is
-        Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-    loggers = [Curves(folder, step), board]
+    loggers: list[Logger] = [Curves(folder, step)]
+    if tensorboard:
+        board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+        board.log_hyperparams(_flat(config))
+        if leads():  # the logger leaves an earlier one as it is
+            Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        loggers.append(board)
     with quiet(), interruptible():
         trainer = make_trainer(
             config, callbacks=callbacks, logger=loggers, plugins=[io], max_steps=data.steps,
