@@ -45,8 +45,11 @@ def console_table(
     table = Table(title=title, caption=caption, **look)
     for number, head in enumerate(heads):
         justify: Any = "left" if head in left else "right"
-        width = max((len(cells[number].replace("**", "")) for cells in rows), default=0)
-        table.add_column(head, justify=justify, min_width=0 if head in wrap else width)
+        column = [cells[number].replace("**", "") for cells in rows]
+        if head in wrap:
+            column = [word for cell in column for word in cell.split()]
+        width = max(map(len, [*head.split(), *column]), default=0)
+        table.add_column(head, justify=justify, min_width=width)
     for cells in rows:
         table.add_row(*map(_bold, cells))
     return table

@@ -101,6 +101,7 @@ def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 
     write_report(folder, content, results, config)
     if results is not None:
         heads, lines = results.table()
+        heads = [head.replace("accuracy, ", "") for head in heads]  # for 80 characters
         say(console_table(heads, lines, left=heads[:1], wrap=heads[:1]))
         say(results.about())
     say(f"{folder / 'report.html'}  ({content['seconds']:.0f} s)", soft_wrap=True)

@@ -246,20 +246,25 @@ class Images(torch.utils.data.Dataset[Any]):
         if crops or options.moved:
             part = PARTS.index(self.part)
             generator = _seeded(self.seed, 2, part, epoch if training else 0, index)
+        size, label = options.image_size, int(self.labels[index])
         if isinstance(self._source.images, Tensor):
-            image: Image.Image | None = self._placed(index, generator)
+            pixels = self._placed(index, generator)
+            if not crops and pixels.shape == size:  # nothing to cut or to resize
+                return pixels.expand(self.channels, *size), label
+            image: Image.Image | None = Image.fromarray(pixels.numpy())
+            image = image if self.channels == 1 else image.convert("RGB")
         else:
             image = self._decoded(index) if self._cache is None else self._cache[index]
         if image is None:
             return None
-        size = options.image_size
         if crops:
             box = random_box(*image.size, size, crops, options.augment.ratio, generator)
         else:
             box = centred_box(*image.size, size, options.crop)
-        return fit(image, size, box, options.resample), int(self.labels[index])
+        return fit(image, size, box, options.resample), label
 
-    def _placed(self, index: int, generator: torch.Generator) -> Image.Image:
+    def _placed(self, index: int, generator: torch.Generator) -> Tensor:
+        """A digit on its canvas, uint8 [canvas, canvas]."""
         digit = self._source.images[self._rows[index]]
         size, canvas = len(digit), self.options.canvas or len(digit)
         moved = self.options.moved
@@ -267,8 +272,7 @@ class Images(torch.utils.data.Dataset[Any]):
             where = anywhere(1, size, canvas, generator, step=int(moved))
         else:
             where = centre(1, size, canvas)
-        image = Image.fromarray(place(digit[None].float(), canvas, where)[0, 0].byte().numpy())
-        return image if self.channels == 1 else image.convert("RGB")
+        return place(digit[None], canvas, where)[0, 0]
 
     def _decoded(self, index: int) -> Image.Image | None:
         row = int(self._rows[index])
