@@ -27,6 +27,7 @@ def console_table(
     wrap: Sequence[str] = (),
     caption: str | None = None,
     title: str | None = None,
+    tight: bool = False,
 ) -> Table:
     """A table for the terminal, without lines between its cells; heads are broken at their spaces.
 
@@ -37,6 +38,7 @@ def console_table(
             right.
         wrap: the heads of the columns whose cells may be broken into lines at their spaces.
         caption: what stands below the table. title: what stands above it.
+        tight: columns are no wider than their cells and the longest word of their heads.
     """
     from rich.table import Table
 
@@ -49,7 +51,8 @@ def console_table(
         if head in wrap:
             column = [word for cell in column for word in cell.split()]
         width = max(map(len, [*head.split(), *column]), default=0)
-        table.add_column(head, justify=justify, min_width=width)
+        fixed = width if tight and head not in wrap else None
+        table.add_column(head, justify=justify, min_width=width, width=fixed)
     for cells in rows:
         table.add_row(*map(_bold, cells))
     return table

@@ -102,7 +102,7 @@ def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 
     if results is not None:
         heads, lines = results.table()
         heads = [head.replace("accuracy, ", "") for head in heads]  # for 80 characters
-        say(console_table(heads, lines, left=heads[:1], wrap=heads[:1]))
+        say(console_table(heads, lines, left=heads[:1], wrap=heads[:1], tight=True))
         say(results.about())
     say(f"{folder / 'report.html'}  ({content['seconds']:.0f} s)", soft_wrap=True)
     return not interrupted

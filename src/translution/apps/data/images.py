@@ -247,12 +247,13 @@ class Images(torch.utils.data.Dataset[Any]):
             part = PARTS.index(self.part)
             generator = _seeded(self.seed, 2, part, epoch if training else 0, index)
         size, label = options.image_size, int(self.labels[index])
+        image: Image.Image | None
         if isinstance(self._source.images, Tensor):
             pixels = self._placed(index, generator)
             if not crops and pixels.shape == size:  # nothing to cut or to resize
                 return pixels.expand(self.channels, *size), label
-            image: Image.Image | None = Image.fromarray(pixels.numpy())
-            image = image if self.channels == 1 else image.convert("RGB")
+            placed = Image.fromarray(pixels.numpy())
+            image = placed if self.channels == 1 else placed.convert("RGB")
         else:
             image = self._decoded(index) if self._cache is None else self._cache[index]
         if image is None:
