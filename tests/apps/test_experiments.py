@@ -317,6 +317,29 @@ def test_the_experiments_here_are_whole(path):
     assert found.arms(BUDGETS)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_committed_runs_are_recognised(path):
+    """What decides a run's numbers is hashed as it was when docs/results.json was written."""
+    known = json.loads((ROOT / "docs" / "results.json").read_text("utf-8"))[path.stem]
+    found = load_experiment(path)
+    runs = Runs(found, ROOT / "nowhere", list(found.rows), ["steps"], known)
+    assert all(runs.result(run) is not None for run in runs.planned())
+
+
+def test_a_row_that_is_added_keeps_the_times_of_the_others(runs, monkeypatch):
+    """It is timed beside an earlier row, and gets its time as if it had been timed with that."""
+    costs = {"parameters": 5, "peak_bytes": 6}
+    monkeypatch.setattr(
+        "translution.apps.experiments.runs.costs_of",
+        lambda configs: [costs | {"step_ms": 4.0}, costs | {"step_ms": 12.0}],
+    )
+    found = experiment(rows=CONTENT["rows"] | {"alpha": {"model.mixer": "alpha"}})
+    rows = Runs(found, runs.folder, list(found.rows), BUDGETS).facts["rows"]
+    assert rows == FACTS["rows"] | {"alpha": costs | {"step_ms": 6.0}}
+
+
 def test_the_experiment_of_the_docs_is_whole(tmp_path):
     text = (ROOT / "docs" / "experiments.md").read_text().split("```yaml\n")[1].split("```")[0]
     (tmp_path / "mine.yaml").write_text(text)
