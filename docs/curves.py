@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from translution.apps.compare.figures import COLOURS
+from translution.apps.experiments.figures import COLOURS
 from translution.apps.training.callbacks import read_curves
 from translution.apps.training.checkpoints import open_checkpoint
 from translution.utils.files import write_whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from scenes import CLASSES
 from segmenter import load_segmenter
 from torch import Tensor
 
-from translution.apps.compare.figures import STYLE, legend, mean_band, panels, svg
-from translution.apps.compare.report import percent, seconds
+from translution.apps.experiments.figures import STYLE, legend, line, panels, svg
 from translution.utils.files import write_whole
 
-__all__ = ["write_report"]
+__all__ = ["percent", "seconds", "spread", "write_report"]
 
 # Of the classes: ten hues, and background nearly black on a light page and a dark one.
 HUES = (
@@ -33,6 +33,27 @@ HUES = (
 )  # fmt: skip
 # Of the backbones, in the order of the report.
 COLOURS = ("#4f9d69", "#e0663c", "#3d8fd1", "#b07cc6", "#c2953a", "#7a869a")
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None below two values) and how many."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
+def percent(value: dict[str, Any]) -> str:
+    """A `spread` of shares, in percent."""
+    return seconds({name: value[name] and 100 * value[name] for name in ("mean", "std")})
+
+
+def seconds(value: dict[str, Any]) -> str:
+    """A `spread`, with one decimal."""
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
 
 
 def write_report(folder: Path, results: dict[str, Any], images: Tensor, classes: Tensor) -> None:
@@ -154,11 +175,7 @@ def _curves(runs: list[dict[str, Any]], colours: dict[str, str]) -> Figure:
             for name, colour in colours.items():
                 mine = [run["curve"] for run in runs if run["backbone"] == name]
                 x = [point["step"] for point in mine[0]]
-                means, apart = mean_band([[scale * p[key] for p in c] for c in mine])
-                low = [m - s for m, s in zip(means, apart, strict=True)]
-                high = [m + s for m, s in zip(means, apart, strict=True)]
-                axis.plot(x, means, color=colour, label=name, linewidth=1.8)
-                axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+                line(axis, name, colour, x, [[scale * p[key] for p in c] for c in mine])
             axis.set_ylim(bottom=0, top=100 if key == "iou" else None)
             axis.set_ylabel(title)
             axis.set_xlabel("step")

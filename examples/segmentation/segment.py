@@ -30,15 +30,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from pages import write_report
+from pages import percent, seconds, spread, write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from scenes import BACKGROUND, CLASSES, Style, batches, load_parts
 from segmenter import Segmenter, iou_per_class, save_segmenter, train
 
-from translution.apps.compare.report import percent, seconds
-from translution.apps.compare.results import spread
 from translution.apps.training.engine import DEVICES, pick_device
 from translution.models.configuration import check_choice
 from translution.utils.files import write_whole

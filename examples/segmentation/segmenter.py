@@ -5,30 +5,32 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file
 from scenes import BACKGROUND, CLASSES
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from translution import __version__, create_model
-from translution.apps.compare.training import Batches, Classifier
 from translution.apps.training.engine import interruptible, quiet
+from translution.apps.training.tasks import learning_rate
 from translution.models.backbone import Backbone
 from translution.utils.files import write_whole
 
 __all__ = ["Segmenter", "Trained", "iou_per_class", "load_segmenter", "save_segmenter", "train"]
 
 POINTS = 12  # of the curves, each with a validation
+WARM_UP = 0.05  # of the steps
+WEIGHT_DECAY = 0.05
 
 
 class Segmenter(nn.Module):
@@ -124,13 +126,16 @@ class Trained:
 Tell = Callable[[int, float, float], None]  # step, loss, mean IoU in the validation
 
 
-class Training(Classifier):
-    """Optimizer and schedule of the library's comparison, with a loss and measure per pixel."""
+class Training(LightningModule):
+    """Cross-entropy per pixel, AdamW, a short warm-up and then a cosine to zero; mean IoU."""
 
     def __init__(
         self, model: Segmenter, steps: int, learning_rate: float, background: float, tell: Tell
     ):
-        super().__init__(model, steps, learning_rate, tell)
+        super().__init__()
+        self.model, self.steps, self.learning_rate, self.tell = model, steps, learning_rate, tell
+        self.curve: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
         classes = model.config["classes"]
         self.accuracy = MulticlassJaccardIndex(classes, average="macro")
         weight = torch.ones(classes)
@@ -158,6 +163,29 @@ class Training(Classifier):
         self.accuracy.reset()
         self.validating += time.perf_counter() - self.began
         self.tell(self.global_step, mean, iou)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.learning_rate, weight_decay=WEIGHT_DECAY
+        )
+        warm = max(1, round(self.steps * WARM_UP))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate(step, self.steps, warm)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class Batches(IterableDataset[Any]):
+    """Batches that a function makes anew for each pass."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.make()
 
 
 def train(

@@ -18,14 +18,20 @@ pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 
 from translution.apps import cli
-from translution.apps.compare import training
-from translution.apps.compare.measure import peak_of_a_step, table_norms
-from translution.apps.compare.options import Options
-from translution.apps.compare.results import load_checkpoint
-from translution.apps.compare.runs import run_all
-from translution.apps.compare.training import accuracies, accuracy_by_distance
+from translution.apps.compare import folder as folder_module
+from translution.apps.compare.comparison import comparison
+from translution.apps.compare.distances import accuracy_by_distance
+from translution.apps.compare.folder import compare_in
+from translution.apps.compare.report import table_norms
 from translution.apps.data import digits as data_module
-from translution.apps.data.digits import load_digits, mnist, place, read_idx, rings, train_batches
+from translution.apps.data.digits import load_digits, mnist, place, read_idx, rings
+from translution.apps.experiments.config import Arm, load_experiment
+from translution.apps.experiments.runs import Runs
+from translution.apps.training.checkpoints import open_checkpoint
+from translution.apps.training.run import evaluate
+from translution.apps.training.tasks import Task
+from translution.models import vit
+from translution.utils.measuring import TrainingStep
 
 TINY = {
     "steps": 12, "batch_size": 16, "learning_rate": 0.01, "dim": 16, "depth": 2, "heads": 2,
@@ -35,8 +41,11 @@ TINY = {
 MIXERS = ("attention", "translution")
 
 
+TITLES = ("attention, learned positions", "Translution")
+
+
 def tiny(**more):
-    return Options(**(TINY | {"mixers": MIXERS} | more))
+    return comparison(**(TINY | {"mixers": MIXERS} | more))
 
 
 def command(monkeypatch, *arguments):
@@ -50,7 +59,7 @@ def command(monkeypatch, *arguments):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare") / "out"
-    assert run_all(str(folder), tiny(), command="translution compare")
+    assert compare_in(str(folder), tiny(), command="translution compare")
     return folder
 
 
@@ -67,67 +76,83 @@ def test_command_line_end_to_end(tmp_path, monkeypatch, capsys, results):
     arguments += ["--mixers=attention,translution", f"--out={tmp_path / 'out'}"]
     assert command(monkeypatch, *arguments) == 0
     told = capsys.readouterr().out
-    assert "attention, moved, seed 0" in told
+    assert "attention, learned positions, moved, seed 0: on centred" in told
+    assert re.search(r"on moved \d+\.\d %  \(", told)
     again = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     # the same seed gives the same numbers; another run is the one of the fixture
     for run, other in zip(again["runs"], results["runs"], strict=True):
-        for key in ("mixer", "regime", "seed", "accuracy", "by_distance", "curve", "parameters"):
+        for key in ("row", "regime", "seed", "tests", "valid", "by_distance", "parameters"):
             assert run[key] == other[key], key
     assert again["command"].startswith("translution compare --steps=12")
 
 
 def test_another_seed_gives_other_numbers(tmp_path, results):
-    run_all(str(tmp_path), tiny(seed=5, mixers=("attention",)))
+    compare_in(str(tmp_path), tiny(seed=5, mixers=("attention",)))
     other = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    assert other["runs"][0]["curve"] != results["runs"][0]["curve"]
-    assert other["runs"][0]["seed"] == 5
+    assert other["runs"][0]["valid"] != results["runs"][0]["valid"]
+    assert [run["seed"] for run in other["runs"]] == [5, 5]
 
 
 def test_results(results, finished):
     assert results["complete"]
     assert {"python", "torch", "cpu", "cores", "threads", "device"} <= set(results["machine"])
-    assert results["options"]["steps"] == 12
-    plan = [(run["regime"], run["mixer"]) for run in results["runs"]]
-    assert plan == [(r, m) for r in ("centred", "moved") for m in MIXERS]
+    assert results["experiment"]["base"]["train"]["steps"] == 12
+    plan = [(run["regime"], run["row"]) for run in results["runs"]]
+    assert plan == [(r, m) for r in ("centred", "moved") for m in TITLES]
     for run in results["runs"]:
-        assert run["curve"][-1]["step"] == 12
+        assert run["steps"] == 12
         assert run["seconds"] > 0
-        assert run["peak_bytes"] > 4 * run["parameters"]
-        assert (finished / run["checkpoint"]).is_file()
         assert sum(ring["share"] for ring in run["by_distance"]) == pytest.approx(1)
-    first = results["summary"][0]
-    assert first["mixer"] == "attention"
-    assert first["centred to moved"]["mean"] == results["runs"][0]["accuracy"]["moved"]
-    assert first["moved to moved"]["std"] is None
+        cost = results["facts"]["rows"][run["row"]]
+        assert cost["peak_bytes"] > 4 * run["parameters"]
+        assert cost["parameters"] == run["parameters"]
+        assert cost["step_ms"] > 0
+    first = results["rows"][0]
+    assert (first["row"], first["trained"], first["tested"]) == (TITLES[0], "centred", "centred")
+    accuracy = results["runs"][0]["tests"]["centred"]["test_accuracy"]
+    assert first["mean"] == pytest.approx(100 * accuracy)
+    assert first["std"] is None
+    tested = {(row["trained"], row["tested"]) for row in results["rows"]}
+    assert len(tested) == 4  # trained moved, tested centred too
     assert not [p.name for p in finished.iterdir() if p.name.startswith(".")]
 
 
-def test_spread_over_seeds():
-    from translution.apps.compare.results import spread
-
-    assert spread([0.5, 0.7]) == {
-        "mean": pytest.approx(0.6), "std": pytest.approx(0.1 * 2**0.5), "n": 2,
-    }  # fmt: skip
-    assert spread([]) == {"mean": None, "std": None, "n": 0}
-
-
 def test_checkpoints_reproduce_the_accuracy(finished, results):
-    data = load_digits().limited(32, 24)
-    for run in results["runs"]:
-        model = load_checkpoint(finished / run["checkpoint"])
-        assert accuracies(accuracy_by_distance(model, data, 12)) == run["accuracy"]
-        assert sum(p.numel() for p in model.parameters()) == run["parameters"]
+    experiment = tiny()
+    runs = Runs(experiment, finished / "runs", TITLES, ["steps"])
+    for run, told in zip(runs.planned(), results["runs"], strict=True):
+        checkpoint = open_checkpoint(finished / told["folder"])
+        assert [p.suffix for p in checkpoint.path.iterdir() if p.suffix == ".pt"] == []
+        assert accuracy_by_distance(checkpoint.path, run)["by_distance"] == told["by_distance"]
+        assert sum(p.numel() for p in checkpoint.model.parameters()) == told["parameters"]
+        tested = experiment.tested(run.arm, run.seed, "moved")
+        assert evaluate(checkpoint.path, "test", tested) == told["tests"]["moved"]
 
 
 def test_repeating_replaces_an_earlier_comparison_only(tmp_path):
-    run_all(str(tmp_path), tiny(mixers=("attention",)))
+    compare_in(str(tmp_path), tiny(mixers=("attention",)))
     (tmp_path / "notes.txt").write_text("kept")
-    run_all(str(tmp_path), tiny(mixers=("convolution",)))
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {
-        "notes.txt", "results.json", "report.html",
-        "convolution-centred-seed0.safetensors", "convolution-moved-seed0.safetensors",
+    for _ in range(2):  # a finished one is made anew, also by the same command
+        compare_in(str(tmp_path), tiny(mixers=("convolution",)))
+        names = {p.name for p in tmp_path.iterdir()}
+        assert names == {"notes.txt", "results.json", "report.html", "runs"}
+        assert {p.name for p in (tmp_path / "runs").iterdir()} == {
+            "facts.json", "steps-centred-convolution-3-3-0.01-0",
+            "steps-moved-convolution-3-3-0.01-0",
+        }  # fmt: skip
+        before = (tmp_path / "runs" / "facts.json").stat().st_mtime_ns
+    assert (tmp_path / "runs" / "facts.json").stat().st_mtime_ns == before
+
+
+def test_what_the_first_format_left_is_replaced_too(tmp_path):
+    (tmp_path / "attention-moved-seed0.safetensors").write_text("")
+    earlier = {
+        "format": "translution-compare-1", "complete": False,
+        "runs": [{"checkpoint": "attention-moved-seed0.safetensors"}],
     }  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(earlier))
+    folder_module.open_folder(tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_folder_is_refused(tmp_path, monkeypatch, capsys):
@@ -167,62 +192,69 @@ def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, arguments,
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device: got 'cuda'"):
-        tiny(device="cuda").resolved()
+        compare_in("nowhere", tiny(device="cuda"))
 
 
-def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
-    step, calls = training.Classifier.training_step, []
+def interrupted_after(monkeypatch, steps):
+    """Ctrl-C at a step, counted over all runs."""
+    step, calls = Task.training_step, []
 
-    def interrupted(self, batch, index):
+    def training_step(self, batch, index):
         calls.append(index)
-        if len(calls) == TINY["steps"] + 2:
+        if len(calls) == steps + 1:
             raise KeyboardInterrupt
         return step(self, batch, index)
 
-    monkeypatch.setattr(training.Classifier, "training_step", interrupted)
-    assert run_all(str(tmp_path), tiny()) is False
+    monkeypatch.setattr(Task, "training_step", training_step)
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, TINY["steps"] + 2)
+        assert compare_in(str(tmp_path), tiny()) is False
     found = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert not found["complete"]
-    assert [run["mixer"] for run in found["runs"]] == ["attention"]
-    assert load_checkpoint(tmp_path / found["runs"][0]["checkpoint"])
+    assert [run["row"] for run in found["runs"]] == [TITLES[0]]
+    assert open_checkpoint(tmp_path / found["runs"][0]["folder"]).model
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Partial:" in page
     assert "1 of" in re.sub(r"\s+", " ", page)
     assert "1 of 4 runs are finished" in capsys.readouterr().out
+    result = tmp_path / found["runs"][0]["folder"] / ".." / "result.json"
+    before = result.stat().st_mtime_ns
+    assert compare_in(str(tmp_path), tiny())
+    assert result.stat().st_mtime_ns == before
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert found["complete"]
+    assert len(found["runs"]) == 4
 
 
 def test_ctrl_c_before_any_run_is_finished(tmp_path, monkeypatch):
-    def interrupted(self, batch, index):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.Classifier, "training_step", interrupted)
-    assert run_all(str(tmp_path), tiny()) is False
+    interrupted_after(monkeypatch, 0)
+    assert compare_in(str(tmp_path), tiny()) is False
     assert "No run was finished" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_several_runs_at_a_time(tmp_path, capsys):
     """In processes of their own the runs give the same numbers, in the order of the plan."""
-    options = tiny(mixers=("attention", "convolution"))
     found = []
     for jobs in (1, 2):
         folder = tmp_path / str(jobs)
-        assert run_all(str(folder), options, jobs=jobs)
+        assert compare_in(str(folder), tiny(mixers=("attention", "convolution")), jobs=jobs)
         found.append(json.loads((folder / "results.json").read_text("utf-8")))
         assert capsys.readouterr().out.count("on moved") == 4
     one, two = (results["runs"] for results in found)
-    names = ("seed", "regime", "mixer", "accuracy", "by_distance", "parameters", "checkpoint")
+    names = ("seed", "regime", "row", "tests", "by_distance", "parameters", "folder")
     assert [{n: run[n] for n in names} for run in two] == [
         {n: run[n] for n in names} for run in one
     ]
-    assert all(run["peak_bytes"] > 0 and len(run["curve"]) == len(other["curve"])
-               for run, other in zip(two, one, strict=True))  # fmt: skip
     for run in two:
-        assert load_checkpoint(tmp_path / "2" / run["checkpoint"])
+        assert open_checkpoint(tmp_path / "2" / run["folder"]).model
 
 
 def test_jobs_are_counted(tmp_path):
     with pytest.raises(ValueError, match="jobs: got -1, want at least 0"):
-        run_all(str(tmp_path), tiny(), jobs=-1)
+        compare_in(str(tmp_path), tiny(), jobs=-1)
 
 
 # -- the report ----------------------------------------------------------------------------------
@@ -263,7 +295,7 @@ def test_viewer_data(finished):
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     viewer = json.loads(text[1])
     assert viewer["regimes"] == ["centred", "moved"]
-    assert [s["mixer"] for s in viewer["sets"]] == [*MIXERS, *MIXERS]
+    assert [s["mixer"] for s in viewer["sets"]] == [*TITLES, *TITLES]
     assert all(len(s["pixels"]) == 144 for s in viewer["samples"])
     whole, last = viewer["sets"][1]["maps"][0]
     assert np.shape(whole) == (2, 10, 10)
@@ -275,7 +307,8 @@ def test_viewer_data(finished):
 
 
 def test_table_norms_are_arranged_over_the_offset():
-    model = tiny().resolved().model("translution")
+    model = vit(mixer="translution", image_size=12, patch_size=4, in_channels=1, num_classes=10,
+                dim=16, depth=2, heads=2)  # fmt: skip
     tables = table_norms(model)
     assert [(t["block"], t["table"]) for t in tables] == [(0, "q"), (0, "k"), (0, "v")]
     layout = model.blocks[0].mixer.layout
@@ -289,15 +322,14 @@ def test_table_norms_are_arranged_over_the_offset():
 
 
 def test_peak_of_a_step_sees_the_activations():
-    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 10))
-    labels = torch.zeros(1000, dtype=torch.int64)
+    def peak(images):
+        linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 10))
+        return TrainingStep(linear, images, torch.zeros(len(images)).long()).peak_bytes()
+
     weights = 4 * 1010
-    before = [p.clone() for p in linear.parameters()]
-    few = peak_of_a_step(linear, torch.rand(10, 100), labels[:10])
-    many = peak_of_a_step(linear, torch.rand(1000, 100), labels)
+    few, many = peak(torch.rand(10, 100)), peak(torch.rand(1000, 100))
     assert few >= 4 * weights  # weights, gradients, two moments
     assert many - few >= 4 * 10 * 990
-    assert all(torch.equal(a, b) for a, b in zip(before, linear.parameters(), strict=True))
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -341,20 +373,6 @@ def test_rings_cover_every_place_once(size, canvas):
     for ring in found:
         far = (ring.places - middle).abs().amax(1)
         assert (int(far.min()), int(far.max())) == (ring.first, ring.last)
-
-
-def test_batches_repeat_for_a_seed_and_go_through_all_digits():
-    data = load_digits().limited(32, 1)
-    first, again = (list(train_batches(data, 20, True, 8, 4, seed=1)) for _ in range(2))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
-    assert any(
-        not torch.equal(a[0], b[0])
-        for a, b in zip(first, train_batches(data, 20, True, 8, 4, seed=2), strict=True)
-    )
-    seen = torch.cat([images.sum((1, 2, 3)) for images, _ in first])
-    assert torch.allclose(seen.sort().values, data.train.sum((1, 2)).sort().values)
-    centred = next(train_batches(data, 20, False, 8, 1, seed=1))[0]
-    assert centred[:, :, 6:14, 6:14].sum() == centred.sum()
 
 
 def idx(array):
@@ -457,4 +475,42 @@ def test_importing_the_command_is_light():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
-    assert Path(training.__file__).with_name("report.html.jinja").is_file()
+    there = {path.name for path in Path(folder_module.__file__).parent.iterdir()}
+    assert {"report.html.jinja", "digits.yaml", "mnist.yaml"} <= there
+
+
+def test_few_packages_are_enough(tmp_path):
+    """It runs with the packages of the extra `compare` alone; those of others are hidden.
+
+    All but what other libraries import themselves where it is installed, such as transformers.
+    """
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | {"steps": 2}).items()]
+    code = f"""
+import sys
+HIDDEN = {{"kornia", "tensorboard", "tensorboardX", "datasets", "pyarrow", "triton", "nicegui"}}
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["translution", "compare", "--out", {str(tmp_path / "out")!r}, "--mixers", "alpha",
+            "--jobs", "1", *{arguments!r}]
+from translution.apps import cli
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_its_files_are_what_it_compares_by_default(data):
+    """`translution experiment` gives the same runs from the file that the command begins with."""
+    file = load_experiment(Path(folder_module.__file__).with_name(f"{data}.yaml"))
+    made = comparison(data, data_dir="data/mnist" if data == "mnist" else None)
+    arm = Arm("ACmix", "moved", "steps")
+    mine, its = (e.config(arm, e.rates[0], 2).model_dump() for e in (file, made))
+    for content in (mine, its):
+        content["train"].pop("log_every")
+    assert mine == its
+    assert list(file.rows) == list(made.rows)

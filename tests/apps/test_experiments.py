@@ -15,8 +15,11 @@ pytest.importorskip("lightning")
 
 from translution.apps.config import parse
 from translution.apps.experiments.config import BUDGETS, MEASURES, Arm, Experiment, load_experiment
-from translution.apps.experiments.report import Results, write_results
-from translution.apps.experiments.runs import Runs, parameters_of, results_of, widened
+from translution.apps.experiments.costs import parameters_of, widened
+from translution.apps.experiments.report import write_results
+from translution.apps.experiments.results import Results
+from translution.apps.experiments.runs import Runs
+from translution.utils.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 CONTENT = {
@@ -123,7 +126,9 @@ def test_equal_time_gives_more_steps_and_the_chosen_rate(runs):
     assert not of(runs, arm)  # before a rate is chosen
     for run, valid in zip(of(runs, Arm("attention", "moved", "steps")), (0.6, 0.7), strict=True):
         finish(runs, run, valid)
-    assert [(r.rate, r.seed, r.config.train.steps) for r in of(runs, arm)] == [(3e-3, 0, 9)]
+    assert [(r.rate, r.seed, r.config.train.steps) for r in of(runs, arm)] == [
+        (3e-3, seed, 9) for seed in range(3)
+    ]
 
 
 def test_equal_parameters_widens(runs):
@@ -164,8 +169,14 @@ def test_where_data_lie_and_how_often_is_saved_changes_no_run(runs):
 
 
 def results(runs):
-    rates = {arm: runs.chosen(arm) for arm in runs.arms}
-    return Results(runs.experiment, list(results_of(runs)), FACTS, rates)
+    found = runs.results()
+    assert found is not None
+    assert found.facts == FACTS
+    return found
+
+
+def table(runs):
+    return markdown_table(*results(runs).table()).splitlines()
 
 
 def finish_all(runs):
@@ -179,9 +190,9 @@ def finish_all(runs):
 
 def test_table(runs):
     finish_all(runs)
-    table = results(runs).table().splitlines()
-    assert "| centred → moved, accuracy, %, equal steps |" in table[0]
-    attention, translution = table[2:]
+    lines = table(runs)
+    assert "| centred → moved, accuracy, %, equal steps |" in lines[0]
+    attention, translution = lines[2:]
     assert attention.startswith("| attention | 51.0 ± 1.0 |")
     assert "51.0 ± 1.0 (9 steps)" in attention
     assert re.search(r"\(width \d+, rate 0.001\)", attention)
@@ -196,14 +207,14 @@ def test_what_looks_the_same_as_the_best_is_bold_too(runs):
     for row, score in (("attention", 0.50004), ("Translution", 0.50001)):
         for run in of(runs, replace(arm, row=row)):
             finish(runs, run, run.rate, score)
-    attention, translution = results(runs).table().splitlines()[2:]
+    attention, translution = table(runs)[2:]
     assert attention.count("**50.0**") == translution.count("**50.0**") == 2
 
 
 def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
     for run in of(runs, Arm("attention", "centred", "steps")):
         finish(runs, run, run.rate)
-    head, _, attention, translution = results(runs).table().splitlines()
+    head, _, attention, translution = table(runs)
     assert "moved → moved" not in head
     assert attention.startswith("| attention | 50.0 | 50.0 |")
     assert translution.startswith("| Translution | – | – |")
@@ -244,7 +255,7 @@ def test_words_around_the_table_stay(runs, tmp_path):
     row = content["tiny"]["rows"][0]
     assert row["mean"] == pytest.approx(51.0)
     assert row["std"] == pytest.approx(1.0)
-    assert len(content["tiny"]["runs"]) == len(list(results_of(runs)))
+    assert len(content["tiny"]["runs"]) == len(results(runs).runs)
     picture = (docs / "images" / "results-tiny.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
 
@@ -255,7 +266,7 @@ def test_known_results_are_taken_over(runs, tmp_path):
     known = json.loads((tmp_path / "results.json").read_text())["tiny"]
     elsewhere = Runs(runs.experiment, tmp_path / "new", runs.rows, BUDGETS, known=known)
     assert elsewhere.facts == FACTS
-    assert results(elsewhere).table() == results(runs).table()
+    assert table(elsewhere) == table(runs)
     changed = experiment(base={**CONTENT["base"], "model": {**CONTENT["base"]["model"], "dim": 24}})
     other = Runs(changed, tmp_path / "new", runs.rows, ["steps"], known=known)
     assert not any(other.result(run) for run in other.planned())
@@ -270,8 +281,9 @@ def test_a_figure_over_an_axis(runs, tmp_path):
     for run in other.planned():
         finish(other, run, 0.5)
     facts = {"rows": dict(zip(rows, FACTS["rows"].values(), strict=True))}
-    rates = {arm: other.chosen(arm) for arm in other.arms}
-    write_results("axis", "", Results(found, list(results_of(other)), facts, rates), tmp_path)
+    (other.folder / "facts.json").write_text(json.dumps(facts))
+    whole = other.results()
+    write_results("axis", "", Results(found, whole.runs, facts, whole.chosen), tmp_path)
     assert (tmp_path / "images" / "results-axis.png").stat().st_size > 2000
 
 
@@ -303,6 +315,29 @@ def test_the_experiments_here_are_whole(path):
     found = load_experiment(path)
     assert found.seeds >= 3
     assert found.arms(BUDGETS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_committed_runs_are_recognised(path):
+    """What decides a run's numbers is hashed as it was when docs/results.json was written."""
+    known = json.loads((ROOT / "docs" / "results.json").read_text("utf-8"))[path.stem]
+    found = load_experiment(path)
+    runs = Runs(found, ROOT / "nowhere", list(found.rows), ["steps"], known)
+    assert all(runs.result(run) is not None for run in runs.planned())
+
+
+def test_a_row_that_is_added_keeps_the_times_of_the_others(runs, monkeypatch):
+    """It is timed beside an earlier row, and gets its time as if it had been timed with that."""
+    costs = {"parameters": 5, "peak_bytes": 6}
+    monkeypatch.setattr(
+        "translution.apps.experiments.runs.costs_of",
+        lambda configs: [costs | {"step_ms": 4.0}, costs | {"step_ms": 12.0}],
+    )
+    found = experiment(rows=CONTENT["rows"] | {"alpha": {"model.mixer": "alpha"}})
+    rows = Runs(found, runs.folder, list(found.rows), BUDGETS).facts["rows"]
+    assert rows == FACTS["rows"] | {"alpha": costs | {"step_ms": 6.0}}
 
 
 def test_the_experiment_of_the_docs_is_whole(tmp_path):

@@ -1,4 +1,10 @@
-"""Time and peak memory of a call, and the machine they were taken on."""
+"""Time and peak memory of a call, and the machine they were taken on.
+
+The timing is our own because ratios are what we report: calls that are compared are made in turn
+within one process, so that a slow spell of the machine meets each of them, on the CPU as well as on
+GPUs. `torch.utils.benchmark.Timer` and `triton.testing.do_bench` time one function after the other;
+the first also makes two calls to warm up before each timed one, and the second needs a GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +21,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from .. import functional  # noqa: F401  (registers the operators)
 from ..layouts import Layout
 
 __all__ = [
+    "TrainingStep",
     "commit_here",
     "copy_rate",
     "held_bytes",
+    "known_matmul_rate",
     "machine",
     "matmul_rate",
     "multiply_adds",
+    "now",
     "peak_bytes",
     "seconds",
     "seconds_in_turn",
-    "synchronize",
 ]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; work on it is asynchronous."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done all that it was given so far."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -55,11 +64,9 @@ def seconds_in_turn(
     for _ in range(repeats + 1):  # the first warms up
         row = []
         for function in functions:
-            synchronize(device)
-            start = time.perf_counter()
+            start = now(device)
             function()
-            synchronize(device)
-            row.append(time.perf_counter() - start)
+            row.append(now(device) - start)
         times.append(row)
     return [statistics.median(column) for column in zip(*times[1:], strict=True)]
 
@@ -69,6 +76,10 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = Non
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, device, 5)
+
+
+known_matmul_rate = functools.lru_cache(matmul_rate)
+"""`matmul_rate`, measured once in a process: for programs that train many small models."""
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:
@@ -85,6 +96,57 @@ def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     for state in optimizer.state.values():
         held += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in held)
+
+
+class TrainingStep:
+    """A training step to be timed: logits, cross-entropy, gradients, and the optimizer's update.
+
+    A call makes one step on inputs that stay the same, and returns the loss. It is for measuring;
+    models are trained by `translution.apps.training`.
+
+    Args:
+        model: gives logits [..., classes].
+        inputs: of the model.
+        targets: int64, a class for each row of the logits.
+        optimizer: of the model's parameters; None makes AdamW.
+        autocast: the dtype of matrix products; None leaves that of the weights.
+        accumulate: how many times the gradients are added up before an update.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        optimizer: torch.optim.Optimizer | None = None,
+        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
+    ):
+        self.model, self.inputs, self.targets = model, inputs, targets.flatten()
+        self.optimizer = optimizer or torch.optim.AdamW(model.parameters())
+        self.autocast, self.accumulate = autocast, accumulate
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad()
+        kind, dtype = self.inputs.device.type, self.autocast
+        for _ in range(self.accumulate):
+            # a cache of rounded weights would outlive the CUDA graph that it was filled in
+            with torch.autocast(kind, dtype, dtype is not None, cache_enabled=False):
+                logits = self.model(self.inputs)
+            loss = F.cross_entropy(logits.float().flatten(0, -2), self.targets)
+            loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def peak_bytes(self) -> int:
+        """The most bytes held at once: weights, gradients, optimizer state, and all that a step
+        allocates. On mps, what the Metal driver holds for the process after a step."""
+        self()  # makes the optimizer's state
+        self.optimizer.zero_grad()
+        if self.inputs.device.type == "mps":
+            self()
+            return torch.mps.driver_allocated_memory()
+        return held_bytes(self.model, self.optimizer) + peak_bytes(self, self.inputs.device)
 
 
 def multiply_adds(function: Callable[[], object]) -> int:
@@ -136,11 +198,11 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     their running sum is taken. What `function` returns is dropped.
     """
     if device.type == "cuda":
-        synchronize(device)
+        torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         raise ValueError(f"device: got {device}, peak memory is measured on cpu and cuda")

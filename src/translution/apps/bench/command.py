@@ -16,8 +16,10 @@ from rich.table import Table
 
 from ...models.configuration import check_choice
 from ...modules.attention import check_relative
+from ...utils.tables import console_table
+from ..training.engine import pick_device
 from .cases import OPERATORS, Case
-from .common import DTYPES, check_file, device_named, header, ints, keep, parse_grid, told_machine
+from .common import DTYPES, check_file, header, ints, keep, parse_grid, told_machine
 from .measure import Measured, chosen, measure
 
 __all__ = ["bench"]
@@ -104,7 +106,7 @@ def bench(
     check_file("json", json_file)
     if threads:
         torch.set_num_threads(threads)
-    where = torch.device(device_named(device))
+    where = torch.device(pick_device(device))
     earlier = _earlier(against)
     dtypes = dtype or ("bfloat16,float32" if where.type == "cuda" else "float32")
     kinds = [
@@ -166,20 +168,11 @@ def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
     short = rows[0]["beside"][:4] + "."
     other = any("torch_seconds" in row for row in rows)
     twin = "unfold" if rows[0]["operator"] == "acmix" else "dense"
-    shown = Table(
-        box=None, header_style="bold", title=rows[0]["operator"], title_justify="left",
-        pad_edge=False, collapse_padding=True, caption_justify="left",
-        caption=f"share: of the matmul rate. copy: bytes moved, of the copy rate. MB: peak. "
-        f"× {short}: time over {beside}'s."
-        + " ÷ torch: time over the torch backend's." * other,
-    )  # fmt: skip
     kinds = len({row["dtype"] for row in rows}) > 1
     columns = ["grid", "width", "batch", *["dtype"] * kinds, "pass", "ms", "share", "copy", "MB"]
     columns += ["÷ torch"] * other
     columns += [f"× {short}"] + [twin] * dense + ["÷ earlier"] * bool(earlier)
-    for name in columns:
-        left = name in ("grid", "dtype", "pass", twin)
-        shown.add_column(name, justify="left" if left else "right", no_wrap=name != twin)
+    lines = []
     for row in rows:
         taken, peak = row["seconds"], row["peak_bytes"]
         cells = ["×".join(map(str, row["grid"])) + "c" * row["causal"]]
@@ -194,8 +187,13 @@ def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
         if earlier:
             same = before.get(_same(row))
             cells.append(f"{taken / same['seconds']:.2f}" if same else "none")
-        shown.add_row(*cells)
-    return shown
+        lines.append(cells)
+    caption = (
+        f"share: of the matmul rate. copy: bytes moved, of the copy rate. MB: peak. × {short}: "
+        f"time over {beside}'s." + " ÷ torch: time over the torch backend's." * other
+    )
+    left = ("grid", "dtype", "pass", twin)
+    return console_table(columns, lines, left, (twin,), caption, rows[0]["operator"])
 
 
 def _dense_cell(row: dict[str, Any]) -> str:

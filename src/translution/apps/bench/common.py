@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from ...models.configuration import check_choice
 from ...utils.files import write_whole
 from ...utils.measuring import commit_here, machine
 
 __all__ = [
     "DTYPES",
     "check_file",
-    "device_named",
     "header",
     "ints",
     "keep",
@@ -50,16 +48,6 @@ def ints(name: str, text: str) -> list[int]:
     if not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"{name}: got {text!r}, want numbers such as 16,64")
     return [int(part) for part in parts]
-
-
-def device_named(name: str) -> str:
-    check_choice("device", name, ["auto", "cpu", "cuda", "mps"])
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if name == "auto":
-        return next((kind for kind, have in there.items() if have()), "cpu")
-    if name in there and not there[name]():
-        raise ValueError(f"device: got {name!r}, but torch sees no such device here")
-    return name
 
 
 def check_file(name: str, file: str) -> None:

@@ -27,7 +27,9 @@ from ...modules.attention import check_relative
 from ...modules.cache import Cache
 from ...modules.positions import RelativeBias
 from ...utils.measuring import copy_rate, seconds_in_turn
-from .common import check_file, device_named, header, keep, told_machine
+from ...utils.tables import console_table
+from ..training.engine import pick_device
+from .common import check_file, header, keep, told_machine
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]
 
@@ -205,23 +207,20 @@ def measure_decoding(
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """What is printed."""
-    shown = Table(
-        box=None, header_style="bold", pad_edge=False, collapse_padding=True,
-        caption="cached, whole: per token. share: of cached, what a copy of the MB read takes.",
-        caption_justify="left",
-    )  # fmt: skip
-    shown.add_column("mixer")
-    for name in ("M", "prompt, ms", "cached, ms", "whole, ms", "ratio", "MB read", "share"):
-        shown.add_column(name, justify="right")
+    heads = ["mixer", "M", "prompt, ms", "cached, ms", "whole, ms", "ratio", "MB read", "share"]
+    lines = []
     for row in rows:
         cached, whole = row["cached_seconds"], row["whole_seconds"]
-        shown.add_row(
-            row["mixer"] + (f" ({row['relative']})" if row["relative"] else ""),
-            f"{row['parameters'] / 1e6:.1f}", f"{row['prompt_seconds'] * 1e3:.1f}",
-            f"{cached * 1e3:.2f}", f"{whole * 1e3:.2f}", f"{whole / cached:.1f}",
-            f"{sum(row['bytes'].values()) / 1e6:.1f}", f"{row['bytes_share']:.2f}",
+        lines.append(
+            [
+                row["mixer"] + (f" ({row['relative']})" if row["relative"] else ""),
+                f"{row['parameters'] / 1e6:.1f}", f"{row['prompt_seconds'] * 1e3:.1f}",
+                f"{cached * 1e3:.2f}", f"{whole * 1e3:.2f}", f"{whole / cached:.1f}",
+                f"{sum(row['bytes'].values()) / 1e6:.1f}", f"{row['bytes_share']:.2f}",
+            ]
         )  # fmt: skip
-    return shown
+    caption = "cached, whole: per token. share: of cached, what a copy of the MB read takes."
+    return console_table(heads, lines, left=("mixer",), caption=caption)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -243,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
             if getattr(given, name) < least:
                 raise ValueError(f"{name}: got {getattr(given, name)}, want at least {least}")
         check_file("json", given.json)
-        device = torch.device(device_named(given.device))
+        device = torch.device(pick_device(given.device))
         cases = [
             Decoding(
                 mixer, relative, given.context, given.dim, given.depth, given.heads, given.tokens

@@ -11,7 +11,9 @@ import torch
 import typer
 from rich.console import Console
 
-from .common import check_file, device_named, keep, told_machine
+from ...utils.words import some
+from ..training.engine import pick_device
+from .common import check_file, keep, told_machine
 from .gpu_page import check_page, write_page
 from .gpu_parts import PARTS, parts_named, summary
 from .gpu_rows import DeviceLost, Row, Setting, Told, begin, in_order, measured, same
@@ -133,10 +135,9 @@ def _run(
     for name in wanted:
         over = [row.name for row in skipped if row.part == name]
         if over:
-            some = "; ".join(over[:3]) + "; …" * (len(over) > 3)
             console.print(
                 f"{name}: {len(over)} rows skipped, they want more than what is left of the budget "
-                f"of {budget:g} s: {some}"
+                f"of {budget:g} s: {some(over, '; ', 3)}"
             )
     done = len(rows) - len(skipped)
     if done or earlier is None:
@@ -155,7 +156,7 @@ def _gpu(name: str, dry: bool) -> str:
         return "cpu"
     if name == "auto" and torch.cuda.is_available():
         return "cuda"
-    where = device_named(name)
+    where = pick_device(name)
     if where != "cuda":
         raise ValueError(
             f"device: got {name!r}, want a GPU that torch can use with CUDA (there is none, or it "

@@ -11,17 +11,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models import create_model
-from ...utils.measuring import seconds, synchronize
+from ...utils.measuring import TrainingStep, now, seconds
 from .cases import OPERATORS, Case
 from .gpu_rows import Row, Setting, Told
 
@@ -63,28 +61,21 @@ def new_shape(device: torch.device, dry: bool = False, backend: str = "auto") ->
         case = Case("translution", grid, False, width, width // 64 or 2, batch, dtype)
         built = OPERATORS["translution"](Case(**{**vars(case), "backend": backend}), device)
         with compilations() as names:
-            start = _now(device)
+            start = now(device)
             y = built.forward()
-            middle = _now(device)
+            middle = now(device)
             torch.autograd.grad(y, built.leaves, torch.ones_like(y))
             found[f"{which}_forward_seconds"] = middle - start
-            found[f"{which}_backward_seconds"] = _now(device) - middle
+            found[f"{which}_backward_seconds"] = now(device) - middle
         found[f"{which}_compiled"] = len(names)
     return found
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()
 
 
 # -- steps as a graph, and compiled ----------------------------------------------------------------
 
 
-def _made(
-    device: torch.device, dry: bool = False
-) -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimizer]:
-    """A model, images and labels that stay where they are, and an optimizer."""
+def _step(device: torch.device, dry: bool = False) -> TrainingStep:
+    """A step of SGD, its products in bfloat16."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"depth": 2}
     if dry:
@@ -94,29 +85,15 @@ def _made(
     side = 8 if dry else 224
     images = torch.randn(2 if dry else 32, 3, side, side, device=device)
     labels = torch.randint(10, (len(images),), device=device)
-    return model, images, labels, torch.optim.SGD(model.parameters(), LEARNING_RATE)
-
-
-def _step(
-    model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer
-) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        optimizer.zero_grad()
-        # a cache of rounded weights would outlive the capture that it was filled in
-        with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return call
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    return TrainingStep(model, images, labels, optimizer, torch.bfloat16)
 
 
 def captured(device: torch.device, dry: bool = False) -> Told:
     """A training step captured in a CUDA graph after one call, and replayed three times: whether
     losses and weights are those of three steps without it, and the time of both."""
-    model, images, labels, optimizer = _made(device, dry)
-    call = _step(model, images, labels, optimizer)
+    call = _step(device, dry)
+    model = call.model
     start = [p.detach().clone() for p in model.parameters()]
     if device.type == "cuda":
         side = torch.cuda.Stream()
@@ -125,7 +102,7 @@ def captured(device: torch.device, dry: bool = False) -> Told:
             call()  # the one that warms up
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        optimizer.zero_grad()
+        call.optimizer.zero_grad()
         with torch.cuda.graph(graph):
             held = call()
 
@@ -133,7 +110,7 @@ def captured(device: torch.device, dry: bool = False) -> Told:
             graph.replay()
             return held
     else:
-        replay = call  # a dry run has no graphs
+        replay = call.__call__  # a dry run has no graphs
     _set(model, start)
     losses = [replay().clone() for _ in range(3)]
     weights = [p.detach().clone() for p in model.parameters()]
@@ -160,16 +137,16 @@ def _set(model: nn.Module, values: list[Tensor]) -> None:
 def compiled(device: torch.device, dry: bool = False) -> Told:
     """The same step with `torch.compile(model, mode="reduce-overhead")`: seconds until the first is
     done, the difference of its first loss to that without, and the time of a later one."""
-    model, images, labels, optimizer = _made(device, dry)
+    call = _step(device, dry)
+    model = call.model
     start = [p.detach().clone() for p in model.parameters()]
-    want = _step(model, images, labels, optimizer)()
+    want = call()
     _set(model, start)
     keywords: dict[str, Any] = {"backend": "eager"} if dry else {"mode": "reduce-overhead"}
-    faster: Any = torch.compile(model, **keywords)
-    call = _step(faster, images, labels, optimizer)
-    began = _now(device)
+    call.model = torch.compile(model, **keywords)  # type: ignore[assignment]
+    began = now(device)
     loss = call().clone()
-    taken = _now(device) - began
+    taken = now(device) - began
     return {
         "first_seconds": taken,
         "difference": float((loss - want).abs() / want.abs()),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.files import write_whole
+from ...utils.tables import markdown_table
 from .common import DTYPES, told_grid
 from .gpu_parts import PARTS
 from .gpu_rows import PROGRAM, Told
@@ -115,11 +116,10 @@ def _table(rows: Sequence[Told], columns: Columns) -> str:
     """In Markdown; a column that says nothing of any row is left out."""
     cells = [(title, [make(row) for row in rows]) for title, make in columns]
     cells = [(title, column) for title, column in cells if any(column)]
-    lines = ["| " + " | ".join(title for title, _ in cells) + " |"]
-    lines.append("| " + " | ".join("---" for _ in cells) + " |")
-    for row in zip(*(column for _, column in cells), strict=True):
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return markdown_table(
+        [title for title, _ in cells],
+        list(zip(*(column for _, column in cells), strict=True)),
+    )
 
 
 def _number(name: str, form: str, factor: float = 1.0, sign: str = "") -> Callable[[Told], str]:

@@ -7,7 +7,6 @@ import functools
 import gc
 import math
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...utils.measuring import (
-    copy_rate,
-    matmul_rate,
-    peak_bytes,
-    seconds,
-    seconds_in_turn,
-    synchronize,
-)
+from ...utils.measuring import copy_rate, matmul_rate, now, peak_bytes, seconds, seconds_in_turn
 from .cases import BESIDE, OPERATORS, Built, Case
 
 __all__ = [
@@ -167,7 +159,9 @@ def _dense(
     call = step(built.forward, built.leaves, backward)
     slow = step(built.dense, built.leaves, backward)
     # minutes of the slow one would measure it no better
-    few = 1 if device.type == "cpu" and _once(slow) > 4 else repeats
+    start = now(device)
+    slow()
+    few = 1 if device.type == "cpu" and now(device) - start > 4 else repeats
     # the second of two calls counts: the first takes memory anew that the slow one gave back
     times = seconds_in_turn([slow, call, call], device, few)
     return {
@@ -177,12 +171,6 @@ def _dense(
         "own_seconds": times[2],
         "own_peak_bytes": peak(call, device),
     }
-
-
-def _once(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def step(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
@@ -210,21 +198,15 @@ def timed(
     """Median seconds and peak bytes. A call that takes more than `patience` seconds when it is made
     for the second time is not made again; where `cold`, for the first time."""
     if patience < math.inf:
-        start = _now(device)
+        start = now(device)
         most = peak(call, device)
-        if not cold or _now(device) - start <= patience:
-            start = _now(device)
+        if not cold or now(device) - start <= patience:
+            start = now(device)
             call()
-        once = _now(device) - start
+        once = now(device) - start
         if once > patience:
             return once, most
     return seconds(call, device, repeats), peak(call, device)
-
-
-def _now(device: torch.device) -> float:
-    """The time, when the device is done."""
-    synchronize(device)
-    return time.perf_counter()
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -10,7 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...interop import parallel
 from ...models import ViT, create_model, vit
 from ...modules import RelativeLinear
-from ...utils.measuring import machine
+from ...utils.measuring import TrainingStep, machine
 
 __all__ = [
     "Call",
@@ -253,7 +253,7 @@ def _work(rank: int, processes: int, case: Small, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def prepared(case: Small, strategy: str) -> tuple[Callable[[], None], nn.Module]:
+def prepared(case: Small, strategy: str) -> tuple[TrainingStep, nn.Module]:
     """A training step of AdamW, the same images in all, and the model."""
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -272,13 +272,7 @@ def prepared(case: Small, strategy: str) -> tuple[Callable[[], None], nn.Module]
             mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
             for part_of in (*model.blocks, model):
                 fully_shard(part_of, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def run() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels % 10).backward()
-        optimizer.step()
-
+    run = TrainingStep(model, images, labels % 10)
     if strategy == "ddp":
         run()  # its first step also sends how it divides the gradients
     return run, model

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 
 from ...models import ViT, create_model, list_models
-from ...utils.measuring import held_bytes, seconds
-from .measure import peak
+from ...utils.measuring import TrainingStep, seconds
 
 __all__ = ["Step", "measure_step", "published_bytes"]
 
@@ -97,24 +94,11 @@ def _run(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
     height, width = model.config.image_size
     images = torch.randn(case.batch, model.config.in_channels, height, width, device=device)
     labels = torch.randint(model.config.num_classes, (case.batch,), device=device)
-    images = images.to(case.weights)
-
-    def cast() -> AbstractContextManager[Any]:
-        if case.autocast == case.weights:
-            return nullcontext()
-        return torch.autocast(device.type, case.autocast)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with cast():
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        optimizer.step()
-
+    autocast = None if case.autocast == case.weights else case.autocast
+    step = TrainingStep(model, images.to(case.weights), labels, optimizer, autocast)
     taken = seconds(step, device, repeats)
-    optimizer.zero_grad()
     return {
         "seconds": taken,
         "images_per_second": case.batch / taken,
-        "peak_bytes": held_bytes(model, optimizer) + (peak(step, device) or 0),
+        "peak_bytes": step.peak_bytes(),
     }

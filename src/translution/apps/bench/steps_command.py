@@ -15,7 +15,9 @@ from rich.table import Table
 from ...models.blocks import ACTIVATION_CHECKPOINTING
 from ...models.configuration import check_choice
 from ...modules.attention import check_relative
-from .common import DTYPES, check_file, device_named, header, ints, keep, told_machine
+from ...utils.tables import console_table
+from ..training.engine import pick_device
+from .common import DTYPES, check_file, header, ints, keep, told_machine
 from .steps import Step, measure_step
 
 __all__ = ["bench_step"]
@@ -63,7 +65,7 @@ def bench_step(
     Peak memory is that of weights, gradients, optimizer states and activations. Published: what the
     published algorithm would take for it in float32, computed from its shapes.
     """
-    where = torch.device(device_named(device))
+    where = torch.device(pick_device(device))
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, want at least 1")
     check_file("json", json_file)
@@ -107,15 +109,9 @@ def bench_step(
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table(
-        box=None, header_style="bold", pad_edge=False, collapse_padding=True,
-        caption="M: parameters. published: memory the published algorithm would take.",
-        caption_justify="left",
-    )  # fmt: skip
     forgets = len({row["checkpoint"] for row in rows}) > 1
     columns = ["model", "M", "batch", *["checkpoint"] * forgets, "s", "images/s", "GB", "published"]
-    for name in columns:
-        shown.add_column(name, justify="left" if name in ("model", "checkpoint") else "right")
+    lines = []
     for row in rows:
         side = f" ({row['relative']})" if row["relative"] else ""
         cells = [row["model"] + side, f"{row['parameters'] / 1e6:.1f}", str(row["batch"])]
@@ -126,5 +122,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             cells += [f"{row['seconds']:.2f}", f"{row['images_per_second']:.1f}"]
             cells += [f"{row['peak_bytes'] / 1e9:.2f}"]
         published = row.get("published_bytes")
-        shown.add_row(*cells, "" if published is None else f"{published / 1e9:,.0f} GB")
-    return shown
+        lines.append([*cells, "" if published is None else f"{published / 1e9:,.0f} GB"])
+    caption = "M: parameters. published: memory the published algorithm would take."
+    return console_table(columns, lines, ("model", "checkpoint"), ("model",), caption)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from ...models.configuration import check_choice
 from ...utils.measuring import matmul_rate
-from .common import DTYPES, check_file, device_named, header, keep, parse_grid, told_machine
+from ..training.engine import pick_device
+from .common import DTYPES, check_file, header, keep, parse_grid, told_machine
 from .tune import KINDS, Work, tried
 
 __all__ = ["bench_tune"]
@@ -47,7 +48,7 @@ def bench_tune(
     if not budget > 0:
         raise ValueError(f"budget: got {budget}, want seconds, more than 0")
     check_file("json", json_file)
-    where = torch.device(device_named(device))
+    where = torch.device(pick_device(device))
     kind = DTYPES[check_choice("dtype", dtype, list(DTYPES))]
     from ... import backends
 

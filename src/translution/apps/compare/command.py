@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .options import DATA, DEFAULT_MIXERS, MIXERS, Options
+from ...models.blocks import MIXERS
 
 __all__ = ["compare"]
 
 
 def compare(
     out: Annotated[
-        str, typer.Option(help="Folder to write; an earlier comparison there is replaced.")
+        str, typer.Option(help="Folder to write; a finished comparison there is replaced.")
     ] = "compare",
-    data: Annotated[str, typer.Option(help=f"{' or '.join(DATA)}.")] = "digits",
+    data: Annotated[str, typer.Option(help="digits or mnist.")] = "digits",
     data_dir: Annotated[
         str | None, typer.Option(help="Folder with MNIST's four files, downloaded if absent.")
     ] = None,
-    mixers: Annotated[str, typer.Option(help=f"Some of {', '.join(MIXERS)}.")] = ", ".join(
-        DEFAULT_MIXERS
+    mixers: Annotated[str, typer.Option(help=f"Some of {', '.join(MIXERS)}.")] = (
+        "attention, convolution, acmix, alpha, translution"
     ),
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
     seed: Annotated[int, typer.Option(help="The first seed; makes a run repeatable.")] = 0,
@@ -47,19 +47,21 @@ def compare(
 
     Each is trained twice per seed, on centred digits and on digits moved anywhere on a canvas, and
     tested on both. Writes a folder with results.json, checkpoints and a report.html. Ctrl-C keeps
-    the runs that are finished. Options without a default depend on the data.
+    the runs that are finished, and the same command then goes on with the others. Options without
+    a default depend on the data.
     """
-    options = Options(
-        data=data, data_dir=data_dir, mixers=tuple(m.strip() for m in mixers.split(",") if m),
-        seeds=seeds, seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
-        canvas=canvas, patch=patch, dim=dim, depth=depth, heads=heads, init=init,
-        train_limit=train_limit, test_limit=test_limit, device=device,
-    )  # fmt: skip
     try:
-        from .runs import run_all
+        from .comparison import comparison
+        from .folder import compare_in
     except ModuleNotFoundError as error:
         raise ValueError(
             f"compare: {error.name} is not installed; pip install 'translution[all]' brings it"
         ) from None
-    if not run_all(out, options, command=" ".join(["translution", *sys.argv[1:]]), jobs=jobs):
+    experiment = comparison(
+        data, [m.strip() for m in mixers.split(",") if m], learning_rate, data_dir,
+        seeds=seeds, seed=seed, steps=steps, batch_size=batch_size, canvas=canvas, patch=patch,
+        dim=dim, depth=depth, heads=heads, init=init, train_limit=train_limit,
+        test_limit=test_limit, device=device,
+    )  # fmt: skip
+    if not compare_in(out, experiment, " ".join(["translution", *sys.argv[1:]]), jobs):
         raise typer.Exit(130)

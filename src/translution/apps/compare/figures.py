@@ -2,156 +2,64 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-import statistics
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "STYLE",
-    "curves",
-    "distances",
-    "legend",
-    "mean_band",
-    "norms",
-    "panels",
-    "svg",
-]
+from ..experiments.figures import INK, STYLE, colours_of, legend, line, panels, svg
 
-# Readable on white and on near-black, and told apart by most colour-blind readers.
-COLOURS = {
-    "attention": "#7a869a",
-    "rotary": "#b07cc6",
-    "bias": "#c2953a",
-    "convolution": "#4f9d69",
-    "acmix": "#d0558f",
-    "translution": "#e0663c",
-    "alpha": "#3d8fd1",
-}
-MARKS = dict(zip(COLOURS, "osD^PvX", strict=True))
-_TEXT = "#010203"  # stands for currentColor
+__all__ = ["curves", "distances", "norms"]
 
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _TEXT,
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _TEXT,
-    "axes.titlesize": 10,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#88888855",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
+Lines = dict[tuple[str, str], list[Any]]
+"""What is drawn of the runs of each row and regime, a list for each run."""
 
 
-def svg(figure: Figure, name: str, label: str) -> str:
-    """Inline SVG: ids of its own, a label, no links, the page's fonts and colour."""
-    FigureCanvasSVG(figure)
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    text = text.replace(_TEXT, "currentColor")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
-
-
-def mean_band(rows: list[list[float]]) -> tuple[list[float], list[float]]:
-    columns = list(zip(*rows, strict=True))
-    means = [statistics.fmean(c) for c in columns]
-    return means, [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]
-
-
-def _line(axis: Any, mixer: str, x: list[float], rows: list[list[float]], **more: Any) -> None:
-    means, apart = mean_band(rows)
-    colour = COLOURS.get(mixer, "#8a8a8a")
-    axis.plot(x, means, color=colour, label=mixer, linewidth=1.8, **more)
-    low = [m - s for m, s in zip(means, apart, strict=True)]
-    high = [m + s for m, s in zip(means, apart, strict=True)]
-    axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _of(runs: list[dict[str, Any]], mixer: str, regime: str) -> list[dict[str, Any]]:
-    return [run for run in runs if run["mixer"] == mixer and run["regime"] == regime]
-
-
-def _mixers(runs: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(run["mixer"] for run in runs))
-
-
-def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def legend(figure: Figure, *axes: Any) -> None:
-    lines: dict[str, Any] = {}
-    for axis in axes:
-        for line, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            lines.setdefault(name, line)
-    handles, names = list(lines.values()), list(lines)
-    figure.legend(handles, names, loc="outside upper center", ncols=len(lines))
-
-
-def curves(runs: list[dict[str, Any]]) -> str:
-    """Loss and accuracy on the training batches, by step."""
+def curves(found: Lines) -> str:
+    """Loss and accuracy on the training batches, by step; `found` has rows of metrics.csv."""
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(2, 2, (9, 5.4))
+        colours = colours_of(list(dict.fromkeys(row for row, _ in found)))
+        for (row, regime), runs in found.items():
+            column = _column(regime)
+            for axis, key, scale in (
+                (axes[0][column], "train_loss", 1.0), (axes[1][column], "train_accuracy", 100.0),
+            ):  # fmt: skip
+                x = [point["step"] for point in runs[0]]
+                line(axis, row, colours[row], x, [[scale * p[key] for p in run] for run in runs])
         for column, regime in enumerate(("centred", "moved")):
-            for row, (key, title) in enumerate((("loss", "loss"), ("accuracy", "accuracy, %"))):
-                axis = axes[row][column]
-                for mixer in _mixers(runs):
-                    mine = [run["curve"] for run in _of(runs, mixer, regime)]
-                    if mine:
-                        scale = 100 if key == "accuracy" else 1
-                        x = [point["step"] for point in mine[0]]
-                        _line(axis, mixer, x, [[scale * p[key] for p in c] for c in mine])
-                axis.set_ylabel(title if column == 0 else "")
-                axis.set_ylim(bottom=0, top=100 if key == "accuracy" else None)
-                if row == 0:
-                    axis.set_title(f"trained on {regime} digits")
-                else:
-                    axis.set_xlabel("step")
-        legend(figure, axes[0][0])
+            axes[0][column].set_title(f"trained on {regime} digits")
+            axes[0][column].set_ylim(bottom=0)
+            axes[1][column].set_ylim(0, 100)
+            axes[1][column].set_xlabel("step")
+        axes[0][0].set_ylabel("loss")
+        axes[1][0].set_ylabel("accuracy, %")
+        legend(figure, *axes[0])
         return svg(figure, "curves", "Training loss and accuracy by step, for each mixer")
 
 
-def distances(runs: list[dict[str, Any]]) -> str:
-    """Accuracy on held-out digits by how far they were moved."""
+def distances(found: Lines) -> str:
+    """Accuracy on held-out digits by how far they were moved (`accuracy_by_distance`)."""
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(1, 2, (9, 3.6))
+        colours = colours_of(list(dict.fromkeys(row for row, _ in found)))
+        for (row, regime), runs in found.items():
+            x = [(ring["from"] + ring["to"]) / 2 for ring in runs[0]]
+            accuracies = [[100 * ring["accuracy"] for ring in run] for run in runs]
+            line(axes[0][_column(regime)], row, colours[row], x, accuracies, marked=True)
         for column, regime in enumerate(("centred", "moved")):
             axis = axes[0][column]
-            for mixer in _mixers(runs):
-                mine = [run["by_distance"] for run in _of(runs, mixer, regime)]
-                if mine:
-                    x = [(ring["from"] + ring["to"]) / 2 for ring in mine[0]]
-                    rows = [[100 * ring["accuracy"] for ring in r] for r in mine]
-                    _line(axis, mixer, x, rows, marker=MARKS.get(mixer, "o"), markersize=4)
-            axis.axhline(10, color=_TEXT, linewidth=0.8, linestyle=":")
+            axis.axhline(10, color=INK, linewidth=0.8, linestyle=":")
             axis.set_title(f"trained on {regime} digits")
             axis.set_xlabel("distance moved, pixels")
             axis.set_ylim(0, 100)
-            axis.set_ylabel("accuracy, %" if column == 0 else "")
-        legend(figure, axes[0][0], axes[0][1])
+        axes[0][0].set_ylabel("accuracy, %")
+        legend(figure, *axes[0])
         return svg(figure, "distances", "Test accuracy by the distance moved, for each mixer")
+
+
+def _column(regime: str) -> int:
+    return ("centred", "moved").index(regime)
 
 
 def norms(tables: list[dict[str, Any]], name: str, label: str) -> str:

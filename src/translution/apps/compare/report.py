@@ -3,89 +3,136 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
+from markupsafe import Markup, escape
 
-from ...models import attention_weights
+from ...models import ViT, attention_weights
+from ...modules.projections import RelativeLinear
 from ...utils.files import write_whole
-from ..data.digits import Digits, centre, place
-from .figures import COLOURS, curves, distances, norms
-from .measure import table_norms
-from .options import REGIMES
-from .results import MEASURES, load_checkpoint
+from ..data.digits import centre
+from ..experiments.figures import colours_of
+from ..experiments.results import Results
+from ..training.callbacks import read_curves
+from ..training.checkpoints import open_checkpoint
+from ..training.config import Config
+from .distances import as_seen, canvas_of, held_out
+from .figures import Lines, curves, distances, norms
 
-__all__ = ["write_report"]
+__all__ = ["table_norms", "write_report"]
+
+Told = dict[str, Any]
+"""The content of results.json, or of a run in it."""
 
 SAMPLES = 3
+MEMORY = {
+    "mps": "memory held by the Metal driver for the process after one training step",
+    "": "weights, gradients, optimizer state and everything allocated during one training step",
+}
+"""How the peak was measured, by device."""
 
 
-def write_report(folder: Path, results: dict[str, Any], data: Digits) -> None:
-    """Write report.html into the folder of these results."""
-    runs = results["runs"]
+def write_report(folder: Path, content: Told, results: Results | None, config: Config) -> None:
+    """Write report.html into the folder of a comparison.
+
+    content: of results.json. results: of the finished runs. config: of any of the runs, for what
+    all share.
+    """
+    runs = content["runs"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "seconds": seconds}
-    shown = _first_of_each(runs)
+    environment.filters["bold"] = bold
+    shown = _by_row(runs, lambda run: run)
+    first = [found[0] for found in shown.values()]
+    models = [open_checkpoint(folder / run["folder"]).model for run in first]
+    heads, lines = ([], []) if results is None else results.table()
     page = environment.get_template("report.html.jinja").render(
-        results=results,
-        options=results["options"],
-        measures=MEASURES,
-        colours=COLOURS,
-        curves=curves(runs) if runs else "",
-        distances=distances(runs) if runs else "",
-        tables=_tables(folder, shown),
-        viewer=_script_json(_viewer(folder, results, shown, data)) if runs else "",
+        content=content,
+        about="" if results is None else results.about(),
+        memory=MEMORY.get(content["machine"]["device"], MEMORY[""]),
+        train=config.train,
+        data=config.data,
+        model=config.model.given,
+        heads=heads,
+        lines=lines,
+        colours=colours_of(list(content["experiment"]["rows"])),
+        curves=curves(_by_row(runs, lambda run: _curve(folder / run["folder"]))) if runs else "",
+        distances=distances(_by_row(runs, lambda run: run["by_distance"])) if runs else "",
+        tables=_tables(first, models),
+        viewer=_script_json(_viewer(content, config, first, models)) if runs else "",
     )
     write_whole(folder / "report.html", lambda to: to.write_text(page, "utf-8"))
 
 
-def percent(value: dict[str, Any]) -> str:
-    if value["mean"] is None:
-        return "–"
-    apart = "" if value["std"] is None else f" ± {100 * value['std']:.1f}"
-    return f"{100 * value['mean']:.1f}{apart}"
+def bold(cell: str) -> Markup:
+    """A cell of a table as HTML; what is between ** is bold."""
+    plain = cell.strip("*")
+    return escape(cell) if plain == cell else Markup("<strong>{}</strong>").format(plain)
 
 
-def seconds(value: dict[str, Any]) -> str:
-    apart = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:.1f}{apart}"
-
-
-def _first_of_each(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first seed's run of each mixer and regime."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def _by_row(runs: list[Told], part: Callable[[Told], Any]) -> Lines:
+    """A part of each run, by row and regime."""
+    found: Lines = defaultdict(list)
     for run in runs:
-        found.setdefault((run["mixer"], run["regime"]), run)
-    return list(found.values())
+        found[run["row"], run["regime"]].append(part(run))
+    return dict(found)
 
 
-def _tables(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _curve(run: Path) -> list[dict[str, float]]:
+    return [point for point in read_curves(run) if "train_loss" in point]
+
+
+@torch.no_grad()
+def table_norms(model: ViT) -> list[Told]:
+    """For each table with offsets: the norm of each entry, and of what sets it apart from the mean.
+
+    "norm" and "apart" are [rows, columns] arranged over the offset, key to query.
+    """
     found = []
-    for run in runs:
-        tables = table_norms(load_checkpoint(folder / run["checkpoint"]))
-        if tables:
-            title = f"{run['mixer']}, trained on {run['regime']} digits, seed {run['seed']}"
-            name = f"norms-{run['mixer']}-{run['regime']}"
-            label = f"Norm of each table entry over its offset: {title}"
-            found.append({"title": title, "svg": norms(tables, name, label)})
+    for number, block in enumerate(model.blocks):
+        mixer: Any = block.mixer
+        for name, part in mixer.named_children():
+            if not isinstance(part, RelativeLinear) or not mixer.layout.offset_classes:
+                continue
+            weight = part.weight[: mixer.layout.offset_classes].float().cpu()
+            shape = mixer.layout.axis_classes
+            found.append(
+                {
+                    "block": number,
+                    "table": name.split("_")[0],
+                    "norm": weight.flatten(1).norm(dim=1).view(shape),
+                    "apart": (weight - weight.mean(0)).flatten(1).norm(dim=1).view(shape),
+                }
+            )
     return found
 
 
-def _viewer(
-    folder: Path, results: dict[str, Any], runs: list[dict[str, Any]], data: Digits
-) -> dict[str, Any]:
+def _tables(runs: list[Told], models: list[Any]) -> list[dict[str, str]]:
+    found = []
+    for number, (run, model) in enumerate(zip(runs, models, strict=True)):
+        tables = table_norms(model)
+        if tables:
+            title = f"{run['row']}, trained on {run['regime']} digits, seed {run['seed']}"
+            label = f"Norm of each table entry over its offset: {title}"
+            found.append({"title": title, "svg": norms(tables, f"norms-{number}", label)})
+    return found
+
+
+def _viewer(content: Told, config: Config, runs: list[Told], models: list[Any]) -> Told:
     """What the attention viewer draws: whole numbers, weights in thousandths."""
-    canvas, patch = results["options"]["canvas"], results["options"]["patch"]
-    digits, labels, places = _samples(data, canvas)
-    images = place(digits, canvas, places)
+    canvas, patch = canvas_of(config), config.model.given["patch_size"]
+    digits, labels = held_out(config)
+    chosen, places = _samples(len(digits), digits.shape[-1], canvas)
+    pixels, images = as_seen(config, digits[chosen], places)
     sets = []
-    for run in runs:
-        model = load_checkpoint(folder / run["checkpoint"])
+    for run, model in zip(runs, models, strict=True):
         with torch.inference_mode():
             logits, weights = attention_weights(model, images)
         maps = [
@@ -94,35 +141,35 @@ def _viewer(
         ]
         sets.append(
             {
-                "mixer": run["mixer"], "regime": run["regime"], "seed": run["seed"],
+                "mixer": run["row"], "regime": run["regime"], "seed": run["seed"],
                 "prefix": model.prefix, "guesses": logits.argmax(1).tolist(), "maps": maps,
             }
         )  # fmt: skip
-    middle = (canvas - data.size) // 2
+    middle = (canvas - digits.shape[-1]) // 2
+    regimes = content["experiment"]["regimes"]
     return {
         "canvas": canvas,
         "patch": patch,
-        "regimes": [r for r in REGIMES if any(s["regime"] == r for s in sets)],
+        "regimes": [r for r in regimes if any(s["regime"] == r for s in sets)],
         "samples": [
             {
                 "label": int(label),
                 "moved": [int(p[0]) - middle, int(p[1]) - middle],
                 "pixels": (255 * image[0]).round().int().flatten().tolist(),
             }
-            for label, p, image in zip(labels, places, images, strict=True)
+            for label, p, image in zip(labels[chosen], places, pixels, strict=True)
         ],
         "sets": sets,
     }
 
 
-def _samples(data: Digits, canvas: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _samples(n: int, size: int, canvas: int) -> tuple[list[int], torch.Tensor]:
     """Test digits: one in the centre, the same one moved, and another one moved elsewhere."""
-    most, size = canvas - data.size, data.size
-    some = [0, 0, min(1, len(data.test) - 1)]
+    most = canvas - size
     places = centre(SAMPLES, size, canvas).clone()
     places[1] = torch.tensor([most // 8, most - most // 8])
     places[2] = torch.tensor([most - most // 4, most // 8])
-    return data.test[some], data.test_labels[some], places
+    return [0, 0, min(1, n - 1)], places
 
 
 def _script_json(value: Any) -> str:

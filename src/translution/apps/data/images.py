@@ -146,20 +146,26 @@ class Images(torch.utils.data.Dataset[Any]):
         if crops or options.moved:
             part = PARTS.index(self.part)
             generator = generator_of(self.seed, 2, part, epoch if training else 0, index)
+        size, label = options.image_size, int(self.labels[index])
+        image: Image.Image | None
         if isinstance(self._source.images, Tensor):
-            image: Image.Image | None = self._digit_on_canvas(index, generator)
+            pixels = self._digit_on_canvas(index, generator)
+            if not crops and pixels.shape == size:  # nothing to cut or to resize
+                return pixels.expand(self.channels, *size), label
+            placed = Image.fromarray(pixels.numpy())
+            image = placed if self.channels == 1 else placed.convert("RGB")
         else:
             image = self._decoded(index) if self._cache is None else self._cache[index]
         if image is None:
             return None
-        size = options.image_size
         if crops:
             box = random_box(*image.size, size, crops, options.augment.ratio, generator)
         else:
             box = centred_box(*image.size, size, options.crop)
-        return fit(image, size, box, options.resample), int(self.labels[index])
+        return fit(image, size, box, options.resample), label
 
-    def _digit_on_canvas(self, index: int, generator: torch.Generator) -> Image.Image:
+    def _digit_on_canvas(self, index: int, generator: torch.Generator) -> Tensor:
+        """A digit on its canvas, uint8 [canvas, canvas]."""
         digit = self._source.images[self._rows[index]]
         size, canvas = len(digit), self.options.canvas or len(digit)
         moved = self.options.moved
@@ -167,8 +173,7 @@ class Images(torch.utils.data.Dataset[Any]):
             where = anywhere(1, size, canvas, generator, step=int(moved))
         else:
             where = centre(1, size, canvas)
-        image = Image.fromarray(place(digit[None].float(), canvas, where)[0, 0].byte().numpy())
-        return image if self.channels == 1 else image.convert("RGB")
+        return place(digit[None], canvas, where)[0, 0]
 
     def _decoded(self, index: int) -> Image.Image | None:
         row = int(self._rows[index])

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...models import GPT, ViT, attention_weights
+from ...utils.words import MIXER_TITLES
 from ..config import parse
 from ..data.digits import place
 from ..data.images import ImageOptions
@@ -28,15 +29,6 @@ __all__ = [
 ]  # fmt: skip
 
 SHIPPED = Path(__file__).parent / "weights"
-TITLES = {
-    "translution": "Translution",
-    "alpha": "α-Translution",
-    "acmix": "ACmix",
-    "attention": "attention, learned positions",
-    "rotary": "attention, rotary positions",
-    "bias": "attention, relative bias",
-    "convolution": "convolution 3×3",
-}
 TOP = 10  # tokens that are told
 # byte-level tokenizers name bytes by characters: printable ones by themselves, others from 256 on
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -197,7 +189,8 @@ def open_models(runs: Sequence[Path | str] = ()) -> Models:
 def _rank(path: Path) -> tuple[bool, int, str]:
     """Moved digits first, and mixers in the order of their titles: Translution is seen first."""
     mixer = path.name.rpartition("-")[2]
-    return "centred" in path.name, list(TITLES).index(mixer) if mixer in TITLES else 99, path.name
+    order = list(MIXER_TITLES).index(mixer) if mixer in MIXER_TITLES else 99
+    return "centred" in path.name, order, path.name
 
 
 def _open(path: Path, name: str) -> DigitModel | TextModel:
@@ -205,7 +198,7 @@ def _open(path: Path, name: str) -> DigitModel | TextModel:
     config = parse(Config, checkpoint.config, str(path))
     data, model = config.data, checkpoint.model
     mixer = model.config.mixer if isinstance(model, ViT | GPT) else config.model.name
-    title = TITLES.get(mixer, mixer)
+    title = MIXER_TITLES.get(mixer, mixer)
     name = f"{name} ({title})" if name else title
     if isinstance(data, TextOptions) and isinstance(model, GPT) and checkpoint.tokenizer:
         return TextModel(name, mixer, model, checkpoint.tokenizer, checkpoint.metrics)

@@ -20,7 +20,10 @@ def experiment(
     ),
     out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/experiments"),
     docs: Annotated[Path, typer.Option(help="Where results.md and its figures go.")] = Path("docs"),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, a thread each.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(help="Runs at once, a thread each; 0: one per core of a CPU, else one."),
+    ] = 1,
     keep: Annotated[bool, typer.Option(help="Keep the checkpoints of finished runs.")] = False,
     known: Annotated[
         Path | None, typer.Option(help="Take finished runs from it, such as docs/results.json.")
@@ -31,16 +34,16 @@ def experiment(
 
     Goes on where it was stopped, and rewrites its table and figure in DOCS/results.md.
     """
+    import importlib.util
     import json
-    import time
+    from typing import Any
 
-    from rich.console import Console
+    from .config import BUDGETS, Run, load_experiment
+    from .making import jobs_on
+    from .progress import RunsProgress
+    from .report import write_results
+    from .runs import Runs
 
-    from .config import BUDGETS, load_experiment
-    from .report import Results, write_results
-    from .runs import Runs, results_of
-
-    console = Console(highlight=False)
     found = load_experiment(file, context.args)
     chosen = rows.split(";") if rows is not None else list(found.rows)
     wanted = budgets.split(",")
@@ -49,42 +52,32 @@ def experiment(
             if value not in have:
                 raise ValueError(f"{name}: got {value!r}, want some of {list(have)}")
     had = {} if known is None else json.loads(known.read_text("utf-8")).get(file.stem, {})
-    runs = Runs(found, out / file.stem, chosen, wanted, keep, had)
+    runs = Runs(found, out / file.stem, chosen, wanted, had)
+    jobs = jobs_on(runs.device, jobs)
     command = shlex.join(["translution", "experiment", str(file)])
+    progress = RunsProgress(runs)
+    say = progress.console.print
 
     def save() -> bool:
-        """Write what there is, of all rows and budgets; False where there is nothing yet."""
-        every = Runs(found, runs.folder, list(found.rows), BUDGETS, known=had)
-        done = list(results_of(every))
-        rates = {arm: every.chosen(arm) for arm in every.arms}
-        if not any(rates.values()):
-            return False
-        write_results(file.stem, command, Results(found, done, runs.facts, rates), docs)
-        return True
+        """Write what is finished; False where that is nothing yet."""
+        results = runs.results()
+        if results is not None:
+            write_results(file.stem, command, results, docs)
+        return results is not None
 
-    began = time.perf_counter()
+    def tell(run: Run, result: dict[str, Any], left: int) -> None:
+        progress.tell(run, result, left)
+        save()
+
     if not report:
-        console.print(f"{file}: timing a step of each row")
+        say(f"{file}: timing a step of each row")
         for row, facts in runs.facts["rows"].items():
-            console.print(f"  {row}: {facts['parameters']:,} parameters, {facts['step_ms']:.0f} ms")
-
-        def tell(run: object, result: dict, left: int) -> None:  # type: ignore[type-arg]
-            tests = ", ".join(
-                f"{test} {name} {value:.4g}".strip()
-                for test, metrics in result["tests"].items()
-                for name, value in metrics.items()
-                if not name.endswith(("loss", "skipped", "top5"))
-            )
-            console.print(
-                f"{result['row']} {result['regime']} equal {result['budget']}, rate "
-                f"{result['rate']:g}, seed {result['seed']}: {tests or 'diverged'}  "
-                f"({result['seconds']:.0f} s; at least {left} to come, "
-                f"{time.perf_counter() - began:.0f} s so far)",
-                soft_wrap=True,
-            )
-            save()
-
-        runs.make(jobs, tell)
+            say(f"  {row}: {facts['parameters']:,} parameters, {facts['step_ms']:.0f} ms")
+        with progress:
+            runs.make(
+                jobs, tell, progress.watch, keep="everything" if keep else "nothing",
+                tensorboard=importlib.util.find_spec("tensorboard") is not None,
+            )  # fmt: skip
     if not save():
         raise ValueError(f"--out: there is no finished row in {runs.folder}")
-    console.print(f"{docs / 'results.md'}")
+    say(f"{docs / 'results.md'}", soft_wrap=True)

@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from ..config import Options, as_yaml, parse, read
+from ..config import Options, parse, read
 from ..training.config import Config
 
 __all__ = [
@@ -43,11 +43,17 @@ class Measure:
     digits: int = 3
 
     def of(self, metrics: dict[str, float], part: str) -> float:
+        """The value in its unit, from what a run measured on a part of the data."""
         value = metrics[f"{part}_{self.metric}"] * self.scale
         return 2.0**value if self.title == "perplexity per byte" else value
 
     def text(self, value: float) -> str:
+        """As in a table, whose head has the unit."""
         return f"{value:.{self.digits}f}"
+
+    def words(self, value: float) -> str:
+        """As in a sentence: "97.2 %", "2.070 bits per byte"."""
+        return f"{self.text(value)} {'%' if self.metric == 'accuracy' else self.title}"
 
 
 MEASURES = {
@@ -79,8 +85,9 @@ class Experiment(Options):
         one's has nothing else.
     base: a run's configuration; the rest are changes of it, {"model.mixer": "alpha"}.
     rows: what is compared. regimes: ways to train each of them. tests: what each is tested on.
-    rates: learning rates. Each row runs with all of them and seed 0, and with the best by the
-        first measure on validation data for the other seeds.
+    rates: learning rates. Each row runs with all of them and the first seed, and with the best by
+        the first measure on validation data for the other seeds.
+    seeds: how many. seed: the first of them.
     measures: accuracy, bits_per_byte, perplexity_per_byte, perplexity.
     time: also with steps as many as take the time of the row `like`.
     parameters: also with `model.dim` such that there are as many parameters as in the row `like`.
@@ -96,6 +103,7 @@ class Experiment(Options):
     tests: dict[str, Changes] = Field({"": {}}, min_length=1)
     rates: tuple[float, ...] = Field(min_length=1)
     seeds: int = Field(3, ge=1)
+    seed: int = Field(0, ge=0)
     measures: tuple[Literal[tuple(MEASURES)], ...]  # type: ignore[valid-type]
     time: Budget | None = None
     parameters: Budget | None = None
@@ -121,9 +129,9 @@ class Experiment(Options):
         if wrong := [name for name in names if name and slug(name) == ""]:
             raise ValueError(f"rows: got {wrong[0]!r}, want names with a letter or digit")
         for arm in self.arms(BUDGETS):
-            self.config(arm, self.rates[0], 0)
+            self.config(arm, self.rates[0], self.seed)
         for test in self.tests:
-            self.tested(next(iter(self.arms(BUDGETS))), 0, test)
+            self.tested(next(iter(self.arms(BUDGETS))), self.seed, test)
         return self
 
     def arms(self, budgets: Sequence[str]) -> list[Arm]:
@@ -218,10 +226,10 @@ class Run:
     def folder(self) -> str:
         return f"{self.arm.folder}-{self.rate:g}-{self.seed}"
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Of all that decides its numbers; where its data lie does not."""
-        content = yaml.safe_load(as_yaml(self.config))
+        """A hash of all that decides the run's numbers; where its data lie does not."""
+        content = self.config.model_dump(mode="json")
         content.pop("out")
         for key in ("train", "valid", "test", "folder", "shards", "workers"):
             content["data"].pop(key, None)

@@ -19,7 +19,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from ...utils.measuring import matmul_rate
+from ...utils.measuring import known_matmul_rate
 from ..data.parts import Part
 from .checkpoints import Folders
 from .config import TrainOptions
@@ -63,7 +63,7 @@ class Meter(Callback):
         return self.trained + (time.perf_counter() - self.started if self.started else 0.0)
 
     def on_train_start(self, trainer: Trainer, task: Task) -> None:  # type: ignore[override]
-        self.matmul_rate = matmul_rate(getattr(torch, self.options.precision), task.device)
+        self.matmul_rate = known_matmul_rate(getattr(torch, self.options.precision), task.device)
         self.started = time.perf_counter()
 
     def on_train_batch_end(  # type: ignore[override]

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from ...models import create_model, model_options
+from ...models import create_model, list_models, model_options
+from ...models.registry import current_options
 from ..config import Options, as_yaml
 from ..data.images import ImageOptions
 from ..data.text import TextOptions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -55,7 +56,12 @@ FREE = {
 
 
 def train(
-    config: Config, folder: Path, resume: bool = False, parts: Parts | None = None
+    config: Config,
+    folder: Path,
+    resume: bool = False,
+    parts: Parts | None = None,
+    callbacks: Sequence[Callback] = (),
+    tensorboard: bool = True,
 ) -> dict[str, float]:
     """Train a model.
 
@@ -64,6 +70,8 @@ def train(
         folder: the folder of the run; it is made if it is missing.
         resume: continue the run in this folder from its last checkpoint, if there is one.
         parts: parts of the data that are open already; those that this run opens are added.
+        callbacks: further callbacks of Lightning.
+        tensorboard: whether TensorBoard logs are written, too, for which it must be installed.
 
     Returns:
         The metrics of the last validation.
@@ -73,10 +81,17 @@ def train(
         OSError: a folder or checkpoint that cannot be written, or data that cannot be read.
     """
     with _locked(folder) if is_main_process() else nullcontext():
-        return _train(config, folder, resume, parts)
+        return _train(config, folder, resume, parts, callbacks, tensorboard)
 
 
-def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> dict[str, float]:
+def _train(
+    config: Config,
+    folder: Path,
+    resume: bool,
+    parts: Parts | None,
+    more: Sequence[Callback],
+    tensorboard: bool,
+) -> dict[str, float]:
     check_folder(config, folder, resume)
     data = Data(config, parts=parts)
     name, options = model_of(config, data)
@@ -124,14 +139,16 @@ def _train(config: Config, folder: Path, resume: bool, parts: Parts | None) -> d
     )
     meter = Meter(config.train, cost.training_flops)
     keeper = Keeper(folder / "checkpoints", io, meter, data.steps)
-    callbacks: list[Callback] = [meter, keeper, progress()]
+    callbacks: list[Callback] = [meter, keeper, progress(), *more]
     if config.train.ema is not None:
         callbacks.insert(0, EMAWeightAveraging(decay=config.train.ema))
-    board = GroupedTensorBoard(folder, name="", version="tensorboard", default_hp_metric=False)
-    board.log_hyperparams(_flat(config))
-    if is_main_process():  # the logger would keep that of an earlier process
-        Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
-    loggers = [MetricsFile(folder, step), board]
+    loggers: list[Logger] = [MetricsFile(folder, step)]
+    if tensorboard:
+        board = GroupedTensorBoard(folder, name="", version="tensorboard", default_hp_metric=False)
+        board.log_hyperparams(_flat(config))
+        if is_main_process():  # the logger would keep that of an earlier process
+            Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        loggers.append(board)
     with quiet(), interruptible():
         trainer = make_trainer(
             config, callbacks=callbacks, logger=loggers, plugins=[io], max_steps=data.steps,

@@ -1,0 +1,88 @@
+"""The experiment that a comparison is: a file of this package, changed by the command's options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...models import create_model
+from ...models.blocks import MIXERS
+from ...models.configuration import check_choice
+from ...utils.words import MIXER_TITLES
+from ..config import parse, read
+from ..experiments.config import Arm, Experiment
+
+__all__ = ["DATA", "DEFAULT_MIXERS", "comparison"]
+
+DATA = {"digits": 8, "mnist": 28}  # pixels per side of a digit
+DEFAULT_MIXERS = ("attention", "convolution", "acmix", "alpha", "translution")
+MNIST = Path.home() / ".cache" / "translution" / "mnist"
+POINTS = 40  # of a training curve
+WARM_UP = 0.05  # of the steps
+
+KEYS = {
+    "seeds": "seeds", "seed": "seed", "steps": "base.train.steps",
+    "batch_size": "base.train.batch_size", "canvas": "base.data.canvas",
+    "patch": "base.model.patch_size", "dim": "base.model.dim", "depth": "base.model.depth",
+    "heads": "base.model.heads", "init": "base.model.init",
+    "train_limit": "base.data.train_limit", "test_limit": "base.data.test_limit",
+    "device": "base.train.device",
+}  # fmt: skip
+"""The key of the experiment that an option of the command changes."""
+
+
+def comparison(
+    data: str = "digits",
+    mixers: Sequence[str] = DEFAULT_MIXERS,
+    learning_rate: float | None = None,
+    data_dir: str | None = None,
+    **options: Any,
+) -> Experiment:
+    """Each mixer as a row, trained on centred and on moved digits, and tested on both.
+
+    options: of the command, by the names in KEYS; None leaves what the file has.
+
+    Raises:
+        ValueError: naming the option, what came and what is wanted.
+    """
+    check_choice("data", data, list(DATA))
+    if not mixers:
+        raise ValueError(f"mixers: got none, want some of {list(MIXERS)}")
+    for mixer in mixers:
+        check_choice("mixers", mixer, list(MIXERS))
+    if len(set(mixers)) < len(mixers):
+        raise ValueError(f"mixers: got {','.join(mixers)}, want each one once")
+    if learning_rate is not None and not 0 < learning_rate < 1:
+        raise ValueError(f"learning_rate: got {learning_rate}, want more than 0 and less than 1")
+    content = read(Path(__file__).with_name(f"{data}.yaml"))
+    rows = {MIXER_TITLES.get(mixer, mixer): {"model.mixer": mixer} for mixer in mixers}
+    changes: dict[str, Any] = {
+        KEYS[name]: value for name, value in options.items() if value is not None
+    }
+    if data == "mnist":
+        changes["base.data.folder"] = str(
+            MNIST if data_dir is None else Path(data_dir).expanduser()
+        )
+    if learning_rate is not None:
+        changes["rates"] = [learning_rate]
+    steps = changes.get("base.train.steps", content["base"]["train"]["steps"])
+    changes["base.train.warmup"] = max(1, round(steps * WARM_UP))
+    changes["base.train.log_every"] = max(1, math.ceil(steps / POINTS))
+    found = parse(Experiment, content | {"rows": rows}, "compare", changes)
+    canvas, size = found.base["data"]["canvas"], DATA[data]
+    if canvas <= size:
+        raise ValueError(
+            f"canvas: got {canvas} pixels, want more than the {size} of a digit, so that it can "
+            "move"
+        )
+    for row in rows:  # before the data are there, which a model otherwise takes its sizes from
+        model = found.config(Arm(row, "moved", "steps"), found.rates[0], found.seed).model
+        with torch.device("meta"):
+            create_model(
+                model.name, image_size=canvas, in_channels=1, num_classes=10, **model.given
+            )
+    return found

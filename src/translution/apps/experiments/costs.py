@@ -1,0 +1,110 @@
+"""What the rows of an experiment cost: parameters, the time and the memory of a training step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...models import create_model
+from ...utils.measuring import TrainingStep, seconds_in_turn
+from ..data.images import Images
+from ..training.config import Config
+from ..training.data import Data, Parts
+from ..training.engine import pick_device
+from ..training.run import model_of
+
+__all__ = ["costs_of", "data_of", "parameters_of", "parts_of", "widened"]
+
+REPEATS = 5  # timed steps, of which the median counts
+
+
+@functools.lru_cache(4)
+def _parts(data: str) -> Parts:
+    """The parts that are open of the data with these options, for all runs that have the same."""
+    return {}
+
+
+def parts_of(config: Config) -> Parts:
+    return _parts(f"{config.seed} {config.data.model_dump_json()}")
+
+
+def data_of(config: Config) -> Data:
+    return Data(config, parts=parts_of(config))
+
+
+def _model_on(config: Config, device: str) -> tuple[torch.nn.Module, Data]:
+    data = data_of(config)
+    name, options = model_of(config, data)
+    with torch.device(device):
+        return create_model(name, **options), data
+
+
+def parameters_of(config: Config, row: str = "") -> int:
+    """How many parameters a run's model has.
+
+    Raises:
+        ValueError: there is no such model, naming the row.
+    """
+    try:
+        return sum(p.numel() for p in _model_on(config, "meta")[0].parameters())
+    except ValueError as error:
+        raise ValueError(f"rows: {row}: {error}" if row else str(error)) from None
+
+
+def widened(config: Config, parameters: int) -> int:
+    """The width with about as many parameters: a multiple of 4 channels per head."""
+    options = config.model.given
+    step = 4 * int(options.get("heads", 1))
+
+    def missed(dim: int) -> float:
+        changed = config.model.model_copy(update={"dim": dim})
+        found = parameters_of(config.model_copy(update={"model": changed}))
+        return math.log(found / parameters)
+
+    low, high = 1, 2
+    while missed(high * step) < 0:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if missed(middle * step) < 0 else (low, middle)
+    return step * min((low, high), key=lambda n: abs(missed(n * step)))
+
+
+def costs_of(configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """ "parameters", "step_ms" and "peak_bytes" of a training step of each, with one thread.
+
+    The time of a step is the median in milliseconds; the steps of all are made in turn.
+    """
+    device = torch.device(pick_device(configs[0].train.device))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            steps = [_step(config, device) for config in configs]
+            times = seconds_in_turn(steps, device, REPEATS)
+            return [
+                {
+                    "parameters": sum(p.numel() for p in step.model.parameters()),
+                    "step_ms": round(1e3 * seconds, 2),
+                    "peak_bytes": step.peak_bytes(),
+                }
+                for step, seconds in zip(steps, times, strict=True)
+            ]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _step(config: Config, device: torch.device) -> TrainingStep:
+    model, data = _model_on(config, "cpu")
+    size = config.train.batch_size // config.train.accumulate
+    if isinstance(data.part("train"), Images):
+        facts = data.facts
+        x = torch.randn(size, facts["in_channels"], *facts["image_size"], device=device)
+        y = torch.zeros(size, dtype=torch.int64, device=device)
+    else:
+        x = y = torch.zeros(size, data.facts["context"], dtype=torch.int64, device=device)
+    return TrainingStep(model.to(device), x, y, accumulate=config.train.accumulate)

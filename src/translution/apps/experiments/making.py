@@ -1,0 +1,214 @@
+"""Making runs: one from its training to its result, and several at the same time."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Callback
+
+from ...utils.files import write_whole
+from ..training.checkpoints import STATE, latest
+from ..training.engine import pick_device, terminate
+from ..training.run import evaluate, train
+from .config import Experiment, Run
+from .costs import data_of, parameters_of, parts_of
+
+__all__ = ["RESULT", "Keep", "Maker", "Measuring", "Watch", "jobs_on", "working"]
+
+RESULT = "result.json"
+Keep = Literal["nothing", "weights", "everything"]
+Measuring = Callable[[Path, Run], dict[str, Any]]
+Watch = Callable[[str, int, int, dict[str, float]], None]
+"""Takes a run's folder, its step, the last step, and the metrics that were logged last."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the runs of an experiment in a folder.
+
+    source: what results.json says of the library and the machine. keep: what stays of the
+    checkpoints of a finished run. measuring: gives further numbers from the checkpoint of a
+    finished run; a function of a module, as it goes to other processes. tensorboard: whether runs
+    write logs for TensorBoard.
+    """
+
+    experiment: Experiment
+    folder: Path
+    source: dict[str, Any]
+    keep: Keep = "nothing"
+    measuring: Measuring | None = None
+    tensorboard: bool = False
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Train, going on where an earlier try ended, and test; writes and returns result.json."""
+        folder, config = self.folder / run.folder, run.config
+        checkpoints = folder / "run" / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        result: dict[str, Any] = {
+            "row": run.arm.row, "regime": run.arm.regime, "budget": run.arm.budget,
+            "rate": run.rate, "seed": run.seed, "identity": run.identity,
+        }  # fmt: skip
+        tests: dict[str, Any] = {}
+        with (
+            open(folder / "log.txt", "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            try:
+                valid: dict[str, float] | None = train(
+                    config, folder / "run", resume=True, parts=parts_of(config),
+                    callbacks=[_Reporting(run.folder)], tensorboard=self.tensorboard,
+                )  # fmt: skip
+            except ValueError as error:
+                if not str(error).startswith("loss: is "):
+                    raise
+                valid = None  # this rate is too high: a result like any other
+            if valid is not None:
+                at = latest(checkpoints)
+                assert at is not None
+                for test in self.experiment.tests:
+                    tested = self.experiment.tested(run.arm, run.seed, test)
+                    tests[test] = evaluate(at, "test", tested, parts_of(tested))
+                if self.measuring is not None:
+                    result |= self.measuring(at, run)
+        result |= {
+            "steps": data_of(config).steps,
+            "dim": config.model.given.get("dim"),
+            "parameters": parameters_of(config),
+            "valid": valid,
+            "tests": tests,
+            "seconds": round(time.perf_counter() - began, 1),
+            "date": date.today().isoformat(),
+            **self.source,
+        }
+        text = json.dumps(result, indent=1)
+        write_whole(folder / RESULT, lambda to: to.write_text(text, "utf-8"))
+        if self.keep == "nothing":
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        elif self.keep == "weights":
+            for last in checkpoints.glob("last-*"):
+                shutil.rmtree(last)
+            for state in checkpoints.glob(f"best-*/{STATE}"):
+                state.unlink()
+        gc.collect()  # a trainer and its data are a cycle, and hold more than the collector sees
+        return result
+
+
+class _Reporting(Callback):
+    """Tells a run's progress to the process that waits for it, a few times a second."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.last = 0.0
+
+    def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
+        moment, step = time.perf_counter(), trainer.global_step
+        if moment - self.last > 0.1 or step == task.steps:
+            self.last = moment
+            metrics = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+            _watch(self.name, step, task.steps, metrics)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def _nobody(*_: Any) -> None:
+    pass
+
+
+_watch: Watch = _nobody  # of this process
+
+
+def jobs_on(device: str, jobs: int) -> int:
+    """How many runs are made at the same time: `jobs`, or for 0 one per core of a CPU, else one.
+
+    Raises:
+        ValueError: there is no such device, or jobs is negative.
+    """
+    if jobs < 0:
+        raise ValueError(f"jobs: got {jobs}, want at least 0")
+    return jobs or (os.cpu_count() or 1 if pick_device(device) == "cpu" else 1)
+
+
+class _Here(Executor):
+    """Does what it is given at once, in this process."""
+
+    def submit(self, function: Any, /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments, **keywords))
+        return done
+
+
+@contextlib.contextmanager
+def working(
+    jobs: int, watch: Watch, threads: int | None
+) -> Iterator[tuple[Executor, Callable[[], None]]]:
+    """What makes the runs, and a call that passes on what they have reported.
+
+    With one job that is this process; with more, each is a process of its own, which imports
+    everything once and makes many runs. It has one thread: small models do not keep two threads
+    busy, so that two processes finish in little more than half of the time. An error or a Ctrl-C
+    ends the processes; the checkpoints of their runs stay.
+
+    Args:
+        threads: of the runs in this process; None leaves torch's own choice.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    usual = torch.get_num_threads()
+    try:
+        if jobs == 1:
+            _begin(watch, threads)
+            yield _Here(), _nobody
+            return
+        context = get_context("spawn")
+        messages = context.SimpleQueue()
+
+        def pass_on() -> None:
+            while not messages.empty():
+                watch(*messages.get())
+
+        with ProcessPoolExecutor(
+            jobs, mp_context=context, initializer=_begin_process, initargs=(messages,)
+        ) as pool:
+            try:
+                yield pool, pass_on
+            except BaseException:
+                terminate(pool)
+                raise
+    finally:
+        _begin(_nobody, usual)
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _begin(watch: Watch, threads: int | None) -> None:
+    global _watch
+    _watch = watch
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _begin_process(messages: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    # what the imports made stays: to look through it after each run would take a third of a second
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    _begin(lambda *told: messages.put(told), 1)
