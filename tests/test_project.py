@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_no_file_is_long_without_reason():
     for path in ROOT.rglob("*.py"):
         lines = len(path.read_text().splitlines())
         assert lines <= 400 or path.name in reasons, f"{path.name}: {lines} lines"
+
+
+def test_the_wheel_is_small(tmp_path):
+    """It has the code, the demo's recipes and no trained weights."""
+    pytest.importorskip("hatchling")
+    code = f"from hatchling.build import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT.parents[1], check=True)
+    (wheel,) = tmp_path.glob("translution-*.whl")
+    assert wheel.name == f"translution-{translution.__version__}-py3-none-any.whl"
+    assert wheel.stat().st_size < 1_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [n for n in names if n.endswith(".safetensors")]
+    assert not [n for n in names if not n.startswith(("translution/", "translution-"))]
+    for name in ("py.typed", "apps/demo/page.css", "apps/demo/recipes/demo-digits.yaml",
+                 "apps/catalogue/models.json", "apps/compare/report.html.jinja"):  # fmt: skip
+        assert f"translution/{name}" in names
 
 
 def test_typed():
