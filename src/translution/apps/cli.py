@@ -49,7 +49,7 @@ COMMANDS = {
     "export": (
         "export",
         "export",
-        "Write a model as a program that needs nothing of this library to run.",
+        "Write a model as a program that runs without this library.",
     ),
     "compare": (
         "compare.command",
