@@ -28,7 +28,7 @@ compare: $(VENV)/.compare-ready ## train and compare the mixers on moving digits
 	$(BIN)/translution compare $(ARGS)
 
 test: $(VENV)/.ready ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.ready ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check .

@@ -373,10 +373,6 @@ def site(tmp_path_factory):
     return {path.relative_to(to).as_posix(): Found(path) for path in to.rglob("*.html")}, to
 
 
-built_once = pytest.mark.xdist_group("site")
-
-
-@built_once
 def test_the_site_is_whole(site):
     pages, to = site
     for at, page in pages.items():
@@ -393,7 +389,6 @@ def test_the_site_is_whole(site):
                 assert unquote(where.fragment) in there.ids, f"{at}: no anchor {target}"
 
 
-@built_once
 def test_the_site_loads_nothing_from_elsewhere(site):
     pages, to = site
     for at, page in pages.items():
@@ -405,7 +400,6 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", text), sheet
 
 
-@built_once
 def test_the_site_has_every_page_and_name(site):
     pages, _ = site
     config = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader=Anything)
