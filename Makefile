@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help compare test lint bench docs clean
+.PHONY: help compare test test-fast lint bench docs clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
@@ -29,6 +29,9 @@ compare: $(VENV)/.compare-ready ## train and compare the mixers on moving digits
 
 test: $(VENV)/.ready ## the whole test suite
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-fast: $(VENV)/.ready ## the tests that take a minute or so in all, of every part
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 lint: $(VENV)/.ready ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check .
