@@ -12,7 +12,9 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 # what `make compare` and `make bench` need: a third of the whole
 $(VENV)/.compare-ready: pyproject.toml constraints.txt
-	@echo "setting up $(VENV) for compare: some 55 packages, 1.4 GB with a CPU build of PyTorch; a minute or two"
+	@echo "setting up $(VENV) for compare: some 55 packages; a minute or two"
+	@echo "this takes 1.4 GB with a CPU build of PyTorch, about 5 GB with pip's default on Linux, a build for CUDA;"
+	@echo "for the CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make compare"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[compare]'
 	touch $@

@@ -129,3 +129,22 @@ def test_the_command_line_names_its_version():
     command = [sys.executable, "-m", "translution", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"translution {translution.__version__}\n"
+
+
+def test_the_workflow_runs_what_there_is():
+    """Each step of .github/workflows is a target of the Makefile, or installs the browser."""
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT.parents[1] / ".github" / "workflows" / "ci.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    makefile = (ROOT.parents[1] / "Makefile").read_text()
+    ran = set()
+    for step in steps:
+        if step.startswith("make "):
+            ran.add(step.split()[1])
+            assert re.search(rf"^{step.split()[1]}:", makefile, flags=re.M), step
+        else:
+            assert "apt-get install" in step
+    assert ran == {"lint", "docs", "compare", "test"}
+    versions = jobs["suite"]["strategy"]["matrix"]["python"]
+    assert versions == ["3.10", "3.11", "3.12", "3.13"]
