@@ -400,6 +400,13 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", text), sheet
 
 
+def test_the_site_can_be_searched_from_a_folder(site):
+    """The index is a script there, and the search runs in a frame, as a worker cannot start."""
+    pages, to = site
+    assert (to / "search" / "search_index.js").is_file()
+    assert all("iframe-worker.js" in str(page.loaded) for page in pages.values())
+
+
 def test_the_site_has_every_page_and_name(site):
     pages, _ = site
     config = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader=Anything)
