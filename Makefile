@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help compare test lint bench docs clean
+.PHONY: help compare test test-fast lint bench docs clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 # what `make compare` and `make bench` need: a third of the whole
 $(VENV)/.compare-ready: pyproject.toml constraints.txt
-	@echo "setting up $(VENV) for compare: some 55 packages, 1.4 GB with a CPU build of PyTorch; a minute or two"
+	@echo "setting up $(VENV) for compare: some 55 packages; a minute or two"
+	@echo "this takes 1.4 GB with a CPU build of PyTorch, about 5 GB with pip's default on Linux, a build for CUDA;"
+	@echo "for the CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make compare"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[compare]'
 	touch $@
@@ -28,7 +30,10 @@ compare: $(VENV)/.compare-ready ## train and compare the mixers on moving digits
 	$(BIN)/translution compare $(ARGS)
 
 test: $(VENV)/.ready ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-fast: $(VENV)/.ready ## the tests that take a minute or so in all, of every part
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 lint: $(VENV)/.ready ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check .

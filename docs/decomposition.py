@@ -42,7 +42,7 @@ def draw(file: Path) -> float:
 
     def one(cell, data, title):  # type: ignore[no-untyped-def]
         axes = figure.add_subplot(cell)
-        axes.imshow(data, **look)
+        axes.imshow(data.numpy(), **look)
         axes.set_title(title, fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -51,7 +51,7 @@ def draw(file: Path) -> float:
         grid = cell.subgridspec(3, 3, wspace=0.06, hspace=0.06)
         for tap in range(9):
             axes = figure.add_subplot(grid[tap])
-            axes.imshow(stack[tap], **(look | {"vmin": -2, "vmax": 2}))
+            axes.imshow(stack[tap].numpy(), **(look | {"vmin": -2, "vmax": 2}))
             axes.set_xticks([])
             axes.set_yticks([])
             row, column = divmod(tap, 3)

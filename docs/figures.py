@@ -170,10 +170,10 @@ def parents(file: Path) -> tuple[float, float]:
         limit = float(theirs[1].abs().max())
         look = {"cmap": palette, "vmin": -limit if float(theirs[1].min()) < 0 else 0, "vmax": limit}
         differences.append(float((ours[1] - theirs[1]).abs().max()))
-        axes[0].imshow(image[0, 0], cmap="gray_r")
+        axes[0].imshow(image[0, 0].numpy(), cmap="gray_r")
         axes[0].set_title("the image", fontsize=10)
         for one, (title, values) in zip(axes[1:], (ours, theirs), strict=True):
-            one.imshow(values, **look)
+            one.imshow(values.detach().numpy(), **look)
             one.set_title(title, fontsize=10)
         for one in axes:
             one.set(xticks=[], yticks=[])

@@ -9,6 +9,91 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before triton is imported: its kernels run on the CPU then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests whose names begin so share what is slow to make (a server, a site, trained runs), and run in
+# one process when pytest-xdist divides the suite.
+TOGETHER = (
+    "tests/apps/test_bench_gpu.py",
+    "tests/apps/test_compare.py",
+    "tests/apps/test_demo_page.py",
+    "tests/apps/test_first_run.py",
+    "tests/apps/test_recipes.py",
+    "tests/apps/test_segmentation.py",
+    "tests/apps/test_strategies.py",
+    "tests/core/test_triton_compiled.py",
+    "tests/interop/test_export_trained.py",
+    "tests/interop/test_parallel.py",
+    "tests/test_docs.py::test_the_site",
+)
+
+
+# `make test-fast` leaves out tests whose names contain one of these: tests that compile, interpret
+# Triton's kernels, train for more than a few steps, or start servers and other processes
+SLOW = (
+    "compile",
+    "triton",
+    "apps/test_bench.py::test_against_compares_equal_rows_alone",
+    "apps/test_bench.py::test_two_dtypes_and_another_backend",
+    "apps/test_bench_gpu.py",
+    "apps/test_compare.py::test_command_line_end_to_end",
+    "apps/test_compare.py::test_several_runs_at_a_time",
+    "apps/test_demo_page.py",
+    "apps/test_experiments.py::test_from_the_command_line",
+    "apps/test_first_run.py::test_ctrl_c",
+    "apps/test_first_run.py::test_the_bar_fits",
+    "apps/test_images.py::test_digits_move_by_whole_steps",
+    "apps/test_images.py::test_workers_give_the_same",
+    "apps/test_recipes.py::test_predict",
+    "apps/test_recipes.py::test_tiny",
+    "apps/test_shards.py::test_interrupted",
+    "apps/test_shards.py::test_killed",
+    "apps/test_strategies.py",
+    "apps/test_text.py::test_several_processes",
+    "apps/test_training.py",
+    "core/test_functional.py::test_gradcheck",
+    "core/test_models.py::test_checkpointing",
+    "core/test_modules.py::test_export",
+    "interop/test_convert.py::test_timm",
+    "interop/test_export.py",
+    "interop/test_export_trained.py",
+    "interop/test_parallel.py",
+    "interop/test_timm_door.py",
+    "test_docs.py::test_the_code_of_a_page_runs",
+    "test_docs.py::test_the_site",
+    "test_project.py::test_old_import_paths_work",
+)
+# except these, so that it reaches every module
+FAST = (
+    "apps/test_training.py::test_a_run_leaves_what_it_should",
+    "core/test_functional.py::test_mix_is_the_oracles[triton",
+    "core/test_modules.py::test_compile_in_one_graph[False-window]",
+    "core/test_neighborhood.py::test_large_scores_do_not_overflow[triton]",
+    "core/test_triton.py::test_batches[3-",
+    "interop/test_export.py::test_examples",
+    "interop/test_export.py::test_a_program_for_one_batch",
+    "test_project.py::test_old_import_paths_work[translution.convert]",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.nodeid
+        if any(part in name for part in SLOW) and not any(part in name for part in FAST):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # the marks of `--dist loadgroup` do nothing with pytest 9.2 and pytest-xdist 3.8
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+
+    return Together(config, log)
+
+
 settings.register_profile("here", deadline=None, max_examples=20, print_blob=True)
 settings.load_profile("here")
 

@@ -373,10 +373,6 @@ def site(tmp_path_factory):
     return {path.relative_to(to).as_posix(): Found(path) for path in to.rglob("*.html")}, to
 
 
-built_once = pytest.mark.xdist_group("site")
-
-
-@built_once
 def test_the_site_is_whole(site):
     pages, to = site
     for at, page in pages.items():
@@ -393,7 +389,6 @@ def test_the_site_is_whole(site):
                 assert unquote(where.fragment) in there.ids, f"{at}: no anchor {target}"
 
 
-@built_once
 def test_the_site_loads_nothing_from_elsewhere(site):
     pages, to = site
     for at, page in pages.items():
@@ -405,7 +400,13 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", text), sheet
 
 
-@built_once
+def test_the_site_can_be_searched_from_a_folder(site):
+    """The index is a script there, and the search runs in a frame, as a worker cannot start."""
+    pages, to = site
+    assert (to / "search" / "search_index.js").is_file()
+    assert all("iframe-worker.js" in str(page.loaded) for page in pages.values())
+
+
 def test_the_site_has_every_page_and_name(site):
     pages, _ = site
     config = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader=Anything)

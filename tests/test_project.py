@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,22 @@ def test_no_file_is_long_without_reason():
         assert lines <= 400 or path.name in reasons, f"{path.name}: {lines} lines"
 
 
+def test_the_wheel_is_small(tmp_path):
+    """It has the code, the demo's recipes and no trained weights."""
+    pytest.importorskip("hatchling")
+    code = f"from hatchling.build import build_wheel; build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT.parents[1], check=True)
+    (wheel,) = tmp_path.glob("translution-*.whl")
+    assert wheel.name == f"translution-{translution.__version__}-py3-none-any.whl"
+    assert wheel.stat().st_size < 1_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [n for n in names if n.endswith(".safetensors")]
+    assert not [n for n in names if not n.startswith(("translution/", "translution-"))]
+    for name in ("py.typed", "apps/demo/page.css", "apps/demo/recipes/demo-digits.yaml",
+                 "apps/catalogue/models.json", "apps/compare/report.html.jinja"):  # fmt: skip
+        assert f"translution/{name}" in names
+
+
 def test_typed():
     assert (ROOT / "py.typed").exists()
 
@@ -112,3 +129,22 @@ def test_the_command_line_names_its_version():
     command = [sys.executable, "-m", "translution", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"translution {translution.__version__}\n"
+
+
+def test_the_workflow_runs_what_there_is():
+    """Each step of .github/workflows is a target of the Makefile, or installs the browser."""
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT.parents[1] / ".github" / "workflows" / "ci.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    steps = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    makefile = (ROOT.parents[1] / "Makefile").read_text()
+    ran = set()
+    for step in steps:
+        if step.startswith("make "):
+            ran.add(step.split()[1])
+            assert re.search(rf"^{step.split()[1]}:", makefile, flags=re.M), step
+        else:
+            assert "apt-get install" in step
+    assert ran == {"lint", "docs", "compare", "test"}
+    versions = jobs["suite"]["strategy"]["matrix"]["python"]
+    assert versions == ["3.10", "3.11", "3.12", "3.13"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -131,6 +132,20 @@ def test_the_table(command):
     assert "3×224×224" in row
     assert "10.5 M" in row
     assert "2.2 G" in row
+
+
+@pytest.mark.parametrize(("width", "all_columns"), [(80, False), (120, True)])
+def test_the_table_fits_a_terminal(width, all_columns, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    models(batch=1000)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in "".join(lines)
+    numbers = ["parameters", "multiply-adds", "inference", "training"]
+    assert lines[0].split() == ["name", *(["mixer", "input"] if all_columns else []), *numbers]
+    names = [line.split()[0] for line in lines[1 : len(read_table()) + 1]]
+    assert names == sorted(read_table())  # a line each
 
 
 def test_numbers():

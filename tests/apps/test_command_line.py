@@ -60,7 +60,7 @@ def test_a_command_takes_both_forms(words):
     assert context.args == ["--a=1"]
 
 
-@pytest.mark.parametrize("name", ["bench", "train", "experiment", "compare", "models"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_is_whole_at_80_columns(name, monkeypatch):
     from typer.testing import CliRunner
 
@@ -68,3 +68,42 @@ def test_help_is_whole_at_80_columns(name, monkeypatch):
     done = CliRunner().invoke(cli._app(), [name, "--help"])
     assert done.exit_code == 0
     assert "…" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compare --seeds x", "--seeds: got x, want an integer"),
+        ("compare --seeds=", "--seeds: got '', want an integer"),
+        ("models --batch 0", "--batch: got 0, want at least 1"),
+        ("demo --port=99999", "--port: got 99999, want at most 65535"),
+        ("export a --to=onnx", "--out: got nothing, want a value; see translution export --help"),
+        ("train", "CONFIG: got nothing, want a value; see translution train --help"),
+        ("models --nothing", "--nothing: no such option; see translution models --help"),
+        ("--nothing", "--nothing: no such option; see translution --help"),
+        ("bench --step", "--step: no such option; did you mean --"),
+        ("models --json=3", "--json: takes no value"),
+        ("export --batch", "--batch: got nothing, want a value"),
+        ("models a b", "got unexpected extra argument(s) (b); see translution models --help"),
+        ("trian c", "COMMAND: got trian; did you mean train?"),
+        ("nothing", "COMMAND: got nothing; want one of train, evaluate, "),
+    ],
+)
+def test_a_usage_error_is_one_line(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["translution", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    (line,) = written.err.splitlines()
+    assert line.startswith(f"translution: {said}")
+
+
+def test_no_command_prints_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["translution"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)

@@ -30,7 +30,7 @@ from translution.apps.demo import train as training
 from translution.apps.demo.cards import Look, Tally, digit_card, text_card, visible
 from translution.apps.demo.listening import is_loopback, listen
 from translution.apps.demo.live import Newest
-from translution.apps.demo.models import SHIPPED, open_models
+from translution.apps.demo.models import open_models, weights_folder
 from translution.apps.demo.sketch import (
     MOST_BYTES,
     SIDE,
@@ -43,6 +43,7 @@ from translution.apps.training.config import Config
 from translution.models.pretrained import ABOUT, FORMAT, WEIGHTS, read_about
 
 DOCS = Path(__file__).parents[2] / "docs" / "demo.md"
+OWN = weights_folder()
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +175,14 @@ def test_a_bitmap_of_nothing():
 # -- models --------------------------------------------------------------------------------------
 
 
-def test_what_ships(models):
-    assert {path.name for path in SHIPPED.iterdir()} == {planned.name for planned in training.PLAN}
-    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) <= 8_000_000
+def test_the_demos_own_models(models):
+    assert {path.name for path in OWN.iterdir()} == {planned.name for planned in training.PLAN}
+    assert sum(f.stat().st_size for f in OWN.rglob("*") if f.is_file()) <= 8_000_000
     assert [m.moved for m in models.digits] == [True] * 6 + [False] * 3
     assert [m.mixer for m in models.text] == ["translution", "alpha", "attention", "rotary"]
     assert [m.mixer for m in models.digits[:3]] == ["translution", "alpha", "acmix"]
     for planned in training.PLAN:
-        about = read_about(SHIPPED / planned.name)
+        about = read_about(OWN / planned.name)
         config = load(Config, training.RECIPES / planned.recipe, planned.changes)
         assert about["config"] == config.model_dump(mode="json"), planned.name
         assert about["step"] == config.train.steps
@@ -239,6 +240,19 @@ def test_bytes_of_a_character_are_told_as_such(models):
             names = [model.text(token) for token in model.tokenizer.encode(text).ids]
             values = re.findall("⟨([0-9A-F]{2})⟩", "".join(names))
             assert bytes.fromhex("".join(values)) == text.replace(" ", "").encode()
+
+
+def test_without_models_one_line_says_what_to_do(tmp_path, monkeypatch):
+    """As installed by pip, where the package has no trained models."""
+    monkeypatch.setattr("translution.apps.demo.models.__file__", str(tmp_path / "a/b/c/d/e.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"RUN: got none, .* --only digits' ") as raised:
+        open_models()
+    assert "\n" not in str(raised.value)
+    (tmp_path / "demo-weights").mkdir()
+    (tmp_path / "demo-weights" / "text-rotary").symlink_to(OWN.absolute() / "text-rotary")
+    assert [m.mixer for m in open_models().text] == ["rotary"]
+    assert [m.mixer for m in open_models([tmp_path / "demo-weights"]).text] == ["rotary"]
 
 
 # -- runs of the user's --------------------------------------------------------------------------
@@ -495,7 +509,7 @@ def test_a_model_is_made_to_ship(tmp_path, name):
 def test_the_documents_tell_the_measures_of_what_ships():
     text = DOCS.read_text("utf-8")
     for planned in training.PLAN:
-        about = read_about(SHIPPED / planned.name)
+        about = read_about(OWN / planned.name)
         metrics = about["metrics"]
         if planned.name.startswith("digits"):
             shares = [metrics[f"test_accuracy_{where}"] for where in ("centred", "moved")]

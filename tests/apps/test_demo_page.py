@@ -22,8 +22,6 @@ from playwright import sync_api
 from translution.apps import cli
 from translution.apps.data.digits import load_digits
 
-# one server and one browser for all of these, also where pytest-xdist divides the tests
-pytestmark = pytest.mark.xdist_group("demo")
 expect = sync_api.expect
 expect.set_options(timeout=20_000)
 

@@ -140,7 +140,7 @@ def test_shifts_and_a_suitable_fc_are_a_convolution_of_the_projections(kernel, s
 def test_the_shifts_start_as_shifts():
     m = ACmix2d(4, 8, 2)
     assert torch.equal(m.convolution.shifts, shift_kernels(3).expand(8, 9, 3, 3))
-    assert float(m.alpha) == float(m.beta) == 0.5
+    assert m.alpha.item() == m.beta.item() == 0.5
     fixed = ACmix2d(4, 8, 2, learned_shifts=False)
     state = {k: v for k, v in m.state_dict().items() if k != "convolution.shifts"}
     fixed.load_state_dict(state)

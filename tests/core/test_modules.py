@@ -285,6 +285,7 @@ EVERY = {
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_mask(name):
     module = EVERY[name]().double()
     nn.init.zeros_(module.o_proj.bias)

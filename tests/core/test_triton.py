@@ -77,7 +77,7 @@ def errors(got, want):
     """‖got − want‖ / ‖want‖ of each tensor."""
     norms = [w.double().norm().clamp(min=1e-12) for w in want]
     return [
-        float((g.double().cpu() - w.double().cpu()).norm() / n.cpu())
+        ((g.double().cpu() - w.double().cpu()).norm() / n.cpu()).item()
         for g, w, n in zip(got, want, norms, strict=True)
     ]
 

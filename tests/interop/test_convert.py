@@ -245,7 +245,7 @@ def test_training(tmp_path):
         grads = []
         for checkpointing in False, True:
             if checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             model.train().zero_grad()
             model(**given, labels=given["input_ids"]).loss.backward()
             tables = [p for n, p in model.named_parameters() if p.ndim == 3 and "layer" in n]
@@ -410,7 +410,7 @@ def test_multihead_attention(batch_first, boolean, average):
 def test_transformer_encoder(before):
     """Torch's fused paths, which read weights that are no longer there, are left."""
     layer = nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True, norm_first=before)
-    model = shaken(nn.TransformerEncoder(layer, 2))
+    model = shaken(nn.TransformerEncoder(layer, 2, enable_nested_tensor=not before))
     x, padding = torch.randn(2, 9, 16), torch.zeros(2, 9, dtype=torch.bool)
     padding[1, 6:] = True
     with torch.no_grad():

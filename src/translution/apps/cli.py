@@ -6,12 +6,10 @@ import sys
 import warnings
 from typing import Any
 
-from .._version import __version__
-
 __all__ = ["COMMANDS", "main"]
 
-# name -> (module within apps, function, the first sentence of its docstring): a command is
-# imported when it is called
+# name -> (module in apps, function, first sentence of its docstring). A command's module is
+# imported only when the command is called.
 COMMANDS = {
     "train": (
         "training.command",
@@ -51,7 +49,7 @@ COMMANDS = {
     "export": (
         "export",
         "export",
-        "Write a model as a program that needs nothing of this library to run.",
+        "Write a model as a program that runs without this library.",
     ),
     "compare": (
         "compare.command",
@@ -117,7 +115,13 @@ def main() -> None:
     """Run a command; bad input ends in one clear line and exit code 2, never in a traceback."""
     usual, warnings.formatwarning = warnings.formatwarning, _plainly
     try:
-        _app()()
+        app = _app()
+        from .lazy import USAGE_ERRORS, usage_error
+
+        try:
+            sys.exit(app(prog_name="translution", standalone_mode=False) or 0)
+        except USAGE_ERRORS as error:
+            raise ValueError(usage_error(error)) from None
     except ModuleNotFoundError as error:
         sys.exit(_missing(error))
     except (ValueError, OSError) as error:
@@ -130,44 +134,22 @@ def main() -> None:
 
 
 def _plainly(message: Any, *_: Any, **__: Any) -> str:
-    """A warning, without the line of the library that it came from."""
+    """Format a warning as one line without the file and line number that it came from."""
     return f"translution: {message}\n"
 
 
 def _app() -> Any:
-    import typer
+    from .lazy import application
 
-    from .lazy import lazy_group
-
-    app = typer.Typer(
-        cls=lazy_group(COMMANDS),
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        help="Attention with a sense of where: train, use and compare models, measure operators.",
-    )
-
-    def show_version(asked: bool) -> None:
-        if asked:
-            print(f"translution {__version__}")
-            raise typer.Exit
-
-    @app.callback()
-    def _app(
-        version: bool = typer.Option(
-            False, "--version", is_eager=True, callback=show_version, help="Print the version."
-        ),
-    ) -> None:
-        pass
-
-    return app
+    return application(COMMANDS)
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """What to install; a module that no extra brings is a mistake of ours, and stays an error."""
+    """Say which extra installs the missing module; re-raise the error if no extra does."""
     missing = (error.name or "").split(".")[0]
     if missing not in EXTRAS:
         raise error
     return (
         f"translution: {missing} is not installed; pip install 'translution[{EXTRAS[missing]}]' "
-        "brings it ('translution[all]' brings everything)"
+        "installs it ('translution[all]' installs everything)"
     )

@@ -14,26 +14,33 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run's, checkpoint's or saved model's folder, or a name (untrained)."
+            help="Folder of a run, a checkpoint or a saved model; or a model's name (untrained)."
         ),
     ],
-    to: Annotated[str, typer.Option(help="torch, onnx or aoti.")],
-    out: Annotated[Path, typer.Option(help="File: .pt2 for torch and aoti, .onnx for onnx.")],
-    quantise: Annotated[bool, typer.Option(help="Weights in eight bits.")] = False,
-    batch: Annotated[str, typer.Option(help="A number, or dynamic: any.")] = "dynamic",
+    to: Annotated[str, typer.Option(help="Kind of program: torch, onnx or aoti.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: .pt2 for torch and aoti, .onnx for onnx.")
+    ],
+    quantise: Annotated[bool, typer.Option(help="Store the weights in eight bits.")] = False,
+    batch: Annotated[
+        str, typer.Option(help="Samples in a batch: a number, or dynamic for any number.")
+    ] = "dynamic",
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels of a side, or tokens; default: made for."),
+        typer.Option(
+            min=1, help="Height and width in pixels, or tokens. Default: those of the model."
+        ),
     ] = None,
     check: Annotated[bool, typer.Option(help="Run the file and compare it with the model.")] = True,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference, as a share of the largest output.")
+        float,
+        typer.Option(min=0.0, help="Allowed difference, as a share of the largest output."),
     ] = 1e-3,
 ) -> None:
-    """Write a model as a program that needs nothing of this library to run.
+    """Write a model as a program that runs without this library.
 
-    The file is whole or not there. With --check it is read again and run on random input; a
-    difference beyond the tolerance is exit code 1.
+    The file is written whole or not at all. With --check it is then read and run on random input,
+    and a difference from the model that exceeds the tolerance gives exit code 1.
     """
     import logging
     import time
@@ -55,7 +62,7 @@ def export(
         raise ValueError(f"batch: got {batch!r}, want 'dynamic' or a number of at least 1")
     original: torch.nn.Module
     folder = Path(model).expanduser()
-    if (folder / CONFIG).is_file():  # written by save_pretrained
+    if (folder / CONFIG).is_file():  # save_pretrained wrote it
         original = Pretrained.from_pretrained(folder)
     elif folder.exists():
         from .training.checkpoints import open_checkpoint
@@ -70,7 +77,10 @@ def export(
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         start = time.perf_counter()
-        written = save_program(portable(exported, x, dynamic), to, out)
+        with Console(stderr=True).status("tracing the model") as status:
+            program = portable(exported, x, dynamic)
+            status.update(f"writing {out.name}")
+            written = save_program(program, to, out)
         seconds = time.perf_counter() - start
         console.print(f"{out}: {written / 1e6:,.1f} MB, {seconds:.1f} s", soft_wrap=True)
         if quantise:
@@ -84,12 +94,12 @@ def export(
             )
         if check:
             run = open_program(to, out)
-            # another batch than the one that was traced
+            # with a dynamic batch also another number of samples than the traced one
             inputs = [x, example(exported, 3, size)] if dynamic else [x]
             far = max(
                 (difference(run(one), exported(one)) for one in inputs), key=lambda d: d.share
             )
             console.print(f"against the model: largest difference {far.largest:.2e}")
             if not far.share <= tolerance:
-                console.print(f"translution: more than {tolerance:g} of the largest output")
+                console.print(f"translution: this is more than {tolerance:g} of the largest output")
                 raise typer.Exit(1)

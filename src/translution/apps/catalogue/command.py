@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,40 +13,41 @@ COLUMNS = ("name", "parameters", "multiply-adds", "inference", "training")
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help='Names, such as "alpha_vit_*".')] = "*",
+    pattern: Annotated[str, typer.Argument(help='Pattern of names, such as "alpha_vit_*".')] = "*",
     max_parameters: Annotated[
-        str, typer.Option(help="At most so many: 30M, 2.5G or 1000000.")
+        str, typer.Option(help="Only models with at most this many: 30M, 2.5G or 1000000.")
     ] = "",
     mixer: Annotated[str, typer.Option(help="Only models with this mixer.")] = "",
     sort: Annotated[str, typer.Option(help=f"One of {', '.join(COLUMNS)}.")] = "name",
-    batch: Annotated[int, typer.Option(min=1, help="Samples that memory is for.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, exact numbers.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a batch, for the memory.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
 ) -> None:
     """List models with their parameters, multiply-adds and memory, without making them.
 
-    Multiply-adds: of one sample, forward. Memory, in float32, from shapes: for inference the
-    weights and the most that a forward pass holds at once; for training with AdamW the weights,
-    gradients, two states, and what a forward pass keeps for the way back. Working memory within an
-    operator, and that of the backward pass, comes on top.
+    Multiply-adds are those of the forward pass of one sample. Memory is computed from shapes, in
+    float32. Inference needs the weights and the largest set of tensors that the forward pass holds
+    at once. Training with AdamW needs the weights, the gradients, two optimizer states, and the
+    tensors that the forward pass keeps for the backward pass. The working memory within an operator
+    and that of the backward pass are not included.
     """
     import fnmatch
     import json
 
     from rich.console import Console
-    from rich.table import Table
 
     from .table import read_table
 
-    table_of = read_table()
+    stored = read_table()
     _choose("sort", sort, COLUMNS)
-    _choose("mixer", mixer, ["", *sorted({one["mixer"] for one in table_of.values()})])
+    if mixer:
+        _choose("mixer", mixer, sorted({one["mixer"] for one in stored.values()}))
     most = parameters(max_parameters) if max_parameters else None
-    names = fnmatch.filter(table_of, pattern)
+    names = fnmatch.filter(stored, pattern)
     if not names:
         raise ValueError(f"pattern: got {pattern!r}, which no model's name matches")
     rows: list[dict[str, Any]] = []
     for name in names:
-        one = table_of[name]
+        one = stored[name]
         if mixer not in ("", one["mixer"]) or (most is not None and one["parameters"] > most):
             continue
         rows.append(
@@ -65,35 +66,46 @@ def models(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(
-        box=None, header_style="bold", pad_edge=False, caption_justify="left",
-        caption=f"multiply-adds of one sample; memory in bytes for a batch of {batch}, float32, "
-        "training with AdamW",
-    )  # fmt: skip
-    for column in ("name", "mixer", "input", *COLUMNS[1:]):
-        left = column in ("name", "mixer", "input")
-        table.add_column(column, justify="left" if left else "right", no_wrap=left)
-    for row in rows:
-        told: Callable[[Any], str] = short
-        size = "×".join(map(str, row["input"]))
-        cells = [told(row[column]) for column in COLUMNS[1:]]
-        table.add_row(row["name"], row["mixer"], size, *cells)
     console = Console()
     if not console.is_terminal:
         console.width = 120
+    table = _table(rows, ("name", "mixer", "input", *COLUMNS[1:]), batch)
+    needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    if needed > console.width:
+        table = _table(rows, COLUMNS, batch)
+        table.caption = f"{table.caption}; a wider terminal also shows the mixer and the input"
     console.print(table)
 
 
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], batch: int) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, collapse_padding=True,
+        caption_justify="left",
+        caption=f"multiply-adds of one sample; memory in bytes for a batch of {batch} in float32, "
+        "training with AdamW",
+    )  # fmt: skip
+    for column in columns:
+        left = column in ("name", "mixer", "input")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    for row in rows:
+        shown = {**row, "input": "×".join(map(str, row["input"]))}
+        shown |= {column: short(row[column]) for column in COLUMNS[1:]}
+        table.add_row(*(shown[column] for column in columns))
+    return table
+
+
 def _choose(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:  # as `models.blocks.choose`, which imports torch
-        raise ValueError(f"{name}: got {value!r}, want one of {list(known)}")
+    if value not in known:  # `models.blocks.choose` would import torch
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(known)}")
 
 
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def short(number: float) -> str:
-    """Three digits and a unit: 28.7 M."""
+    """Write a number with three digits and a unit, such as 28.7 M."""
     for unit, size in reversed(UNITS.items()):
         if number >= size:
             return (
@@ -105,10 +117,10 @@ def short(number: float) -> str:
 
 
 def parameters(text: str) -> int:
-    """Of "30M", "2.5G" or "1000000".
+    """Read a number of parameters, such as "30M", "2.5G" or "1000000".
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is no such number.
     """
     try:
         number = float(text[:-1]) * UNITS[text[-1]] if text[-1] in UNITS else float(text)

@@ -20,8 +20,8 @@ def demo(
         list[Path] | None,
         typer.Argument(
             metavar="[RUN]...",
-            help="Folders of runs or checkpoints, on scikit-learn's digits or text. Default: "
-            "small models that came with the package.",
+            help="Folders of runs or checkpoints, trained on scikit-learn's digits or on text. "
+            "Default: the small models in the repository's folder demo-weights.",
             show_default=False,
         ),
     ] = None,

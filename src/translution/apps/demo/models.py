@@ -1,6 +1,7 @@
-"""The models that the page shows: where they come from, what they answer, where they look.
+"""The models that the page shows: where they are read from, what they answer, where they attend.
 
-Those that ship with the package are checkpoints like any other, in float16 (`demo/train.py`).
+The trained models that the repository holds in `demo-weights/` are ordinary checkpoints, stored in
+float16 (`demo/train.py` makes them). The installed package does not contain them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...models import GPT, ViT, attention_weights
+from ...models.pretrained import ABOUT
 from ...utils.words import MIXER_TITLES
 from ..config import parse
 from ..data.digits import place
@@ -24,12 +26,13 @@ from ..training.checkpoints import Checkpoint, open_checkpoint
 from ..training.config import Config
 
 __all__ = [
-    "SHIPPED", "Answer", "DigitModel", "Models", "TextAnswer", "TextModel", "Token", "normalised",
-    "open_models",
+    "Answer", "DigitModel", "Models", "TextAnswer", "TextModel", "Token", "normalised",
+    "open_models", "weights_folder",
 ]  # fmt: skip
 
-SHIPPED = Path(__file__).parent / "weights"
-TOP = 10  # tokens that are told
+WEIGHTS_FOLDER = "demo-weights"
+MAKE_DIGITS = "python -m translution.apps.demo.train --only digits"
+TOP = 10  # the number of tokens that are shown
 # byte-level tokenizers name bytes by characters: printable ones by themselves, others from 256 on
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -173,17 +176,42 @@ def _first(weights: list[Tensor | None]) -> list[Map]:
 # -- opening -------------------------------------------------------------------------------------
 
 
+def weights_folder() -> Path:
+    """The folder of the demo's own models: `demo-weights`, which lies beside the sources in a
+    checkout of the repository, and elsewhere in the current directory."""
+    checkout = Path(__file__).parents[4] / WEIGHTS_FOLDER
+    return checkout if checkout.is_dir() else Path(WEIGHTS_FOLDER)
+
+
 def open_models(runs: Sequence[Path | str] = ()) -> Models:
-    """The models of these runs or checkpoints; of none, those that ship with the package.
+    """Open the models of these runs or checkpoints; without any, those of `weights_folder`.
+
+    A folder of several checkpoints, such as `demo-weights`, stands for all of them.
 
     Raises:
-        ValueError: no checkpoint, or a model that the page cannot show, naming the run.
+        ValueError: a run has no checkpoint or a model that the page cannot show, or no run is given
+            and `weights_folder` does not exist.
     """
-    models, names = Models([], []), [Path(run).expanduser() for run in runs]
-    for path in names or sorted(SHIPPED.iterdir(), key=_rank):
-        model = _open(path, path.resolve().name if names else "")
-        (models.digits if isinstance(model, DigitModel) else models.text).append(model)  # type: ignore[arg-type]
+    models, paths = Models([], []), [Path(run).expanduser() for run in runs]
+    if not paths and not (own := weights_folder()).is_dir():
+        raise ValueError(
+            f"RUN: got none, and the package has no trained models of its own; '{MAKE_DIGITS}' "
+            f"trains some into {own}, and 'translution demo RUN' shows a run of 'translution train'"
+        )
+    for path in paths or [own]:
+        several = _checkpoints_in(path)
+        for one in several or [path]:
+            model = _open(one, "" if several else path.resolve().name)
+            (models.digits if isinstance(model, DigitModel) else models.text).append(model)  # type: ignore[arg-type]
     return models
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    """The checkpoints that lie directly in this folder, in the order of the page."""
+    if not path.is_dir():
+        return []
+    found = (one for one in path.iterdir() if (one / ABOUT).is_file())
+    return sorted((one for one in found if not one.name.startswith(".")), key=_rank)
 
 
 def _rank(path: Path) -> tuple[bool, int, str]:

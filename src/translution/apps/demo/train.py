@@ -1,8 +1,8 @@
-"""The models that ship with the package: python -m translution.apps.demo.train --text FILES
+"""Train the demo's own models: python -m translution.apps.demo.train --text FILES
 
-Each is a run of recipes/demo-digits.yaml or recipes/demo-text.yaml, as `translution train` makes
-it, and then a checkpoint's folder in `weights/` with its tensors rounded to float16. Its metrics
-are measured after the rounding. A model that is there already is left as it is.
+Each model is a run of recipes/demo-digits.yaml or recipes/demo-text.yaml, trained as by
+`translution train`. Its checkpoint is then written to `demo-weights/` with its tensors rounded to
+float16, and its metrics are measured after the rounding. Existing models are kept.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from ..data.tokenizers import save_tokenizer
 from ..training.checkpoints import TOKENIZER, Checkpoint, open_checkpoint, whole_folder
 from ..training.config import Config
 from ..training.run import evaluate, train
-from .models import SHIPPED, normalised
+from .models import normalised, weights_folder
 
 __all__ = ["PLAN", "Planned", "accuracies", "main", "make", "ship"]
 
-RECIPES = Path(__file__).parents[4] / "recipes"
-PLACES = 8  # for each test digit, in the accuracy on moved ones
+CHECKOUT = Path(__file__).parents[4] / "recipes"
+# the wheel has the two recipes inside the package (pyproject.toml)
+RECIPES = CHECKOUT if CHECKOUT.is_dir() else Path(__file__).parent / "recipes"
+PLACES = 8  # random places of each test digit that the accuracy on moved digits is measured at
 
 
 class Planned(NamedTuple):
-    """A model to ship: its folder's name, its recipe, and what is changed there."""
+    """A model to train: its folder's name, its recipe, and the changes of the recipe."""
 
     name: str
     recipe: str
@@ -59,19 +61,19 @@ PLAN = tuple(_plan())
 
 
 def make(planned: Planned, out: Path, text: list[str], *changes: str) -> dict[str, float]:
-    """Train one model and put it into `out`; returns its metrics.
+    """Train one model, write it to `out`, and return its metrics.
 
     Args:
-        text: files, folders or globs in the place of the recipe's.
-        changes: more of them, such as "train.steps=2".
+        text: files, folders or globs to train a language model on instead of the recipe's.
+        changes: further changes of the recipe, such as "train.steps=2".
 
     Raises:
-        ValueError, OSError: as of `translution train`.
+        ValueError, OSError: for the reasons that `translution train` gives.
     """
     recipe = RECIPES / planned.recipe
     config = load(Config, recipe, [*planned.changes, *changes])
     with tempfile.TemporaryDirectory() as scratch:
-        here = []  # what holds on this machine only, and is not told
+        here = []  # settings of this machine only, which the checkpoint does not record
         if config.data.kind == "text":
             here = [f"data.shards={scratch}/shards"]
             here += [f"data.train={json.dumps(text)}"] if text else []
@@ -87,7 +89,7 @@ def make(planned: Planned, out: Path, text: list[str], *changes: str) -> dict[st
 
 
 def ship(checkpoint: Checkpoint, folder: Path, config: Config) -> None:
-    """Write a checkpoint's folder in float16, without what only a resumed run needs."""
+    """Write a checkpoint in float16, without the state that only a resumed run needs."""
     about = read_about(checkpoint.path) | {"config": config.model_dump(mode="json")}
     weights = {k: v.half().contiguous() for k, v in checkpoint.model.state_dict().items()}
     with whole_folder(folder) as new:
@@ -107,7 +109,7 @@ def _measured(folder: Path, config: Config) -> dict[str, float]:
 
 @torch.inference_mode()
 def accuracies(model: nn.Module, config: Config) -> dict[str, float]:
-    """On all held-out digits: in the centre, and each at some random places of the canvas."""
+    """The accuracy on all test digits: in the centre, and at random places of the canvas."""
     digits, generator = load_digits(), torch.Generator().manual_seed(0)
     options = config.data
     assert options.kind == "images"
@@ -125,14 +127,14 @@ def accuracies(model: nn.Module, config: Config) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the models that ship with the demo.")
-    parser.add_argument("--text", nargs="+", default=[], help="files in place of data/text")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the package itself")
-    parser.add_argument("--only", default="", help="those whose name holds this")
-    parser.add_argument("--again", action="store_true", help="also those that are there")
+    parser = argparse.ArgumentParser(description="Train the demo's own models.")
+    parser.add_argument("--text", nargs="+", default=[], help="files to use instead of data/text")
+    parser.add_argument(
+        "--out", type=Path, default=weights_folder(), help="folder to write to (%(default)s)"
+    )
+    parser.add_argument("--only", default="", help="train only models whose name contains this")
+    parser.add_argument("--again", action="store_true", help="train existing models again")
     given = parser.parse_args()
-    if not RECIPES.is_dir():
-        sys.exit("translution: the recipes are not beside the package; run this in a checkout")
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     for planned in PLAN:
@@ -144,8 +146,8 @@ def main() -> None:
             shutil.rmtree(given.out / planned.name)
         start = time.process_time()
         metrics = make(planned, given.out, given.text)
-        told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"{planned.name}: {told}; {time.process_time() - start:.0f} s", flush=True)
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"{planned.name}: {measured}; {time.process_time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

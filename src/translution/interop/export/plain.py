@@ -93,6 +93,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor. Without need no conversion is traced: each takes time in every exporter."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _project(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, classes: Tensor, places: Tensor
 ) -> Tensor:
@@ -103,11 +108,11 @@ def _project(
         return rows
     count = len(classes)
     size = len(places) // count
-    table = weight.index_select(0, classes).to(x.dtype)
-    y = torch.bmm(rows.unflatten(0, (count, size)).flatten(1, 2), table)
+    table = _cast(weight.index_select(0, classes), x.dtype)
+    y = torch.bmm(rows.reshape(count, -1, rows.shape[-1]), table)
     if bias is not None:
-        y = y + bias.index_select(0, classes)[:, None].to(x.dtype)
-    return y.unflatten(1, (size, -1)).flatten(0, 1)
+        y = y + _cast(bias.index_select(0, classes)[:, None], x.dtype)
+    return y.reshape(count * size, -1, y.shape[-1])
 
 
 class Scores(_Grouped):
@@ -144,8 +149,8 @@ class Scores(_Grouped):
         q, k = xq.transpose(0, 1), xk.transpose(0, 1)
         found = []
         for group in self.each():
-            left = _project(q, wq, bq, group.classes, group.query).to(_wide(q))
-            right = _project(k, wk, bk, group.classes, group.key).to(_wide(q))
+            left = _cast(_project(q, wq, bq, group.classes, group.query), _wide(q))
+            right = _cast(_project(k, wk, bk, group.classes, group.key), _wide(q))
             found.append((left * right).unflatten(-1, (self.heads, -1)).sum(-1) * self.scale)
         absent = q.new_full((1, q.shape[1], self.heads), float("-inf"), dtype=_wide(q))
         cells = torch.cat([*found, absent]).index_select(0, self.slot)
@@ -163,17 +168,17 @@ class Mix(_Grouped):
 
     def forward(self, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         wide, value = _wide(x), x.transpose(0, 1)
-        cells = a.permute(2, 3, 0, 1).flatten(0, 1).to(wide)
+        cells = _cast(a.permute(2, 3, 0, 1).flatten(0, 1), wide)
         cells = torch.cat([cells, cells.new_zeros(1, x.shape[0], self.heads)])  # for the padded
         out = x.new_zeros(self.layout.n_queries, x.shape[0], w.shape[-1], dtype=wide)
         for group, each in zip(self.each(), self.in_order, strict=True):
-            rows = _project(value, w, b, group.classes, group.key).to(wide)
+            rows = _cast(_project(value, w, b, group.classes, group.key), wide)
             rows = rows.unflatten(-1, (self.heads, -1))
             rows = rows * cells.index_select(0, group.flat).unsqueeze(-1)
             rows = rows.flatten(2)
             # onnxscript takes a sum into all places in their order for a copy to them, so add here
             out = out + rows if each else out.index_add(0, group.query, rows)
-        return out.transpose(0, 1).to(x.dtype).contiguous()
+        return _cast(out.transpose(0, 1), x.dtype).contiguous()
 
 
 class _Constant(nn.Module):
@@ -220,13 +225,13 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         def picked(x: Tensor, index: Tensor, per: tuple[int, int]) -> Tensor:
-            return x.flatten(2, 3).index_select(2, index).to(_wide(x)).unflatten(2, per)
+            return _cast(x.flatten(2, 3).index_select(2, index), _wide(x)).unflatten(2, per)
 
         q = picked(query, self.query_index, self.per[0]) * self.scale
         k, v = (picked(x, self.key_index, self.per[1]) for x in (key, value))
         weights = (q @ k.transpose(-1, -2) + self.log_times).softmax(-1)
         y = (weights @ v).flatten(2, 3).index_select(2, self.query_slot)
-        return y.unflatten(2, self.out).to(value.dtype)
+        return _cast(y.unflatten(2, self.out), value.dtype)
 
 
 class NeighborhoodMix(nn.Module):
@@ -244,13 +249,14 @@ class NeighborhoodMix(nn.Module):
 
     def forward(self, weights: Tensor, value: Tensor) -> Tensor:
         area, wide, (_, across) = self.area, _wide(value), self.area.kernel
-        by = weights.to(wide).unflatten(2, area.kernel).unsqueeze(1)
+        by = _cast(weights, wide).unflatten(2, area.kernel).unsqueeze(1)
         y: Any = 0
         for row in range(area.kernel[0]):
             x = value.index_select(2, self.rows[row]).index_select(3, self.columns.flatten())
-            x = x.to(wide).unflatten(3, (across, area.out[1])).unflatten(1, (-1, weights.shape[1]))
+            x = _cast(x, wide).unflatten(3, (across, area.out[1]))
+            x = x.unflatten(1, (-1, weights.shape[1]))
             y = y + (x * by[:, :, :, row].transpose(3, 4)).sum(4)
-        return y.flatten(1, 2).to(value.dtype)
+        return _cast(y.flatten(1, 2), value.dtype)
 
 
 # -- from the arguments of an operator to its module, and those of them that are tensors ----------

@@ -115,7 +115,7 @@ def difference(found: Any, want: Any) -> Difference:
     for left, right in pairs:
         if left.shape != right.shape:
             raise ValueError(f"found: got shape {tuple(left.shape)}, want {tuple(right.shape)}")
-    off = torch.cat([(left - right).abs().flatten() for left, right in pairs])
+    off = torch.cat([(left - right).detach().abs().flatten() for left, right in pairs])
     largest = float(off.max())
     most = max(float(right.abs().max()) for _, right in pairs)
     return Difference(largest, largest / most, float(off.double().mean()))
