@@ -18,7 +18,6 @@ from translution import (
     ACmix2d,
     AlphaTranslution1d,
     AlphaTranslution2d,
-    GPTConfig,
     SelfAttention,
     Translution1d,
     Translution2d,
@@ -530,14 +529,10 @@ def gpt_twin(w, ids, stem, **how) -> Tensor:
 
 
 def make_gpt(mixer, double_final_norm=True, **more) -> nn.Module:
-    flag = published and "published" in GPTConfig.__dataclass_fields__
-    model = gpt(
+    return gpt(
         mixer=mixer, context=CONTEXT, vocab_size=WORDS, dim=DIM, depth=2, heads=HEADS,
-        head_dim=HEAD_DIM, rank=RANK, **({"published": True} if flag else {}), **more,
+        head_dim=HEAD_DIM, rank=RANK, double_final_norm=double_final_norm, **more,
     ).double()  # fmt: skip
-    if published and not flag:
-        model.norm = nn.Sequential(nn.LayerNorm(DIM), nn.LayerNorm(DIM)).double()
-    return model
 
 
 @pytest.mark.parametrize(
@@ -556,7 +551,7 @@ def test_gpt(mixer, relative):
 
 def test_gpt_that_cannot_be():
     with pytest.raises(ValueError, match=r"two layer norms.*double_final_norm=True"):
-        export_published(make_gpt("translution", published=False))
+        export_published(make_gpt("translution", double_final_norm=False))
     for first in (0, 1):
         with pytest.raises(ValueError, match=r"relative_depth.*no causal mask"):
             export_published(make_gpt("translution", relative_depth=first))
@@ -870,7 +865,7 @@ def test_everything_that_differs_is_named():
     assert str(error.value).splitlines()[1:] == [
         "  missing: to_q.weight",
         "  unexpected: extra",
-        "  constant: causal is not what the module's options make it",
+        "  constant: causal differs from its value for the module's options",
         "  shape: to_k.unique_params is (3, 6, 8), want (4, 6, 8)",
     ]
     same(export_published(layer), before)  # nothing was read
