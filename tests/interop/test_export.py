@@ -338,7 +338,7 @@ def test_what_cannot_be_quantised():
     with pytest.raises(ValueError, match="model: got weights that are not finite"):
         quantise(model)
     layer = Translution2d(8, grid=(2, 2), heads=2)
-    layer.q_proj.share = (0, 2)
+    layer.q_proj.shard = (0, 2)
     with pytest.raises(ValueError, match="model: got a table divided over 2 processes"):
         quantise(layer)
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_quantised():
     [
         ("tflite", "a.pt2", "to: got 'tflite', want one of"),
         ("onnx", "a.pt2", "want a name that ends in .onnx"),
-        ("torch", "none/a.pt2", "there is no folder"),
+        ("torch", "none/a.pt2", "want a path in a folder that exists"),
     ],
 )
 def test_bad_files(tmp_path, kind, name, said):
