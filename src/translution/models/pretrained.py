@@ -283,15 +283,15 @@ def find_checkpoint(path: Path | str) -> Path:
     if (path / ABOUT).is_file():
         return path
     folder = path / "checkpoints"
-    found = newest(folder, "best") or newest(folder)
-    if found is None:
+    checkpoint = newest(folder, "best") or newest(folder)
+    if checkpoint is None:
         have = "is not a folder" if not path.is_dir() else "holds no checkpoint"
         if (path / CONFIG).is_file():
             have = "holds a saved model, but no checkpoint"
         elif (path / WEIGHTS).is_file():
             have = f"holds {WEIGHTS}, but neither {CONFIG} nor {ABOUT} beside it"
         raise ValueError(f"checkpoint: {path} {have}; want the folder of a run or of a checkpoint")
-    return found
+    return checkpoint
 
 
 def read_about(path: Path) -> dict[str, Any]:

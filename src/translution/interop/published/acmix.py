@@ -15,7 +15,16 @@ from ...models.residual_network import Bottleneck, ResNet
 from ...models.swin_transformer import Block, Swin
 from ...modules.acmix import ACmix2d
 from ...modules.window import WindowACmix2d, WindowAttention2d
-from .entries import Entry, Options, constant, entries, joined, linear, under, whole
+from .entries import (
+    Entry,
+    Options,
+    concatenated,
+    constant,
+    entries,
+    linear,
+    same_names,
+    with_prefix,
+)
 
 __all__: list[str] = []
 
@@ -24,11 +33,11 @@ __all__: list[str] = []
 def _acmix(layer: Any, options: Options) -> Iterator[Entry]:
     if layer.dilation > 1:
         raise ValueError(f"dilation: got {layer.dilation}, want 1: the published code fails then")
-    yield from _mixed(layer)
+    yield from _convolution_path(layer)
     for i, name in enumerate(("q_proj", "k_proj", "v_proj"), start=1):
-        yield from whole(f"conv{i}", getattr(layer, name))
+        yield from same_names(f"conv{i}", getattr(layer, name))
     weight = layer.position_proj.weight
-    yield joined("conv_p.weight", weight)
+    yield concatenated("conv_p.weight", weight)
     # it is added to the positions of query and key, of which only the difference is used
     yield Entry(
         "conv_p.bias", (layer.head_dim,), lambda x: [], lambda: weight.new_zeros(layer.head_dim),
@@ -36,7 +45,7 @@ def _acmix(layer: Any, options: Options) -> Iterator[Entry]:
     )  # fmt: skip
 
 
-def _mixed(layer: Any) -> Iterator[Entry]:
+def _convolution_path(layer: Any) -> Iterator[Entry]:
     """The entries of the convolution path, and the factors α and β of the two paths."""
     path = layer.convolution
     if not path.grouped_order or path.bias is not None or path.shifts is None:
@@ -45,19 +54,19 @@ def _mixed(layer: Any) -> Iterator[Entry]:
             "learned_shifts=True, want both, as the published convolution path orders its channels "
             "differently"
         )
-    yield joined("rate1", layer.alpha, shape=(1,))
-    yield joined("rate2", layer.beta, shape=(1,))
-    yield joined("fc.weight", path.fc.weight, shape=(*path.fc.weight.shape, 1, 1))
+    yield concatenated("rate1", layer.alpha, shape=(1,))
+    yield concatenated("rate2", layer.beta, shape=(1,))
+    yield concatenated("fc.weight", path.fc.weight, shape=(*path.fc.weight.shape, 1, 1))
     if path.fc.bias is not None:
-        yield joined("fc.bias", path.fc.bias)
-    yield joined("dep_conv.weight", path.shifts)
+        yield concatenated("fc.bias", path.fc.bias)
+    yield concatenated("dep_conv.weight", path.shifts)
 
 
 @entries.register(WindowAttention2d)
 def _window(layer: Any, options: Options) -> Iterator[Entry]:
     yield from linear("qkv", layer.q_proj, layer.k_proj, layer.v_proj)
     yield from linear("proj", layer.o_proj)
-    yield joined("relative_position_bias_table", layer.position_bias)
+    yield concatenated("relative_position_bias_table", layer.position_bias)
     place = torch.arange(layer.window_size, device=layer.position_bias.device)
     step = place[:, None] - place + layer.window_size - 1
     rows = step[:, None, :, None] * (2 * layer.window_size - 1) + step[None, :, None, :]
@@ -67,7 +76,7 @@ def _window(layer: Any, options: Options) -> Iterator[Entry]:
 @entries.register(WindowACmix2d)
 def _window_acmix(layer: Any, options: Options) -> Iterator[Entry]:
     yield from _window(layer, options)
-    yield from _mixed(layer)
+    yield from _convolution_path(layer)
 
 
 @entries.register(Bottleneck)
@@ -76,28 +85,30 @@ def _bottleneck(block: Any, options: Options) -> Iterator[Entry]:
         middle = getattr(block, f"conv{i}")
         mixed = isinstance(middle, ACmix2d)
         yield from (
-            under(f"conv{i}", entries(middle, options)) if mixed else whole(f"conv{i}", middle)
+            with_prefix(f"conv{i}", entries(middle, options))
+            if mixed
+            else same_names(f"conv{i}", middle)
         )
-        yield from whole(f"bn{i}", getattr(block, f"norm{i}"))
-    yield from whole("downsample", block.shortcut)
+        yield from same_names(f"bn{i}", getattr(block, f"norm{i}"))
+    yield from same_names("downsample", block.shortcut)
 
 
 @entries.register(ResNet)
 def _resnet(model: Any, options: Options) -> Iterator[Entry]:
     _check_head(model)
-    yield from whole("conv1", model.stem[0])
-    yield from whole("bn1", model.stem[1])
+    yield from same_names("conv1", model.stem[0])
+    yield from same_names("bn1", model.stem[1])
     for s, stage in enumerate(model.stages, start=1):
         for i, block in enumerate(stage):
-            yield from under(f"layer{s}.{i}", entries(block, options))
-    yield from whole("fc", model.head)
+            yield from with_prefix(f"layer{s}.{i}", entries(block, options))
+    yield from same_names("fc", model.head)
 
 
 @entries.register(Block)
 def _swin_block(block: Any, options: Options) -> Iterator[Entry]:
-    yield from whole("norm1", block.norm1)
-    yield from under("attn", entries(block.attention, options))
-    yield from whole("norm2", block.norm2)
+    yield from same_names("norm1", block.norm1)
+    yield from with_prefix("attn", entries(block.attention, options))
+    yield from same_names("norm2", block.norm2)
     yield from linear("mlp.fc1", block.mlp[0])
     yield from linear("mlp.fc2", block.mlp[2])
 
@@ -105,23 +116,23 @@ def _swin_block(block: Any, options: Options) -> Iterator[Entry]:
 @entries.register(Swin)
 def _swin(model: Any, options: Options) -> Iterator[Entry]:
     _check_head(model)
-    yield from whole("patch_embed", model.embed)
-    sizes = _sizes(model, options.image_size)
+    yield from same_names("patch_embed", model.embed)
+    sizes = _map_sizes(model, options.image_size)
     for s, (stage, size) in enumerate(zip(model.stages, sizes, strict=True)):
         blocks = [part for part in stage if isinstance(part, Block)]
         for i, block in enumerate(blocks):
-            yield from under(f"layers.{s}.blocks.{i}", entries(block, options))
+            yield from with_prefix(f"layers.{s}.blocks.{i}", entries(block, options))
             if block.attention.shift and size > model.config.window_size:
-                mask = _mask(size, block.attention)
+                mask = _attention_mask(size, block.attention)
                 yield constant(f"layers.{s}.blocks.{i}.attn_mask", mask)
         if s:  # our stages begin with patch merging; the published ones end with it
             yield from linear(f"layers.{s - 1}.downsample.reduction", stage[0].proj)
-            yield from whole(f"layers.{s - 1}.downsample.norm", stage[0].norm)
-    yield from whole("norm", model.norms[3])
-    yield from whole("head", model.head)
+            yield from same_names(f"layers.{s - 1}.downsample.norm", stage[0].norm)
+    yield from same_names("norm", model.norms[3])
+    yield from same_names("head", model.head)
 
 
-def _sizes(model: Any, image_size: int) -> list[int]:
+def _map_sizes(model: Any, image_size: int) -> list[int]:
     """The height of each stage's feature map, which must divide as the published code requires."""
     patch, window = model.config.patch_size, model.config.window_size
     sizes = [image_size // (patch * 2**s) for s in range(4)]
@@ -134,7 +145,7 @@ def _sizes(model: Any, image_size: int) -> list[int]:
     return sizes
 
 
-def _mask(size: int, attention: WindowAttention2d) -> Tensor:
+def _attention_mask(size: int, attention: WindowAttention2d) -> Tensor:
     """Swin's attention mask [windows, positions, positions].
 
     It is -100 for two positions that are neighbours only because the map was rolled, else 0.

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Entry", "Options", "constant", "entries", "joined", "linear", "table", "under", "whole"]
+__all__ = [
+    "Entry",
+    "Options",
+    "concatenated",
+    "constant",
+    "entries",
+    "linear",
+    "same_names",
+    "table",
+    "with_prefix",
+]
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,12 @@ def entries(module: nn.Module, options: Options) -> Iterator[Entry]:
     )
 
 
-def under(prefix: str, children: Iterable[Entry]) -> Iterator[Entry]:
+def with_prefix(prefix: str, children: Iterable[Entry]) -> Iterator[Entry]:
     """The same entries, with `prefix` and a dot before each name."""
     return (dataclasses.replace(entry, name=f"{prefix}.{entry.name}") for entry in children)
 
 
-def joined(name: str, *ours: Tensor, shape: Iterable[int] | None = None) -> Entry:
+def concatenated(name: str, *ours: Tensor, shape: Iterable[int] | None = None) -> Entry:
     """One published tensor that is the concatenation of ours on the first axis.
 
     Args:
@@ -87,9 +97,9 @@ def joined(name: str, *ours: Tensor, shape: Iterable[int] | None = None) -> Entr
     return Entry(name, size, read, write)
 
 
-def whole(prefix: str, module: nn.Module) -> Iterator[Entry]:
+def same_names(prefix: str, module: nn.Module) -> Iterator[Entry]:
     """The entries of a module whose published counterpart has the same names and shapes."""
-    return (joined(f"{prefix}.{k}", v) for k, v in module.state_dict(keep_vars=True).items())
+    return (concatenated(f"{prefix}.{k}", v) for k, v in module.state_dict(keep_vars=True).items())
 
 
 def linear(prefix: str, *convolutions: nn.Module) -> Iterator[Entry]:
@@ -97,7 +107,7 @@ def linear(prefix: str, *convolutions: nn.Module) -> Iterator[Entry]:
     for key, first in convolutions[0].state_dict(keep_vars=True).items():
         ours = [getattr(module, key) for module in convolutions]
         size = (len(ours) * first.shape[0], *first.shape[1:2])
-        yield joined(f"{prefix}.{key}", *ours, shape=size)
+        yield concatenated(f"{prefix}.{key}", *ours, shape=size)
 
 
 def table(name: str, weight: Tensor, rows: Tensor, total: int) -> Entry:

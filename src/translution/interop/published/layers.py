@@ -13,7 +13,7 @@ from ...models.blocks import Block
 from ...modules.alpha import AlphaTranslution1d, AlphaTranslution2d
 from ...modules.attention import Attention
 from ...modules.positions import rotary_angles
-from .entries import Entry, Options, constant, entries, joined, table, under, whole
+from .entries import Entry, Options, concatenated, constant, entries, same_names, table, with_prefix
 
 __all__: list[str] = []
 
@@ -28,7 +28,7 @@ def _attention(layer: Any, options: Options) -> Iterator[Entry]:
     low_rank = isinstance(layer, AlphaTranslution1d | AlphaTranslution2d)
     yield from _rotations(layer, low_rank)
     yield from _low_rank(layer, options) if low_rank else _projections(layer, options)
-    yield from whole("to_out.0", layer.o_proj)
+    yield from same_names("to_out.0", layer.o_proj)
 
 
 def _projections(layer: Any, options: Options) -> Iterator[Entry]:
@@ -37,10 +37,10 @@ def _projections(layer: Any, options: Options) -> Iterator[Entry]:
     shared = "".join(name for name in "qkv" if name not in relative)
     if shared:
         ours = [getattr(layer, f"{name}_proj").weight for name in shared]
-        yield joined(f"to_{shared}.weight", *ours)
+        yield concatenated(f"to_{shared}.weight", *ours)
     for name in relative:
         weight = getattr(layer, f"{name}_proj").weight
-        yield _table(f"to_{_called(name, options)}.unique_params", weight, name, layer)
+        yield _table(f"to_{_published_name(name, options)}.unique_params", weight, name, layer)
 
 
 def _low_rank(layer: Any, options: Options) -> Iterator[Entry]:
@@ -48,19 +48,19 @@ def _low_rank(layer: Any, options: Options) -> Iterator[Entry]:
 
     The option `exchanged` applies to the branch only.
     """
-    yield joined("to_qkv.weight", *(getattr(layer, f"{n}_proj").weight for n in "qkv"))
+    yield concatenated("to_qkv.weight", *(getattr(layer, f"{n}_proj").weight for n in "qkv"))
     for name in "qkv":
-        called = _called(name, options)
+        published = _published_name(name, options)
         if hasattr(layer, f"{name}_down"):
-            yield from whole(f"to_{called}1", getattr(layer, f"{name}_down"))
+            yield from same_names(f"to_{published}1", getattr(layer, f"{name}_down"))
         if name in layer.relative:
             weight = getattr(layer, f"{name}_table").weight
-            yield _table(f"to_{called}2.unique_params", weight, name, layer)
+            yield _table(f"to_{published}2.unique_params", weight, name, layer)
     if "v" in layer.relative:
-        yield from whole("to_v3", layer.v_up)
+        yield from same_names("to_v3", layer.v_up)
 
 
-def _called(name: str, options: Options) -> str:
+def _published_name(name: str, options: Options) -> str:
     """The published name of the projection that is our q, k or v."""
     return {"q": "k", "k": "q"}.get(name, name) if options.exchanged else name
 
@@ -109,20 +109,20 @@ def _rotations(layer: Any, low_rank: bool) -> Iterator[Entry]:
 
 
 @entries.register(nn.Sequential)
-def _normed(pair: nn.Sequential, options: Options) -> Iterator[Entry]:
+def _norm_and_attention(pair: nn.Sequential, options: Options) -> Iterator[Entry]:
     fits = [isinstance(m, k) for m, k in zip(pair, (nn.LayerNorm, Attention), strict=False)]
     if fits != [True, True] or len(pair) != 2:
         kinds = [type(module).__name__ for module in pair]
         raise ValueError(f"module: got nn.Sequential of {kinds}, want a LayerNorm and an attention")
-    yield from whole("norm", pair[0])
+    yield from same_names("norm", pair[0])
     yield from entries(pair[1], options)
 
 
 @entries.register(Block)
 def _block(block: Any, options: Options) -> Iterator[Entry]:
-    yield from under("0", entries(nn.Sequential(block.norm1, block.mixer), options))
+    yield from with_prefix("0", entries(nn.Sequential(block.norm1, block.mixer), options))
     for name, module in (("0", block.norm2), ("1", block.mlp[0]), ("4", block.mlp[3])):
-        yield from whole(f"1.net.{name}", module)
+        yield from same_names(f"1.net.{name}", module)
 
 
 def _check(layer: Any, options: Options) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...models import GPT, ViT
 from ...modules.attention import SelfAttention
-from .entries import Entry, Options, entries, joined, under, whole
+from .entries import Entry, Options, concatenated, entries, same_names, with_prefix
 
 __all__: list[str] = []
 
@@ -36,15 +36,15 @@ def _vit(model: Any, options: Options) -> Iterator[Entry]:
             "positions: the published ViT with rotary attention adds learned positions as well, "
             "and this model has none; make it with learned_positions=True"
         )
-    yield joined("cls_token", model.cls_token)
+    yield concatenated("cls_token", model.cls_token)
     if model.positions is not None:
         yield _positions(model.cls_token, model.positions)
     parts = model.embed.norm1, model.embed.proj, model.embed.norm2
     for i, part in enumerate(parts, start=1):
-        yield from whole(f"to_patch_embedding.{i}", part)
+        yield from same_names(f"to_patch_embedding.{i}", part)
     yield from _blocks(stem, model, options)
-    yield from whole(f"{stem}.norm", model.norm)
-    yield from whole("mlp_head", model.head)
+    yield from same_names(f"{stem}.norm", model.norm)
+    yield from same_names("mlp_head", model.head)
 
 
 def _positions(cls_token: Tensor, positions: Tensor) -> Entry:
@@ -76,18 +76,18 @@ def _gpt(model: Any, options: Options) -> Iterator[Entry]:
             "norm: the published GPT ends with two layer norms, and this model with one; make it "
             "with double_final_norm=True"
         )
-    yield joined("wte.weight", model.embed.weight)
+    yield concatenated("wte.weight", model.embed.weight)
     if model.positions is not None:
-        yield joined("wpe.weight", model.positions, shape=model.positions.shape[1:])
+        yield concatenated("wpe.weight", model.positions, shape=model.positions.shape[1:])
     yield from _blocks(stem, model, options)
-    yield from whole(f"{stem}.norm", norms[0])
-    yield from whole("norm", norms[1])
-    yield from whole("output_head", model.head)
+    yield from same_names(f"{stem}.norm", norms[0])
+    yield from same_names("norm", norms[1])
+    yield from same_names("output_head", model.head)
 
 
 def _blocks(stem: str, model: Any, options: Options) -> Iterator[Entry]:
     for i, block in enumerate(model.blocks):
-        yield from under(f"{stem}.layers.{i}", entries(block, options))
+        yield from with_prefix(f"{stem}.layers.{i}", entries(block, options))
 
 
 def _stem(model: Any) -> str:
