@@ -1,9 +1,10 @@
-"""Collects runs into docs/training.json, and draws docs/images/training.png from it.
+"""Collects training runs into docs/training.json, and draws docs/images/training.png from it.
 
-    python docs/curves.py RUNS      (a folder with cifar10-<mixer> and peps-<mixer>)
-    python docs/curves.py           (draws what is there)
+    python docs/curves.py RUNS      collect the runs cifar10-<mixer> and peps-<mixer>, and draw
+    python docs/curves.py           draw from docs/training.json
 
-A run has metrics.csv, and what `translution evaluate --json` found in test.json or valid.json.
+Each run needs its metrics.csv, and the output of `translution evaluate --json` as test.json
+(CIFAR-10) or valid.json (PEPs).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from translution.apps.training.checkpoints import open_checkpoint
 from translution.utils.files import write_whole
 
 HERE = Path(__file__).parent
-TASKS = {  # prefix of the runs: title, curve, its label, and what evaluate measured
+TASKS = {  # prefix of the runs: title, curve, label of the curve, and part that was evaluated
     "cifar10": ("CIFAR-10, 8×8 pixels a patch", "valid_accuracy", "validation accuracy, %", "test"),
     "peps": (
         "PEPs, BPE of 4,096, context 64",
@@ -36,7 +37,8 @@ TASKS = {  # prefix of the runs: title, curve, its label, and what evaluate meas
 
 
 def collect(runs: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """The curve, the speed and the final measurements of each run in a folder, by its name."""
+    collected: dict[str, Any] = {}
     for task, (_, curve, _, part) in TASKS.items():
         for mixer in COLOURS:
             folder = runs / f"{task}-{mixer}"
@@ -45,7 +47,7 @@ def collect(runs: Path) -> dict[str, Any]:
             rows = read_curves(folder)
             model = open_checkpoint(folder).model
             speed = sorted(v for row in rows for k, v in row.items() if k.endswith("_per_second"))
-            found[f"{task}-{mixer}"] = {
+            collected[f"{task}-{mixer}"] = {
                 "task": task,
                 "mixer": mixer,
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -54,13 +56,14 @@ def collect(runs: Path) -> dict[str, Any]:
                 "final": json.loads((folder / f"{part}.json").read_text("utf-8"))
                 | {"checkpoint": "last"},
             }
-    return found
+    return collected
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
+def draw(collected: dict[str, Any], file: Path) -> None:
+    """Draw the curves of `collect`, with a panel for each task."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), dpi=110)
     for axes, (task, (title, _, label, _)) in zip(panels, TASKS.items(), strict=True):
-        for run in found.values():
+        for run in collected.values():
             if run["task"] == task:
                 steps, values = zip(*run["curve"], strict=True)
                 scale = 100 if "%" in label else 1

@@ -2,7 +2,8 @@
 
     python docs/decomposition.py [file.png]
 
-Every panel is computed by the library's own functions, and the last two are compared.
+Every panel is computed by functions of the library. The script also prints the largest difference
+between the sum and a convolution of torch.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ KERNEL = torch.tensor([[-2.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])  #
 
 
 def draw(file: Path) -> float:
-    """Returns the largest difference between the two ways."""
+    """Draw the figure, and return the largest difference between the sum and conv2d."""
     digit = torch.tensor(load_digits().images[0], dtype=torch.float32) / 16
     image = F.pad(F.interpolate(digit[None, None], scale_factor=2), (2, 2, 2, 2))
     weight = KERNEL[None, None]
     maps = KERNEL.flatten()[:, None, None] * image  # [1, 9, height, width]: nine 1×1 convolutions
     alone = torch.eye(9)[:, :, None, None, None] * maps[:, :, None]  # [9, 9 taps, 1, ...]
-    shifted = shift_and_sum(alone, 3)[:, 0]  # one map at a time: what the shift does to it
+    shifted = shift_and_sum(alone, 3)[:, 0]  # shift one map at a time
     total = convolution_by_shifts(image, weight, padding=1)
     direct = F.conv2d(image, weight, padding=1)
 
@@ -56,7 +57,7 @@ def draw(file: Path) -> float:
             axes.set_yticks([])
             row, column = divmod(tap, 3)
             name = f"×{KERNEL[row, column]:g}"
-            if arrows:  # where the map goes: against the offset of its tap
+            if arrows:  # each map moves in the direction opposite to the offset of its tap
                 name = "↘↓↙→·←↗↑↖"[tap]
             axes.text(
                 0.04, 0.96, name, transform=axes.transAxes, va="top", fontsize=9,

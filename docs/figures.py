@@ -1,6 +1,8 @@
-"""Draws the pictures of docs/idea.md into docs/images, each from what the library computes.
+"""Draws the figures of docs/idea.md into docs/images, from results of the library.
 
-python docs/figures.py [folder]
+    python docs/figures.py [folder]
+
+Here a class is an offset class: the number of a matrix in a table.
 """
 
 from __future__ import annotations
@@ -29,12 +31,19 @@ COLOURS = plt.get_cmap("turbo")
 
 
 def colour(value: float) -> Any:
-    """Of a share from 0 to 1, light enough for black letters on it."""
+    """The colour for a value from 0 to 1, light enough for black letters on it."""
     return tuple(0.55 + 0.45 * x for x in COLOURS(0.05 + 0.9 * value)[:3])
 
 
 def cells(axes: Any, index: Tensor, classes: int, size: float = 0.0) -> None:
-    """A matrix of classes, each in its colour, -1 in grey; with `size` its number in it."""
+    """Draw a matrix of offset classes, each with its own colour, and -1 in grey.
+
+    Args:
+        axes: the axes to draw on.
+        index: the classes [rows, columns].
+        classes: the number of classes, which the colours cover.
+        size: the font size of the class numbers; 0 draws no numbers.
+    """
     rows, columns = index.shape
     for i in range(rows):
         for j in range(columns):
@@ -48,7 +57,7 @@ def cells(axes: Any, index: Tensor, classes: int, size: float = 0.0) -> None:
 
 
 def frame(axes: Any, row: float, column: float, rows: int = 1, columns: int = 1) -> None:
-    """An outline around some cells."""
+    """Draw a frame around cells, from the given row and column on."""
     box = Rectangle((column, row), columns, rows, fill=False, edgecolor=QUERY, lw=2.5, zorder=3)
     box.set_clip_on(False)
     axes.add_patch(box)
@@ -60,7 +69,7 @@ def save(figure: Any, file: Path) -> None:
 
 
 def classes(file: Path) -> None:
-    """For two queries on a 4×4 grid: the class of each key, and those rows in the 7×7 table."""
+    """Draw, for two queries on a 4×4 grid, the class of each key and its place in the 7×7 table."""
     layout = Layout((4, 4))
     table = torch.arange(layout.classes).view(7, 7)
     figure, panels = plt.subplots(
@@ -84,7 +93,7 @@ def classes(file: Path) -> None:
 
 
 def layouts(file: Path) -> None:
-    """`Layout.index` of nine tokens under each restriction, and of a grid with a class token."""
+    """Draw `Layout.index` of nine tokens for each option, and of a grid with a class token."""
     shown = {
         "Layout(9)": Layout((9,)),
         "causal=True": Layout((9,), causal=True),
@@ -106,7 +115,7 @@ def layouts(file: Path) -> None:
 
 
 def buckets(file: Path) -> None:
-    """The class of each offset, causal: one per offset, and in buckets."""
+    """Draw the class of each offset of a causal layout, without buckets and with two sizes."""
     figure, axes = plt.subplots(figsize=(7.2, 3.4), dpi=120)
     length = 256
     for n, tone in ((None, "#7a869a"), (16, QUERY), (8, "#3d8fd1")):
@@ -129,8 +138,11 @@ def buckets(file: Path) -> None:
 
 @torch.no_grad()
 def parents(file: Path) -> tuple[float, float]:
-    """Both parents beside what Translution computes in their place; returns the largest
-    differences."""
+    """Draw attention and convolution beside Translution with the weights that make it equal.
+
+    Returns:
+        the largest difference from attention, and from the convolution.
+    """
     torch.manual_seed(0)
     digit = torch.tensor(load_digits().images[3], dtype=torch.float32) / 16
     image = F.pad(F.interpolate(digit[None, None], scale_factor=2), (2, 2, 2, 2))
@@ -140,7 +152,7 @@ def parents(file: Path) -> tuple[float, float]:
     layer = Translution2d(9, (size, size), heads=1, init="equal")
     plain = SelfAttention(9, (size, size), heads=1)
     for name in ("q_proj", "k_proj"):
-        entry = 8 * getattr(layer, name).weight.data[0]  # sharper, to see something
+        entry = 8 * getattr(layer, name).weight.data[0]  # larger scores make the pattern visible
         getattr(layer, name).weight.data[:] = entry
         getattr(plain, name).weight.data[:] = entry.T
     tokens = F.unfold(image, 3, padding=1).transpose(1, 2)
@@ -154,7 +166,7 @@ def parents(file: Path) -> tuple[float, float]:
     kernel = torch.tensor([[-2.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
     layout = Layout((size, size), window=(1, 1))
     ones = torch.ones(1, 1, layout.tokens, layout.tokens)
-    table = kernel.flip(0, 1).view(9, 1, 1)  # offset query − key: the other way round
+    table = kernel.flip(0, 1).view(9, 1, 1)  # offsets are query − key, and taps are key − query
     mixed = offset_mix(ones, image.flatten(2).transpose(1, 2), table, layout)[0].view(size, size)
     convolved = F.conv2d(image, kernel[None, None], padding=1)[0, 0]
 
@@ -179,7 +191,7 @@ def parents(file: Path) -> tuple[float, float]:
             one.set(xticks=[], yticks=[])
     row, column = divmod(query, size)
     frame(panels[0, 0], row - 0.5, column - 0.5)
-    panels[0, 0].set_title("the image, and the patch that asks", fontsize=10)
+    panels[0, 0].set_title("the image, and the query's patch", fontsize=10)
     figure.tight_layout(h_pad=2)
     save(figure, file)
     return differences[0], differences[1]
@@ -196,8 +208,8 @@ PICTURES = {
 def main() -> None:
     folder = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "images"
     for name, draw in PICTURES.items():
-        found = draw(folder / name)
-        print(name if found is None else f"{name}: largest differences {found}")
+        differences = draw(folder / name)
+        print(name if differences is None else f"{name}: largest differences {differences}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run shows: report.html, and its pictures as PNG."""
+"""Writes the report of a run, report.html, and its figures as PNG."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from translution.utils.files import write_whole
 
 __all__ = ["percent", "seconds", "spread", "write_report"]
 
-# Of the classes: ten hues, and background nearly black on a light page and a dark one.
+# The colours of the classes: ten hues, and for the background a colour that is nearly black.
 HUES = (
     "#e6194b", "#3cb44b", "#ffe119", "#4d7dff", "#f58231",
     "#b45ae0", "#46d9e8", "#f7a8d8", "#c0ef3f", "#b9855a", "#15181c",
 )  # fmt: skip
-# Of the backbones, in the order of the report.
+# The colours of the backbones, in the order of the report.
 COLOURS = ("#4f9d69", "#e0663c", "#3d8fd1", "#b07cc6", "#c2953a", "#7a869a")
 
 
@@ -57,9 +57,13 @@ def seconds(value: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, results: dict[str, Any], images: Tensor, classes: Tensor) -> None:
-    """Write report.html, predictions.png and iou.png into the folder of these results.
+    """Write report.html, predictions.png and iou.png.
 
-    The pictures are of the first scenes, by each backbone's first seed.
+    Args:
+        folder: the output folder, which contains the weights of the runs.
+        results: the content of results.json.
+        images, classes: the test scenes, of which the first are shown with the predictions of each
+            backbone's first seed.
     """
     colours = {
         row["backbone"]: COLOURS[i % len(COLOURS)] for i, row in enumerate(results["summary"])
@@ -93,13 +97,13 @@ def write_report(folder: Path, results: dict[str, Any], images: Tensor, classes:
 def _columns(
     folder: Path, runs: list[dict[str, Any]], images: Tensor, classes: Tensor
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """Title and pictures [height, width, 3] of the columns: image, truth, each prediction."""
+    """Title and pictures [height, width, 3] of each column: image, truth and predictions."""
     grey = images[:, 0, :, :, None].expand(-1, -1, -1, 3).numpy()
     columns = [("image", list(grey)), ("truth", list(_coloured(classes)))]
-    seen = set()
+    shown = set()
     for run in runs:
-        if run["backbone"] not in seen:
-            seen.add(run["backbone"])
+        if run["backbone"] not in shown:
+            shown.add(run["backbone"])
             model = load_segmenter(folder / run["weights"])
             with torch.inference_mode():
                 columns.append((run["backbone"], list(_coloured(model(images).argmax(1)))))
@@ -122,7 +126,7 @@ def _write_png(path: Path, figure: Figure) -> None:
 
 
 def _sheet(columns: list[tuple[str, list[np.ndarray]]]) -> Figure:
-    """The pictures as a table on its side: a column per scene, a row per kind."""
+    """A figure with a column for each scene, and a row for image, truth and each prediction."""
     many = len(columns[0][1])
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=(1.45 * many + 0.3, 1.45 * len(columns) + 0.5))
@@ -144,7 +148,7 @@ def _sheet(columns: list[tuple[str, list[np.ndarray]]]) -> Figure:
 
 
 def _bars(summary: list[dict[str, Any]], colours: dict[str, str]) -> Figure:
-    """IoU per class, a bar per backbone, with the spread over the seeds."""
+    """A bar chart of the IoU per class and backbone, with the deviation over the seeds."""
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "y"}):
         figure, axes = panels(1, 1, (9, 3.4))
         axis = axes[0][0]
@@ -167,7 +171,7 @@ def _bars(summary: list[dict[str, Any]], colours: dict[str, str]) -> Figure:
 
 
 def _curves(runs: list[dict[str, Any]], colours: dict[str, str]) -> Figure:
-    """Loss in training and IoU in validation, by step."""
+    """The curves of the training loss and the validation IoU over the steps."""
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(1, 2, (9, 3.2))
         pairs = (("loss", "training loss", 1), ("iou", "validation mean IoU, %", 100))

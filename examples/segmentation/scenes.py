@@ -1,9 +1,9 @@
 """Images of several handwritten digits, with the class of every pixel.
 
-The digits are the 1,797 real ones of 8×8 pixels that scikit-learn ships. Some of them are scaled
-up, put on a canvas at random places and drawn with random contrast on an uneven, noisy background.
-They may touch, and cover a little of each other. A pixel with enough ink has its digit's class, all
-others are background.
+The digits are the 1,797 handwritten ones of 8×8 pixels in scikit-learn. A scene contains a few of
+them, enlarged, at random positions, with random contrast, on an uneven and noisy background. Digits
+may touch and slightly cover each other. A pixel with enough ink has the class of its digit; all
+other pixels are background.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ __all__ = ["BACKGROUND", "CLASSES", "Parts", "Style", "batches", "draw", "load_p
 
 CLASSES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "background")
 BACKGROUND = 10
-INK = 0.4  # from this much ink on, of 1, a pixel belongs to the digit
-COVERED = 0.05  # of the ink of a digit, at most so much may be covered by each later one
-TRIES = 20  # places tried for a digit before it is left out
-VALIDATION = 240  # digits
+INK = 0.4  # the least ink, from 0 to 1, with which a pixel belongs to the digit
+COVERED = 0.05  # the largest part of a digit's ink that each later digit may cover
+TRIES = 20  # the number of positions that are tried for a digit before it is left out
+VALIDATION = 240  # the number of digits for validation
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a scene is drawn: sizes in pixels, of the canvas and of a digit's square."""
+    """How a scene is drawn.
+
+    Attributes:
+        canvas: pixels per side of a scene.
+        digits: the largest number of digits in a scene.
+        smallest, largest: pixels per side of a digit.
+        noise: the standard deviation of the noise, where pixels are from 0 to 1.
+    """
 
     canvas: int = 64
     digits: int = 5
@@ -52,7 +59,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Parts:
-    """Digits [n, 8, 8] and labels [n] to train, validate and test with; none is in two of them."""
+    """Digits [n, 8, 8] and labels [n] for training, validation and test, which do not overlap."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -60,7 +67,7 @@ class Parts:
 
 
 def load_parts() -> Parts:
-    """The library's split, with the end of its training digits put aside for validation."""
+    """The library's split of the digits, with the last training digits used for validation."""
     data = load_digits()
     images, labels = data.train, data.train_labels
     return Parts(
@@ -73,9 +80,17 @@ def load_parts() -> Parts:
 def draw(
     digits: Tensor, labels: Tensor, style: Style, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """An image [1, canvas, canvas] of these digits and the class [canvas, canvas] of each pixel.
+    """Draw a scene of these digits.
 
-    A digit that would cover too much of another wherever it was tried is left out.
+    A digit is left out if it would cover too much of another one at all positions that are tried.
+
+    Args:
+        digits, labels: digits [n, 8, 8] and their classes [n].
+        style: sizes and noise.
+        generator: the source of all random numbers.
+
+    Returns:
+        the image [1, canvas, canvas], and the class of each pixel [canvas, canvas].
     """
 
     def between(low: float, high: float) -> float:
@@ -87,12 +102,12 @@ def draw(
     side = style.canvas
     uneven = torch.rand(1, 1, 3, 3, generator=generator) * between(0, 0.3) + between(0, 0.2)
     image = F.interpolate(uneven, (side, side), mode="bilinear", align_corners=True)[0, 0]
-    # which digit, 1 to n, is on top at a pixel
+    # the number, from 1 to n, of the digit that is on top at each pixel
     owner = torch.zeros(side, side, dtype=torch.int64)
     drawn = torch.zeros(len(digits) + 1)
     for number, digit in enumerate(digits, 1):
         size = whole(style.smallest, style.largest)
-        # strokes reach the edge of their 8×8 square, and would look cut off without a margin
+        # strokes reach the edge of their 8×8 square, so add a margin
         ink = F.interpolate(F.pad(digit, (1, 1, 1, 1))[None, None], (size, size), mode="bicubic")
         ink = ink[0, 0].clamp(0, 1)
         inked = ink >= INK
@@ -102,7 +117,7 @@ def draw(
             hidden = torch.bincount(owner[here][inked], minlength=number)[:number]
             if (hidden[1:] <= COVERED * drawn[1:number]).all():
                 drawn[number] = inked.sum()
-                # brighter than the background in any case, by a contrast of its own
+                # always brighter than the background, with a random contrast
                 bright = float(image[here].mean()) + between(0.3, 0.7)
                 image[here] = image[here] * (1 - ink) + bright * ink
                 owner[here][inked] = number
@@ -115,9 +130,17 @@ def draw(
 def batches(
     part: tuple[Tensor, Tensor], style: Style, size: int, count: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` batches of `size` scenes: images [size, 1, canvas, canvas] and classes.
+    """Draw batches of scenes, which use all digits in random order before one is used again.
 
-    They go through the digits in a new order each time around. The seed decides everything.
+    Args:
+        part: digits [n, 8, 8] and labels [n].
+        style: how scenes are drawn.
+        size: scenes per batch.
+        count: the number of batches.
+        seed: the seed of all random numbers.
+
+    Yields:
+        images [size, 1, canvas, canvas] and classes [size, canvas, canvas].
     """
     digits, labels = part
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +152,7 @@ def batches(
             n = int(torch.randint(fewest, style.digits + 1, (), generator=generator))
             while len(order) < n:
                 order = torch.cat([order, torch.randperm(len(digits), generator=generator)])
-            some, order = order[:n], order[n:]
-            scenes.append(draw(digits[some], labels[some], style, generator))
+            chosen, order = order[:n], order[n:]
+            scenes.append(draw(digits[chosen], labels[chosen], style, generator))
         images, classes = zip(*scenes, strict=True)
         yield torch.stack(images), torch.stack(classes)

@@ -1,19 +1,19 @@
-"""Segmentation on the library's backbones: which digit does each pixel belong to?
+"""Segmentation with backbones of the library: find the digit that each pixel belongs to.
 
     python examples/segmentation/segment.py --backbone acmix_resnet26 --out segmentation
 
-trains a small model on scenes of several handwritten digits (scenes.py) and tests it on digits it
-has not seen. Without `--backbone` it trains `resnet26` and `acmix_resnet26`, with the same decoder
-(segmenter.py), the same scenes and the same number of steps, from two seeds each: about 5 minutes
-on 2 cores. Any name of `list_models()` that takes `features_only` will do. The families of the
-library are made small (`SMALL` below); options of a backbone are given with `--override`, for all
-backbones or for those whose names match a pattern:
+This trains a small model on scenes of several handwritten digits (scenes.py), and tests it on
+digits that are not in the training scenes. Without `--backbone` it trains `resnet26` and
+`acmix_resnet26` with two seeds each, with the same decoder (segmenter.py), the same scenes and the
+same number of steps, which takes about 5 minutes on 2 cores. Any name of `list_models()` whose
+model takes `features_only` can be given. The backbones are made small by the options in `SMALL`
+below. `--override` changes an option of all backbones, or of those whose names match a pattern:
 
-    --override width=24 --override "acmix_*:kernel_size=5"
+    --override dim=24 --override "acmix_*:kernel_size=5"
 
-The folder gets results.json, weights as safetensors (`segmenter.load_segmenter` reads them),
-predictions.png, iou.png and report.html, which needs nothing beside it. Ctrl-C keeps the runs that
-are finished. Needs `pip install 'translution[all]'`.
+The output folder gets results.json, the weights as safetensors (which `segmenter.load_segmenter`
+reads), predictions.png, iou.png and report.html, which is complete in itself. After Ctrl-C, the
+finished runs are kept. The example needs `pip install 'translution[all]'`.
 """
 
 from __future__ import annotations
@@ -46,29 +46,39 @@ __all__ = ["Options", "run_all"]
 
 FORMAT = "translution-segmentation-1"
 WRITTEN = ("results.json", "report.html", "predictions.png", "iou.png")
-# Options that make a backbone small enough for minutes on a CPU, by a pattern of its name.
+# Options that make a backbone small enough to train in minutes on a CPU, by a pattern of its name.
 SMALL: dict[str, dict[str, Any]] = {
-    "*resnet*": {"width": 16, "layers": (1, 1, 1, 1)},
-    "*san*": {"width": 16, "share": 4, "layers": (1, 1, 1, 1, 1)},
+    "*resnet*": {"dim": 16, "depths": (1, 1, 1, 1)},
+    "*san*": {"dim": 16, "group_size": 4, "depths": (1, 1, 1, 1, 1)},
     "*swin*": {
-        "width": 32, "layers": (1, 1, 2, 1), "heads": (1, 2, 4, 8), "window": 4, "drop_path": 0.0
+        "dim": 32, "depths": (1, 1, 2, 1), "heads": (1, 2, 4, 8), "window_size": 4,
+        "drop_path_rate": 0.0,
     },
     "*pvt*": {
-        "image_size": 64, "widths": (32, 64, 128, 256), "layers": (1, 1, 2, 1),
-        "heads": (1, 2, 4, 8), "drop_path": 0.0,
+        "image_size": 64, "dims": (32, 64, 128, 256), "depths": (1, 1, 2, 1),
+        "heads": (1, 2, 4, 8), "drop_path_rate": 0.0,
     },
 }  # fmt: skip
-# Seeds of the scenes to validate and test with: the same ones for every run.
+# Seeds of the validation and test scenes, which are the same for every run.
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides the numbers.
+    """All options on which the results depend.
 
-    overrides: as on the command line, "name=value" or "pattern:name=value". background: the weight
-    of background pixels in the loss, that of digits' being 1; five pixels of six are background,
-    and at 1 the digits are learned much later. validation, test: scenes.
+    Attributes:
+        backbones: names of models.
+        overrides: options of the backbones, "name=value" or "pattern:name=value".
+        seeds, seed: the number of seeds, and the first one.
+        steps, batch_size, learning_rate: of the training; the batch size counts scenes.
+        background: the weight of background pixels in the loss, where pixels of digits have 1. Five
+            of six pixels are background, and with a weight of 1 the digits are learned much later.
+        width, detail: channels of the decoder, as in `Segmenter`.
+        style: how scenes are drawn.
+        validation, test: the numbers of scenes.
+        pictures: the number of test scenes in the figures.
+        device: "auto", "cpu", "cuda" or "mps".
     """
 
     backbones: tuple[str, ...] = ("resnet26", "acmix_resnet26")
@@ -88,9 +98,15 @@ class Options:
     device: str = "auto"
 
     def check(self) -> None:
-        """Raises ValueError naming the option, what came and what is wanted."""
+        """Check all options, and build each backbone once.
+
+        Raises:
+            ValueError: naming the option, the value and what is wanted.
+        """
         if not self.backbones or len(set(self.backbones)) < len(self.backbones):
-            raise ValueError(f"backbone: got {','.join(self.backbones)!r}, want names, each once")
+            raise ValueError(
+                f"backbone: got {','.join(self.backbones)!r}, want different names, at least one"
+            )
         for name in ("seeds", "steps", "batch_size", "validation", "test", "pictures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
@@ -105,7 +121,7 @@ class Options:
             self.model(backbone)
 
     def model(self, backbone: str) -> Segmenter:
-        """An untrained model."""
+        """The untrained model with this backbone."""
         options: dict[str, Any] = {"in_channels": 1}
         for pattern, small in SMALL.items():
             if fnmatch.fnmatch(backbone, pattern):
@@ -116,12 +132,12 @@ class Options:
                 options[name] = value
         try:
             return Segmenter(backbone, options, len(CLASSES), self.width, self.detail)
-        except TypeError as error:  # an option of a type that the backbone cannot use
+        except TypeError as error:  # an option has a type that the backbone does not accept
             raise ValueError(f"override: {backbone} with {options}: {error}") from None
 
 
 def read_override(text: str) -> tuple[str, str, Any]:
-    """Pattern, name and value of "name=value" or "pattern:name=value"."""
+    """Split "name=value" or "pattern:name=value" into pattern ("*" if absent), name and value."""
     left, equals, value = text.partition("=")
     pattern, colon, name = left.rpartition(":")
     if not equals or not name.isidentifier():
@@ -133,10 +149,10 @@ def read_override(text: str) -> tuple[str, str, Any]:
 
 
 def open_folder(folder: Path) -> None:
-    """Make the folder, or clear what an earlier run wrote there.
+    """Create the folder, or remove the files that an earlier run wrote into it.
 
     Raises:
-        ValueError: it is a file, or holds something else.
+        ValueError: the path is a file, or a folder with files that no earlier run wrote.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, want a folder")
@@ -158,11 +174,19 @@ def open_folder(folder: Path) -> None:
 
 
 def run_all(out: str, options: Options, command: str = "") -> bool:
-    """Train, test and report into a folder; False if Ctrl-C ended it early.
+    """Train and test all backbones, and write results and report into a folder.
+
+    Args:
+        out: the folder.
+        options: all options.
+        command: the command line, for the report.
+
+    Returns:
+        True if all runs were finished, False if Ctrl-C was pressed.
 
     Raises:
-        ValueError: naming the option, what came and what is wanted.
-        OSError: a folder that cannot be written.
+        ValueError: naming the option, the value and what is wanted.
+        OSError: the folder cannot be written.
     """
     began = time.perf_counter()
     console = Console()
@@ -202,7 +226,7 @@ def run_all(out: str, options: Options, command: str = "") -> bool:
 
 
 def scenes_of(part: Any, options: Options, count: int, seed: int) -> list[Any]:
-    """So many scenes, in batches."""
+    """Draw `count` scenes, and return them in batches of 32."""
     images, classes = next(batches(part, options.style, count, 1, seed))
     return list(zip(images.split(32), classes.split(32), strict=True))
 
@@ -218,7 +242,7 @@ def _runs(
 ) -> None:
     validation = scenes_of(parts.validation, options, options.validation, VALIDATION_SEED)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-    # by seed first, so that what Ctrl-C leaves is a fair comparison as far as it goes
+    # in the order of seeds, so that after Ctrl-C the backbones have about the same number of runs
     plan = [(options.seed + i, name) for i in range(options.seeds) for name in options.backbones]
     with Progress(
         TextColumn("{task.description}"), *columns, TimeRemainingColumn(), console=console
@@ -228,7 +252,7 @@ def _runs(
             title = f"{name}, seed {seed}"
             progress.update(task, description=title)
 
-            def tell(step: int, loss: float, iou: float, number: int = number) -> None:
+            def report(step: int, loss: float, iou: float, number: int = number) -> None:
                 done = number * options.steps + step
                 numbers = f"loss {loss:.3f} validation IoU {iou:.3f}"
                 progress.update(task, completed=done, numbers=numbers)
@@ -241,7 +265,7 @@ def _runs(
             counts = _counts(model, test[0][0][:1])
             trained = train(
                 model, scenes, validation, options.steps, options.learning_rate,
-                options.background, pick_device(options.device), tell,
+                options.background, pick_device(options.device), report,
             )  # fmt: skip
             iou = iou_per_class(trained.model, test)
             weights = f"{name}-seed{seed}.safetensors"
@@ -267,7 +291,7 @@ def _runs(
 
 
 def _counts(model: Segmenter, image: torch.Tensor) -> dict[str, int]:
-    """Parameters and multiply-adds of one image, of the model and of its backbone alone."""
+    """Parameters, and multiply-adds for one image, of the model and of its backbone alone."""
     model.eval()
     with torch.inference_mode():
         counts = {
@@ -322,40 +346,40 @@ def _print_table(console: Console, results: dict[str, Any]) -> None:
 
 def segment(
     out: Annotated[
-        str, typer.Option(help="Folder to write; an earlier run's files there are replaced.")
+        str, typer.Option(help="The output folder; files of an earlier run are replaced.")
     ] = "segmentation",
     backbone: Annotated[
-        str, typer.Option(help="Names of models that take features_only, with commas.")
+        str, typer.Option(help="Models that take features_only, separated by commas.")
     ] = ",".join(Options.backbones),
     override: Annotated[
         list[str] | None,
         typer.Option(help="An option of the backbones, [pattern:]name=value; may be repeated."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = Options.seeds,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = Options.seeds,
     seed: Annotated[int, typer.Option(help="The first seed.")] = Options.seed,
     steps: Annotated[int, typer.Option(help="Training steps of each run.")] = Options.steps,
     batch_size: Annotated[int, typer.Option(help="Scenes per step.")] = Options.batch_size,
     learning_rate: Annotated[
-        float, typer.Option(help="Its largest value.")
+        float, typer.Option(help="Largest learning rate of the schedule.")
     ] = Options.learning_rate,
     background: Annotated[
         float, typer.Option(help="Weight of background pixels in the loss.")
     ] = Options.background,
     width: Annotated[int, typer.Option(help="Channels of the decoder.")] = Options.width,
     detail: Annotated[
-        int, typer.Option(help="Channels that see the image at full resolution; 0 for none.")
+        int, typer.Option(help="Channels of the convolution at full resolution; 0 for none.")
     ] = Options.detail,
     canvas: Annotated[int, typer.Option(help="Pixels per side of a scene.")] = Style.canvas,
-    digits: Annotated[int, typer.Option(help="Digits of a scene, at most.")] = Style.digits,
+    digits: Annotated[int, typer.Option(help="Most digits in a scene.")] = Style.digits,
     smallest: Annotated[int, typer.Option(help="Pixels of the smallest digit.")] = Style.smallest,
     largest: Annotated[int, typer.Option(help="Pixels of the largest digit.")] = Style.largest,
     noise: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = Style.noise,
-    validation: Annotated[int, typer.Option(help="Scenes to validate on.")] = Options.validation,
-    test: Annotated[int, typer.Option(help="Scenes to test on.")] = Options.test,
-    pictures: Annotated[int, typer.Option(help="Test scenes shown.")] = Options.pictures,
+    validation: Annotated[int, typer.Option(help="Validation scenes.")] = Options.validation,
+    test: Annotated[int, typer.Option(help="Test scenes.")] = Options.test,
+    pictures: Annotated[int, typer.Option(help="Test scenes in the figures.")] = Options.pictures,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = Options.device,
 ) -> None:
-    """Train backbones with a light decoder to tell each pixel's digit; report IoU per class."""
+    """Train backbones with a small decoder to segment digits, and report the IoU of each class."""
     options = Options(
         tuple(name.strip() for name in backbone.split(",") if name.strip()), tuple(override or ()),
         seeds, seed, steps, batch_size, learning_rate, background, width, detail,
@@ -367,7 +391,7 @@ def segment(
 
 
 def main() -> None:
-    """Bad input ends in one clear line and exit code 2, never in a traceback."""
+    """Run the command line. An error prints one line and exits with code 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(segment)
     try:

@@ -1,4 +1,4 @@
-"""A class for every pixel: a backbone of the library with `features_only`, and a light decoder."""
+"""A model that classifies every pixel: a backbone with `features_only`, and a small decoder."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ from translution.utils.files import write_whole
 
 __all__ = ["Segmenter", "Trained", "iou_per_class", "load_segmenter", "save_segmenter", "train"]
 
-POINTS = 12  # of the curves, each with a validation
+POINTS = 12  # the number of validations in a training, and so of points in its curve
 WARM_UP = 0.05  # of the steps
 WEIGHT_DECAY = 0.05
 
 
 class Segmenter(nn.Module):
-    """Logits per pixel from a backbone's maps, in the way of a feature pyramid.
+    """Computes logits per pixel from the maps of a backbone, with a feature pyramid.
 
-    A 1×1 convolution brings each map to `width` channels; from the coarsest on each is enlarged and
-    added to the next finer one. The sum, at a quarter of the image's size, is enlarged to that. It
-    knows what is where, but a stroke is about as wide as one of its places: so the image itself
-    joins it, through one 5×5 convolution, and two 1×1 convolutions decide from both.
+    A 1×1 convolution reduces each map to `width` channels. Starting with the coarsest, each map is
+    enlarged and added to the next finer one. The sum has a quarter of the image's height and width,
+    and is enlarged to the size of the image. One of its pixels is about as wide as a stroke, so a
+    5×5 convolution of the image itself adds detail, and two 1×1 convolutions compute the logits
+    from both.
 
     Args:
         backbone: a name of `list_models()` whose model takes `features_only`.
         overrides: options for the backbone.
-        classes: of a pixel.
+        classes: the number of classes.
         width: channels of the decoder.
         detail: channels of the 5×5 convolution; 0 leaves it out.
 
     Raises:
-        ValueError: an unknown name, options that don't fit, or a model without maps.
+        ValueError: the name is unknown, an option does not fit, or the model has no maps.
     """
 
     def __init__(
@@ -86,7 +87,11 @@ class Segmenter(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [batch, in_channels, height, width] -> logits [batch, classes, height, width]."""
+        """Compute logits [batch, classes, height, width].
+
+        Args:
+            image: [batch, in_channels, height, width].
+        """
         laterals = [
             lateral(y) for lateral, y in zip(self.laterals, self.backbone(image), strict=True)
         ]
@@ -101,7 +106,7 @@ class Segmenter(nn.Module):
 
 
 def make_backbone(name: str, overrides: dict[str, Any]) -> Backbone:
-    """The named model, giving maps."""
+    """Create the named model so that it returns maps."""
     try:
         model = create_model(name, features_only=True, **overrides)
     except ValueError as error:
@@ -116,24 +121,37 @@ def make_backbone(name: str, overrides: dict[str, Any]) -> Backbone:
 
 @dataclass
 class Trained:
-    """A trained model, the seconds it took without its validations, and its curve."""
+    """A trained model.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        seconds: the training time without validations.
+        curve: step, training loss and validation IoU at each validation.
+    """
 
     model: Segmenter
     seconds: float
     curve: list[dict[str, float]]
 
 
-Tell = Callable[[int, float, float], None]  # step, loss, mean IoU in the validation
+Report = Callable[[int, float, float], None]
+"""A function that is called at each validation with step, loss and mean IoU."""
 
 
 class Training(LightningModule):
-    """Cross-entropy per pixel, AdamW, a short warm-up and then a cosine to zero; mean IoU."""
+    """The training of a segmenter: cross-entropy per pixel, AdamW, a short warm-up, and a cosine
+    schedule to zero. Mean IoU is the measure of a validation."""
 
     def __init__(
-        self, model: Segmenter, steps: int, learning_rate: float, background: float, tell: Tell
+        self, model: Segmenter, steps: int, learning_rate: float, background: float, report: Report
     ):
         super().__init__()
-        self.model, self.steps, self.learning_rate, self.tell = model, steps, learning_rate, tell
+        self.model, self.steps, self.learning_rate, self.report = (
+            model,
+            steps,
+            learning_rate,
+            report,
+        )
         self.curve: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
         classes = model.config["classes"]
@@ -162,7 +180,7 @@ class Training(LightningModule):
         self.losses.clear()
         self.accuracy.reset()
         self.validating += time.perf_counter() - self.began
-        self.tell(self.global_step, mean, iou)
+        self.report(self.global_step, mean, iou)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
@@ -196,14 +214,24 @@ def train(
     learning_rate: float,
     background: float,
     device: str,
-    tell: Tell,
+    report: Report,
 ) -> Trained:
-    """Train a model on the batches that `scenes()` gives, `steps` of them.
+    """Train a model.
+
+    Args:
+        model: the model to train.
+        scenes: a function that returns the training batches (images, classes), one per step.
+        validation: the validation batches.
+        steps: the number of training steps.
+        learning_rate: the largest learning rate of the schedule.
+        background: the weight of background pixels in the loss.
+        device: "cpu", "cuda" or "mps".
+        report: called at each validation.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
     """
-    module = Training(model, steps, learning_rate, background, tell)
+    module = Training(model, steps, learning_rate, background, report)
     with quiet():
         trainer = Trainer(
             accelerator={"cuda": "gpu"}.get(device, device),
@@ -230,8 +258,10 @@ def train(
 
 @torch.inference_mode()
 def iou_per_class(model: Segmenter, scenes: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
-    """Intersection over union of each class, its pixels of all scenes together; 0 for a class that
-    is neither in them nor predicted."""
+    """The intersection over union of each class, over the pixels of all scenes together.
+
+    It is 0 for a class that is neither in the scenes nor in the predictions.
+    """
     device = next(model.parameters()).device
     metric = MulticlassJaccardIndex(model.config["classes"], average=None).to(device)
     for images, classes in scenes:
@@ -243,7 +273,7 @@ def iou_per_class(model: Segmenter, scenes: Iterable[tuple[Tensor, Tensor]]) -> 
 
 
 def save_segmenter(path: Path, model: Segmenter) -> None:
-    """Weights, and in the metadata what the model is made from."""
+    """Save the weights of a model, and its options in the metadata of the file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     metadata = {
         "format": "pt", "translution": __version__, "segmenter": json.dumps(model.config)
@@ -252,10 +282,10 @@ def save_segmenter(path: Path, model: Segmenter) -> None:
 
 
 def load_segmenter(path: Path | str) -> Segmenter:
-    """The model of a file that `save_segmenter` wrote, ready to be used.
+    """Load a model that `save_segmenter` wrote, in evaluation mode.
 
     Raises:
-        ValueError: another kind of file.
+        ValueError: the file was not written by `save_segmenter`.
     """
     with safe_open(path, "pt") as file:
         config = (file.metadata() or {}).get("segmenter")

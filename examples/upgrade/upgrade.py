@@ -1,11 +1,12 @@
-"""Upgrades a pretrained ViT of transformers: its first layers become relative, and are fine-tuned.
+"""Converts the first layers of a trained ViT of transformers to Translution, and fine-tunes it.
 
     python examples/upgrade/upgrade.py FOLDER [--out upgrade] [--seeds 3]
 
-FOLDER has CIFAR-10 as train.parquet and test.parquet. A small ViT is trained first (once, it is
-kept in the output folder). Then, with equal budgets and several seeds, it is fine-tuned as it is
-and with Translution in its first layers, which at first answers the same. Writes results.json, and
-goes on where it was stopped.
+FOLDER has CIFAR-10 as train.parquet and test.parquet. First, a small ViT is trained and saved in
+the output folder; later calls load it. Then it is fine-tuned in several variants, with the same
+number of steps and several seeds: unchanged, and with its first two layers converted, which does
+not change its outputs at first. The results are written to results.json. A call that was
+interrupted can be repeated, and continues with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from translution.apps.data.images import ImageOptions, open_images
 from translution.apps.data.order import seed_of
 from translution.utils.files import write_whole
 
-# What the first two layers become; None is the model as it is.
+# The arguments of `convert` for the first two layers; None leaves the model unchanged.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "unconverted": None,
     "alpha, v": {"to": "alpha", "relative": "v"},
@@ -39,7 +40,13 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Of the library's data sets, what transformers' Trainer wants. Training images are flipped."""
+    """A dataset of the library in the form that transformers' Trainer takes.
+
+    Args:
+        options: where the images are.
+        part: "train" or "test".
+        flip: whether images are flipped at random.
+    """
 
     def __init__(self, options: ImageOptions, part: Any, flip: bool):
         self.images, self.flip = open_images(options, part, seed=0), flip
@@ -51,9 +58,9 @@ class Images(Dataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        found = self.images[0, index]
-        assert found is not None
-        pixels, label = found
+        sample = self.images[0, index]
+        assert sample is not None
+        pixels, label = sample
         self.seen += 1
         if self.flip and seed_of(index, self.seen) % 2:
             pixels = pixels.flip(-1)
@@ -63,7 +70,20 @@ class Images(Dataset[dict[str, Any]]):
 def fit(
     model: Any, train: Images, test: Images, out: Path, steps: int, rate: float, seed: int
 ) -> dict[str, float]:
-    """Train, and measure before and after: accuracy on the test part."""
+    """Train a model.
+
+    Args:
+        model: a ViTForImageClassification.
+        train, test: the images for training and for the accuracy.
+        out: a folder for the Trainer.
+        steps: the number of steps of 128 images.
+        rate: the largest learning rate.
+        seed: the seed of the training.
+
+    Returns:
+        the accuracy on the test images before and after, the training time in seconds, and the
+        number of parameters.
+    """
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -81,8 +101,8 @@ def fit(
         use_cpu=not torch.cuda.is_available(),
     )
 
-    def accuracy(found: Any) -> dict[str, float]:
-        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+    def accuracy(output: Any) -> dict[str, float]:
+        return {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())}
 
     trainer = Trainer(
         model=model,
@@ -104,17 +124,18 @@ def fit(
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Has train.parquet and test.parquet.")],
-    out: Annotated[Path, typer.Option(help="Where the model and results.json go.")] = Path(
+    folder: Annotated[Path, typer.Argument(help="Folder with train.parquet and test.parquet.")],
+    out: Annotated[Path, typer.Option(help="Output folder for the model and results.json.")] = Path(
         "upgrade"
     ),
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    first_steps: Annotated[int, typer.Option(min=1, help="Of the training before.")] = 700,
-    steps: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 200,
-    variants: Annotated[str, typer.Option(help="Some of them, separated by ;")] = ";".join(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    first_steps: Annotated[int, typer.Option(min=1, help="Steps of the first training.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each fine-tuning.")] = 200,
+    variants: Annotated[str, typer.Option(help="Variants to run, separated by ;")] = ";".join(
         VARIANTS
     ),
 ) -> None:
+    """Train a small ViT, convert it in several ways, and fine-tune each variant."""
     options = ImageOptions(
         format="parquet", train=str(folder / "train.parquet"), test=str(folder / "test.parquet"),
         image_size=32, classes=tuple("0123456789"), holdout=0.0,
@@ -130,9 +151,9 @@ def main(
                 num_attention_heads=3, intermediate_size=384, num_labels=10,
             )
         )  # fmt: skip
-        found = fit(model, train, test, out / "trainer", first_steps, 1e-3, 0)
+        result = fit(model, train, test, out / "trainer", first_steps, 1e-3, 0)
         model.save_pretrained(out / "first")
-        console.print(f"trained: {100 * found['after']:.1f} % in {found['seconds']:.0f} s")
+        console.print(f"trained: {100 * result['after']:.1f} % in {result['seconds']:.0f} s")
     results = out / "results.json"
     rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.exists() else []
     for seed in range(seeds):
@@ -140,8 +161,8 @@ def main(
             if any(row["variant"] == name and row["seed"] == seed for row in rows):
                 continue
             model = ViTForImageClassification.from_pretrained(out / "first")
-            if (how := copy.deepcopy(VARIANTS[name])) is not None:
-                convert(model, layers=[0, 1], **how)
+            if (arguments := copy.deepcopy(VARIANTS[name])) is not None:
+                convert(model, layers=[0, 1], **arguments)
             rows.append(
                 {"variant": name, "seed": seed, "steps": steps}
                 | fit(model, train, test, out / "trainer", steps, 5e-4, seed)

@@ -331,7 +331,7 @@ def test_a_run_whose_description_is_broken(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere", "--port=0"], "nowhere is no folder"),
+        (["nowhere", "--port=0"], "nowhere is not a folder"),
         (["--host=nowhere.invalid"], "host: got 'nowhere.invalid', want an address"),
         (["--host=192.0.2.7", "--port=0"], "host: got '192.0.2.7', want an address of this"),
     ],

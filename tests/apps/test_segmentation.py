@@ -22,11 +22,11 @@ from segment import Options, read_override, run_all
 from segmenter import Segmenter, load_segmenter
 
 CLEAN = Style(noise=0.0)
-SMALL = {"in_channels": 1, "width": 4, "layers": (1, 1, 1, 1), "heads": 2}
+SMALL = {"in_channels": 1, "dim": 4, "depths": (1, 1, 1, 1), "heads": 2}
 TINY = [
     "--steps=3", "--batch-size=2", "--canvas=32", "--digits=2", "--smallest=10", "--largest=14",
     "--validation=2", "--test=4", "--pictures=2", "--width=8", "--detail=4", "--device=cpu",
-    "--override=width=4", "--override=acmix_*:heads=2",
+    "--override=dim=4", "--override=acmix_*:heads=2",
 ]  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_a_run_writes_everything(finished, results):
         assert [point["step"] for point in run["curve"]] == [1, 2, 3]
         assert run["parameters"] > run["backbone_parameters"] > 0
         assert run["multiply_adds"] > run["backbone_multiply_adds"] > 0
-        assert run["overrides"]["width"] == 4
+        assert run["overrides"]["dim"] == 4
         assert ("heads" in run["overrides"]) == (run["backbone"] == "acmix_resnet26")
     assert [row["mean_iou"]["n"] for row in results["summary"]] == [2, 2]
 
@@ -250,13 +250,13 @@ def test_ctrl_c_before_anything_is_finished(tmp_path, monkeypatch):
     [
         (["--backbone=resnet27"], "there is no model 'resnet27'"),
         (["--backbone="], "backbone: got ''"),
-        (["--backbone=resnet26,resnet26"], "each once"),
+        (["--backbone=resnet26,resnet26"], "want different names"),
         (["--backbone=attention_vit_tiny_patch16_224"], "features_only"),
         (["--steps=0"], "steps: got 0"),
         (["--seed=-1"], "seed: got -1"),
         (["--learning-rate=0"], "learning_rate: got 0"),
-        (["--override=width"], "override: got 'width'"),
-        (["--override=width=big"], "override: resnet26 with"),
+        (["--override=dim"], "override: got 'dim'"),
+        (["--override=dim=big"], "override: resnet26 with"),
         (["--override=acmix_*:heads=3"], "heads: got 3"),
         (["--smallest=80"], "smallest, largest: got 80"),
         (["--device=tpu"], "device: got 'tpu'"),
@@ -279,10 +279,10 @@ def test_other_folders_are_left_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_overrides():
-    assert read_override("width=16") == ("*", "width", 16)
-    assert read_override("acmix_*:layers=1,2,1,1") == ("acmix_*", "layers", (1, 2, 1, 1))
+    assert read_override("dim=16") == ("*", "dim", 16)
+    assert read_override("acmix_*:depths=1,2,1,1") == ("acmix_*", "depths", (1, 2, 1, 1))
     assert read_override("mixer=acmix") == ("*", "mixer", "acmix")
-    options = Options(overrides=("width=24", "acmix_*:heads=8"))
+    options = Options(overrides=("dim=24", "acmix_*:heads=8"))
     assert "heads" not in options.model("resnet26").config["overrides"]
     assert options.model("acmix_resnet26").config["overrides"]["heads"] == 8
 

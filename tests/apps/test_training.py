@@ -308,7 +308,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, tmp_path):
 def test_checkpoints_that_do_not_fit(finished, tmp_path):
     with pytest.raises(ValueError, match=r"holds no checkpoint"):
         open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"is no folder"):
+    with pytest.raises(ValueError, match=r"is not a folder"):
         open_checkpoint(tmp_path / "nothing")
     copy = tmp_path / "run"
     shutil.copytree(finished[0], copy)

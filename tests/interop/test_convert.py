@@ -486,7 +486,7 @@ def test_subclasses_that_compute_something_else_are_not_taken():
     class Same(nn.MultiheadAttention):
         pass
 
-    with pytest.raises(ValueError, match="want one with self-attention that is known"):
+    with pytest.raises(ValueError, match="want one with self-attention of a supported family"):
         convert(Around(Other(8, 2)), grid=4)
     convert(Around(Same(8, 2)), grid=4)
 
@@ -502,7 +502,7 @@ def test_layers_are_chosen():
     for wrong in (0, 3, [5], ["lm_head"], [], "transformer.h.0.attn", True):
         with pytest.raises(ValueError, match="layers: got"):
             names(layers=wrong)
-    with pytest.raises(ValueError, match=r"a GPT2MLP, which is no self-attention"):
+    with pytest.raises(ValueError, match=r"a GPT2MLP, which is not self-attention"):
         names(layers=["transformer.h.0.mlp"])
 
 
@@ -522,7 +522,7 @@ def test_converted_layers_count():
         ValueError, match=r"layers: got 1, .*\(1 of 3 layers\) is converted already"
     ):
         convert(model, layers=1)
-    with pytest.raises(ValueError, match="layers: got 3, want 0 to 2"):
+    with pytest.raises(ValueError, match="layers: got 3, want a number from 0 to 2"):
         convert(model, layers=[3])
     assert not isinstance(model.transformer.h[1].attn, Converted)
     plan = convert(model, layers=[1], to="alpha")
@@ -606,7 +606,7 @@ def test_a_shared_layer_stays_shared():
     [
         (lambda: nn.Linear(2, 2), {}, "model: got Linear, want one with self-attention"),
         (lambda: 3, {}, "model: got int"),
-        (lambda: nn.MultiheadAttention(8, 2), {"grid": 3}, "model: is the attention itself"),
+        (lambda: nn.MultiheadAttention(8, 2), {"grid": 3}, "model: got an attention layer itself"),
         (lambda: text_model("gpt2"), {"to": "beta"}, "to: got 'beta'"),
         (lambda: text_model("gpt2"), {"relative": ""}, "relative: got ''"),
         (lambda: text_model("gpt2"), {"relative": "qx"}, "relative: got 'qx', want one or more of"),
@@ -625,7 +625,7 @@ def test_a_shared_layer_stays_shared():
         (
             lambda: text_model("qwen3"),
             {"relative": "k", "grid": 16},
-            r"self_attn \(Qwen3Attention\): relative: 'k' has a norm.*to='alpha'",
+            r"self_attn \(Qwen3Attention\): relative: 'k' is followed by a norm.*to='alpha'",
         ),
         (
             lambda: text_model(

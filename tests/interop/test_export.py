@@ -351,7 +351,7 @@ def test_what_cannot_be_quantised():
     [
         ("tflite", "a.pt2", "to: got 'tflite', want one of"),
         ("onnx", "a.pt2", "want a name that ends in .onnx"),
-        ("torch", "none/a.pt2", "there is no folder"),
+        ("torch", "none/a.pt2", "want a path in a folder that exists"),
     ],
 )
 def test_bad_files(tmp_path, kind, name, said):

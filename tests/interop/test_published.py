@@ -865,7 +865,7 @@ def test_everything_that_differs_is_named():
     assert str(error.value).splitlines()[1:] == [
         "  missing: to_q.weight",
         "  unexpected: extra",
-        "  constant: causal is not what the module's options make it",
+        "  constant: causal differs from its value for the module's options",
         "  shape: to_k.unique_params is (3, 6, 8), want (4, 6, 8)",
     ]
     same(export_published(layer), before)  # nothing was read

@@ -21,13 +21,16 @@ def model_card(
     results: Mapping[str, float] | None = None,
     classes: Sequence[str] | None = None,
 ) -> str:
-    """The text of the model card: architecture, cost, options, training data and results.
+    """Write the text of a model card: architecture, cost, options, training data and results.
 
     Args:
-        plain: the model on the meta device, on which its cost is counted.
-        family: the name of its architecture.
-        task: the Hub's name for what the model does.
+        plain: the model on the meta device, where its multiply-adds are counted.
+        family: the name of its architecture in the registry.
+        task: the Hub's name for the model's task, such as "image-classification".
         data, results, classes: as in `Pretrained.save_pretrained`.
+
+    Returns:
+        the card in Markdown, with the Hub's header.
     """
     config, name = plain.config, type(plain).__name__
     mixer = config.mixer
@@ -77,7 +80,7 @@ def model_card(
 
 
 def _cost(plain: Any) -> tuple[str, int]:
-    """The input that a forward pass is counted for, in words, and its multiply-adds."""
+    """A description of the input that is counted, and the multiply-adds of its forward pass."""
     shape = input_shape(plain.config)
     with torch.device("meta"), torch.no_grad():
         if len(shape) == 1:
@@ -88,6 +91,6 @@ def _cost(plain: Any) -> tuple[str, int]:
 
 
 def _cell(value: Any) -> str:
-    """A value as the text of a table's cell."""
+    """The text of a value in a cell of a Markdown table."""
     text = "×".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
     return " ".join(text.replace("|", "\\|").split())

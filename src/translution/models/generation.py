@@ -1,4 +1,4 @@
-"""Continuing a text with a causal language model, token by token."""
+"""Generates text with a causal language model, one token at a time."""
 
 from __future__ import annotations
 
@@ -27,34 +27,38 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue each text of a batch.
 
-    The model never sees more than its context of C tokens. While a text has up to C, it sees all of
-    it. When C are reached, the oldest `slide` are forgotten before the next one joins: with t
-    tokens so far it sees those from the smallest multiple of `slide` on from which at most C
-    remain. Everything is then computed as if the text began there, so what comes out does not
-    depend on `cache`, which only saves work: a new token is computed alone, except after a slide,
-    where the tokens that remain are computed once more. With slide=1 that is at every token.
+    The model sees at most the last C tokens of a text, where C is its context. Once a text has C
+    tokens, the oldest `slide` of them are dropped before each token that would exceed C. The tokens
+    that remain are computed as if the text began with them. With t tokens so far, they start at the
+    smallest multiple of `slide` from which at most C remain.
+
+    The generated tokens do not depend on `cache`, which only saves time: with a cache, the model
+    computes only the new token at each step, and all remaining tokens after each slide. With
+    slide=1 that is every step once the context is full.
 
     Args:
-        model: in evaluation mode.
-        ids: int64 [batch, length], the texts so far, all of one length and at least one token, on
-            the model's device.
-        max_new_tokens: how many at most.
-        temperature: the logits are divided by it; 0 takes the most likely token.
-        top_k: only the k most likely tokens (and those as likely as the k-th).
-        top_p: only the fewest most likely tokens that together reach this probability.
-        stop: tokens that end a text. It ends with that token; while others of the batch go on, it
-            is repeated.
-        seed: of the draws, one number per text and token; a generator is drawn from as it stands,
-            None is torch's own.
-        cache: keep what layers know of the tokens before.
-        slide: from 1 to the context, default a quarter of it; 0 never forgets, for models that are
-            `unbounded` (buckets, or windows, and no absolute positions).
+        model: a causal language model in evaluation mode.
+        ids: the texts so far, int64 [batch, length] on the model's device; all have the same
+            length, of at least one token.
+        max_new_tokens: the largest number of tokens to generate per text.
+        temperature: the number that divides the logits; 0 takes the most likely token.
+        top_k: sample only from the k most likely tokens (and those as likely as the k-th).
+        top_p: sample only from the smallest set of most likely tokens whose probabilities sum to at
+            least this number.
+        stop: tokens that end a text. An ended text repeats its last token until all texts of the
+            batch have ended.
+        seed: the seed of the random numbers, of which each text uses one per token. A generator
+            continues from its current state, and None uses torch's default generator.
+        cache: whether to cache keys and values (or inputs, where they are relative).
+        slide: the number of tokens to drop when the context is full, from 1 to the context; None
+            drops a quarter of it. 0 drops none, which works for models whose `unbounded` is True
+            (those with buckets, or with windows, and without absolute positions).
 
     Returns:
         an iterator over int64 [batch], the next token of each text.
 
     Raises:
-        ValueError: at once, naming the argument, what came and what is wanted.
+        ValueError: an argument is wrong. It is raised by the call itself, before the iteration.
     """
     context, vocab = model.config.context, model.config.vocab_size
     if model.training:
@@ -62,7 +66,7 @@ def generate(
     _check_ids(ids, vocab)
     if isinstance(max_new_tokens, bool) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, want at least 0")
-    _check_choice(temperature, top_k, top_p)
+    _check_sampling(temperature, top_k, top_p)
     for token in stop:
         if not 0 <= token < vocab:
             raise ValueError(f"stop: got token {token}, want 0 to {vocab - 1}")
@@ -70,11 +74,13 @@ def generate(
         slide = max(1, context // 4)
     if slide == 0 and not model.unbounded:
         raise ValueError(
-            f"slide: got 0, want 1 to the context {context}; only a model with buckets, or windows "
-            "that its tables hold, and without absolute positions goes on without a limit"
+            f"slide: got 0, want 1 to the context {context}; only a model with buckets, or with "
+            "windows that its tables cover, and without absolute positions can take longer texts"
         )
     if not 0 <= slide <= context:
-        raise ValueError(f"slide: got {slide}, want 1 to the context {context} (or 0: none)")
+        raise ValueError(
+            f"slide: got {slide}, want 1 to the context {context} (or 0 to drop no token)"
+        )
     if isinstance(seed, int):
         seed = torch.Generator().manual_seed(seed)
     source = seed
@@ -84,7 +90,7 @@ def generate(
             return logits.argmax(-1)
         return _draw(probabilities(logits, temperature, top_k, top_p), source)
 
-    if slide:  # as if the text had been made from its first token on
+    if slide:  # drop what would have been dropped if the whole text had been generated
         ids = ids[:, slide * max(0, -(-(ids.shape[1] - context) // slide)) :]
     return _stream(model, ids.long(), max_new_tokens, choose, frozenset(stop), cache, slide)
 
@@ -122,24 +128,26 @@ def probabilities(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """What tokens are drawn with: first `top_k` chooses, then `top_p` among what is left.
+    """Compute the probabilities from which `generate` samples.
+
+    `top_k` is applied first, then `top_p` to the tokens that remain.
 
     Args:
         logits: [..., vocab_size].
-        temperature: more than 0.
+        temperature: a number greater than 0 that divides the logits.
         top_k, top_p: as in `generate`.
 
     Returns:
-        [..., vocab_size], float64 (float32 on mps, which has no float64), each row's sum 1.
+        [..., vocab_size] in float64 (float32 on mps, which has no float64); each row sums to 1.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
+        ValueError: temperature, top_k or top_p is out of range.
     """
-    _check_choice(temperature, top_k, top_p)
+    _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         raise ValueError("temperature: got 0, want more than 0")
     logits = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
-    # the largest becomes 0, so that a tiny temperature does not overflow
+    # subtract the largest logit first, so that a very small temperature does not overflow
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
@@ -147,14 +155,14 @@ def probabilities(
     p = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         most, order = p.sort(dim=-1, descending=True, stable=True)
-        enough = most.cumsum(-1) - most >= top_p  # those before it reach top_p already
+        enough = most.cumsum(-1) - most >= top_p  # where the more likely tokens reach top_p already
         p = torch.zeros_like(p).scatter(-1, order, most.masked_fill(enough, 0.0))
         p = p / p.sum(-1, keepdim=True)
     return p
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token of each row of [batch, vocab_size]: where a uniform number falls among the sums."""
+    """Sample one token from each row of p [batch, vocab_size], by its cumulative sums."""
     device = p.device if generator is None else generator.device
     uniform = torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=device).to(p.device)
     sums = p.cumsum(-1)
@@ -164,8 +172,8 @@ def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
 def _check_ids(ids: Tensor, vocab: int) -> None:
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
         raise ValueError(
-            f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 (batch, length), at "
-            "least one token each"
+            f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 of shape (batch, length)"
+            ", with at least one token"
         )
     least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= vocab:
@@ -173,7 +181,7 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
         raise ValueError(f"ids: got token {wrong}, want 0 to {vocab - 1}")
 
 
-def _check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: got {temperature}, want a finite number of at least 0")
     if top_k is not None and (isinstance(top_k, bool) or top_k < 1):

@@ -1,11 +1,13 @@
-"""Models in folders and on the Hub: saving them, and loading them again.
+"""Saves models to folders and to the Hub, and loads them again.
+
+A saved model is a folder with these files:
 
     <folder>/model.safetensors   the weights
-            /config.json         the architecture and all its options: alone enough for the model
+            /config.json         the architecture and all its options, from which it is built
             /README.md           the model card
 
-A checkpoint of a training run (with `checkpoint.json` instead of `config.json`) is read, too.
-Nothing is unpickled. Saving and loading need safetensors, and the Hub needs huggingface_hub.
+A checkpoint of a training run, which has `checkpoint.json` instead of `config.json`, can be loaded
+too. No file is unpickled. Saving and loading need safetensors, and the Hub needs huggingface_hub.
 """
 
 from __future__ import annotations
@@ -46,23 +48,25 @@ __all__ = [
 P = TypeVar("P", bound="Pretrained")
 
 WEIGHTS, CONFIG, CARD, ABOUT = "model.safetensors", "config.json", "README.md", "checkpoint.json"
-PARTS = "parts"  # of a checkpoint, instead of WEIGHTS, where several devices divided the tables
+PARTS = "parts"  # replaces WEIGHTS in a checkpoint whose tables were divided over processes
 FORMAT = "translution-checkpoint-1"
-KIND, VERSION = "translution-model-", 1  # of config.json
-# In a card that was written here; one without it is somebody's own, and kept.
+KIND, VERSION = "translution-model-", 1  # the entry "format" of config.json
+# A card with this line was written by this library and may be replaced; others are kept.
 MARK = "<!-- Written by translution, and replaced at the next save unless this line goes. -->"
 
 
 class Pretrained(nn.Module):
-    """A model that can be saved, shared and loaded.
+    """The base class of models that can be saved, shared on the Hub and loaded.
 
-    Its `config` is a dataclass of one of the registered families. `ViT.from_pretrained` loads a ViT
-    only, and `Pretrained.from_pretrained` a model of any family.
+    `ViT.from_pretrained` loads a ViT only, and `Pretrained.from_pretrained` a model of any family.
+
+    Attributes:
+        config: the model's options, a dataclass of one of the registered families.
+        task: the Hub's name for the model's task.
     """
 
     config: Any
     task: ClassVar[str] = "image-classification"
-    """The Hub's name for what the model does."""
 
     def save_pretrained(
         self,
@@ -71,32 +75,35 @@ class Pretrained(nn.Module):
         results: Mapping[str, float] | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        """Write weights, configuration and model card; each file is there whole or not at all.
+        """Save weights, configuration and model card to a folder.
+
+        Each file is written completely before it replaces an earlier one.
 
         Args:
-            folder: made where it is missing. Other files in it stay, as does a README.md that was
-                not written here.
-            data: what the model was trained on, for the card.
-            results: measured on what, such as {"accuracy, test": 0.97}, for the card.
-            classes: names, in the order of the logits; kept in config.json.
+            folder: the folder, which is created if it does not exist. Other files in it stay, and
+                so does a README.md that was not written by this library.
+            data: a description of the training data, for the card.
+            results: measured numbers by name, such as {"accuracy, test": 0.97}, for the card.
+            classes: the names of the classes in the order of the logits, for config.json.
 
         Raises:
-            ValueError: weights that are not those of the configuration (tables divided over
-                processes, a part replaced), or another number of classes.
-            OSError: a folder that cannot be written.
-            ImportError: safetensors is missing; it says how to install it.
+            ValueError: the weights do not fit the configuration (because tables are divided over
+                processes, or a part of the model was replaced), or the number of class names is
+                wrong.
+            OSError: the folder cannot be written.
+            ImportError: safetensors is not installed.
         """
         if not isinstance(data, str | None):
             raise ValueError(f"data: got {type(data).__name__}, want text")
         numbers = list(results.values()) if isinstance(results, Mapping) else [results]
         if results is not None and not all(isinstance(n, int | float) for n in numbers):
-            raise ValueError(f"results: got {results!r}, want numbers by what was measured")
+            raise ValueError(f"results: got {results!r}, want a dict of numbers by name")
         save_file = _needed("safetensors.torch").save_file
         weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         with torch.device("meta"):
             plain = type(self)(self.config)
         if wrong := misfits(plain, weights):
-            raise ValueError(f"model: is not what its configuration makes: {some(wrong, '; ')}")
+            raise ValueError(f"model: does not fit its configuration: {some(wrong, '; ')}")
         named = {} if classes is None else {"classes": self._classes(classes)}
         config = {
             "format": f"{KIND}{VERSION}", "translution": __version__, "architecture": self.family,
@@ -115,28 +122,32 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[P], source: Path | str, **hub: Any) -> P:
-        """The model of a folder or of the Hub, in eval mode, on the CPU, in the dtype it was saved
-        in.
+        """Load a model from a folder or from the Hub.
 
         Args:
-            source: a folder that `save_pretrained` wrote, a training run's (its best checkpoint, or
-                else its last), a checkpoint's, or "owner/name" on the Hub. A folder comes first.
+            source: a folder that `save_pretrained` wrote; the folder of a training run, of which
+                the best checkpoint is loaded, or the last if there is no best one; the folder of a
+                checkpoint; or "owner/name" on the Hub. A folder of that name takes precedence over
+                the Hub.
             hub: revision, token, cache_dir, force_download, local_files_only, as in
                 `huggingface_hub.snapshot_download`.
 
+        Returns:
+            the model in evaluation mode on the CPU, in the dtype in which it was saved.
+
         Raises:
-            ValueError: nothing there, an unknown architecture or a newer format, a model of another
-                class, or weights that do not fit, by name.
-            OSError: a file, or the Hub, that cannot be read.
-            ImportError: safetensors, or for the Hub huggingface_hub, is missing.
+            ValueError: there is no model, its architecture or format is unknown, its class is
+                another one, or its weights do not fit (the message names them).
+            OSError: a file or the Hub cannot be read.
+            ImportError: safetensors is not installed, or huggingface_hub for the Hub.
         """
         folder = Path(source).expanduser()
         if not folder.is_dir():
             folder = _download(str(source), hub)
         elif hub:
             raise ValueError(
-                f"{min(hub)}: {source} is a folder, want no arguments of the Hub with it (the "
-                "model's own options are in its configuration)"
+                f"{min(hub)}: {source} is a folder, which takes no arguments for the Hub (the "
+                "model's options are in its configuration)"
             )
         if not (folder / CONFIG).is_file():
             folder = find_checkpoint(folder)
@@ -156,29 +167,35 @@ class Pretrained(nn.Module):
         token: str | None = None,
         **commit: Any,
     ) -> str:
-        """Save to a repository on the Hub, in one commit; it is made where it is missing.
+        """Save the model to a repository on the Hub, in one commit.
+
+        The repository is created if it does not exist.
 
         Args:
-            name: "owner/name".
+            name: "owner/name" of the repository.
             data, results, classes: as in `save_pretrained`.
             private, token: as in `huggingface_hub.HfApi.create_repo`.
             commit: commit_message, revision (a branch), create_pr and other arguments of
                 `huggingface_hub.HfApi.upload_folder`.
 
         Returns:
-            the commit's address.
+            the URL of the commit.
+
+        Raises:
+            ValueError: as in `save_pretrained`.
+            ImportError: huggingface_hub or safetensors is not installed.
         """
         hub = _needed("huggingface_hub")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, data, results, classes)
             api = hub.HfApi(token=token, library_name="translution")
             repo = api.create_repo(name, private=private, exist_ok=True).repo_id
-            commit = {"commit_message": "A model of translution's"} | commit
+            commit = {"commit_message": "A model made with translution"} | commit
             return str(api.upload_folder(repo_id=repo, folder_path=folder, **commit))
 
     @property
     def family(self) -> str:
-        """The name of its family in the registry."""
+        """The name of the model's family in the registry."""
         for name, kind in families().items():
             if type(self.config) is kind:
                 return name
@@ -189,12 +206,12 @@ class Pretrained(nn.Module):
     def _classes(self, names: Sequence[str]) -> list[str]:
         want = getattr(self.config, "num_classes", 0)
         if len(names) != want:
-            raise ValueError(f"classes: got {len(names)}, but the model has {want}")
+            raise ValueError(f"classes: got {len(names)} names, but the model has {want} classes")
         return list(names)
 
     @classmethod
     def _from_config(cls: type[P], folder: Path) -> P:
-        """The model that a folder describes, with new weights."""
+        """The model that a folder describes, with newly initialised weights."""
         if (folder / CONFIG).is_file():
             source, config = folder / CONFIG, read_config(folder)
             name, options = config["architecture"], config["options"]
@@ -215,10 +232,10 @@ class Pretrained(nn.Module):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder.
+    """Read the config.json of a folder.
 
     Raises:
-        ValueError: another program's, or a newer one.
+        ValueError: the file was not written by this library, or by a newer version of it.
     """
     path = folder / CONFIG
     try:
@@ -229,66 +246,75 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a translution model ({error!r})") from None
     if match is None or int(match[1]) > VERSION:
         raise ValueError(
-            f"{path}: format {config['format']!r}, want {KIND}{VERSION}; a newer translution may "
-            "read it"
+            f"{path}: format {config['format']!r}, want {KIND}{VERSION}; a newer version of "
+            "translution may be able to read it"
         )
     if not isinstance(architecture, str) or not isinstance(options, dict):
-        raise ValueError(f"{path}: want an architecture's name, and options by name")
+        raise ValueError(f"{path}: want an architecture's name, and a dict of options")
     return config
 
 
 def newest(folder: Path, kind: str = "last") -> Path | None:
-    """The checkpoint of this kind ("last" or "best") with the most steps."""
-    found = [
+    """The checkpoint in a folder with the most steps, of the kind "last" or "best"; None if none.
+
+    Args:
+        folder: the folder "checkpoints" of a run.
+        kind: "last" or "best".
+    """
+    checkpoints = [
         (int(match[1]), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
         if (match := re.fullmatch(rf"{kind}-(\d+)", path.name))
     ]
-    return max(found)[1] if found else None
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """A checkpoint's folder itself, or the best of a run's (without a best one, the last).
+    """The folder of a checkpoint: `path` itself, or the best checkpoint of a run.
+
+    Args:
+        path: the folder of a checkpoint or of a run. If a run has no best checkpoint, the last one
+            is returned.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no checkpoint.
     """
     path = Path(path).expanduser()
     if (path / ABOUT).is_file():
         return path
     folder = path / "checkpoints"
-    found = newest(folder, "best") or newest(folder)
-    if found is None:
-        have = "is no folder" if not path.is_dir() else "holds no checkpoint"
+    checkpoint = newest(folder, "best") or newest(folder)
+    if checkpoint is None:
+        have = "is not a folder" if not path.is_dir() else "holds no checkpoint"
         if (path / CONFIG).is_file():
             have = "holds a saved model, but no checkpoint"
         elif (path / WEIGHTS).is_file():
-            have = f"has {WEIGHTS}, but neither {CONFIG} nor {ABOUT} beside it"
-        raise ValueError(f"checkpoint: {path} {have}; want a run's folder or a checkpoint's")
-    return found
+            have = f"holds {WEIGHTS}, but neither {CONFIG} nor {ABOUT} beside it"
+        raise ValueError(f"checkpoint: {path} {have}; want the folder of a run or of a checkpoint")
+    return checkpoint
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """The checkpoint.json of a folder.
+    """Read the checkpoint.json of a folder.
 
     Raises:
-        ValueError: it is none, or of another format.
+        ValueError: the file does not describe a checkpoint, or has another format.
     """
     try:
         about = json.loads((path / ABOUT).read_text("utf-8"))
-        found = about["format"]
+        format_name = about["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / ABOUT}: not a checkpoint's description ({error})") from None
-    if found != FORMAT:
-        raise ValueError(f"{path / ABOUT}: format {found!r}, want {FORMAT!r}")
+    if format_name != FORMAT:
+        raise ValueError(f"{path / ABOUT}: format {format_name!r}, want {FORMAT!r}")
     return about
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The model.safetensors of a folder.
+    """Read the model.safetensors of a folder: tensors by name, on the CPU.
 
     Raises:
-        ValueError: it is missing, or not whole.
+        ValueError: the file is missing or incomplete.
     """
     broken, files = _needed("safetensors").SafetensorError, _needed("safetensors.torch")
     try:
@@ -302,10 +328,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:
-    """Put the weights into the model, all of them.
+    """Load weights into a model, all or none of them.
+
+    Args:
+        model: the model.
+        weights: tensors by their names in the model's state_dict.
+        source: the file they come from, for the error message.
 
     Raises:
-        ValueError: naming those that are missing, unexpected, or of another shape.
+        ValueError: weights are missing, unexpected, or of another shape (the message names them).
     """
     if wrong := misfits(model, weights):
         raise ValueError(f"{source}: does not fit the model: {some(wrong, '; ')}")
@@ -313,10 +344,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
 
 
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the weights from being the model's, a line each."""
+    """One line for each weight that is missing, unexpected, or of another shape."""
     have = model.state_dict()
     wrong = [f"{name} is missing" for name in have if name not in weights]
-    wrong += [f"{name} is not the model's" for name in weights if name not in have]
+    wrong += [f"{name} is not in the model" for name in weights if name not in have]
     return wrong + [
         f"{name} has shape {tuple(weights[name].shape)}, want {tuple(have[name].shape)}"
         for name in have
@@ -325,9 +356,9 @@ def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def _download(name: str, options: dict[str, Any]) -> Path:
-    """A copy of a repository of the Hub."""
+    """Download a repository of the Hub, and return the folder of the local copy."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(f"source: {name} is no folder, want one, or owner/name on the Hub")
+        raise ValueError(f"source: {name} is not a folder, want one, or owner/name on the Hub")
     hub, errors = _needed("huggingface_hub"), _needed("huggingface_hub.errors")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=[WEIGHTS, CONFIG], **options))
@@ -336,12 +367,14 @@ def _download(name: str, options: dict[str, Any]) -> Path:
         errors.HFValidationError,
         errors.LocalEntryNotFoundError,
     ) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"source: {name} is no folder, nor had from the Hub: {said}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"source: {name} is not a folder, and could not be downloaded from the Hub: {reason}"
+        ) from None
 
 
 def _needed(name: str) -> Any:
-    """A module of the extra packages that files and the Hub need."""
+    """Import a module of an optional package, with an error that names the extra to install."""
     try:
         return importlib.import_module(name)
     except ImportError:

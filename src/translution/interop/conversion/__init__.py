@@ -1,4 +1,9 @@
-"""From what is trained already: attention of other libraries, other grids, other sharing."""
+"""Changes to trained models: relative tables in place of their attention, and tables of new sizes.
+
+`convert` replaces the self-attention of another library's model with Translution,
+`resize_offsets` fits tables to another grid or window, and `make_relative` and `make_shared`
+change which projections have tables.
+"""
 
 from .converting import Change, Plan, convert
 from .module import Converted

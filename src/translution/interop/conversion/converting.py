@@ -1,4 +1,4 @@
-"""Translution in the place of a trained model's self-attention, with the same outputs."""
+"""Replaces the self-attention of a trained model with Translution, without changing its outputs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,21 @@ KINDS = {
     ("alpha", 2): AlphaTranslution2d,
 }
 
-Known = tuple[str, nn.Module, Family | None]  # a layer's name; no family: it is converted already
+Candidate = tuple[str, nn.Module, Family | None]
+"""A layer's name, the layer, and its family; the family of a converted layer is None."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One layer of a `Plan`: its name in the model, the class that is replaced, the layout, and
-    parameters and bytes before and after."""
+    """One layer of a `Plan`.
+
+    Attributes:
+        name: the layer's name in the model.
+        replaced: the name of the Python class that is replaced.
+        layout: the `Layout` of the new layer.
+        parameters: the number of parameters before and after.
+        bytes: the bytes of these parameters before and after.
+    """
 
     name: str
     replaced: str
@@ -42,8 +50,8 @@ class Change:
     bytes: tuple[int, int]
 
 
-class Aim(NamedTuple):
-    """What layers become; the arguments of `convert`, made whole."""
+class Target(NamedTuple):
+    """The kind of layer to convert to: the arguments of `convert`, with all defaults filled in."""
 
     to: str
     relative: str
@@ -56,7 +64,13 @@ class Aim(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `convert` changes; printed, a table."""
+    """The changes that `convert` makes. `str(plan)` has one line per layer.
+
+    Attributes:
+        to: "translution" or "alpha".
+        relative: the projections that become relative, some of "qkv".
+        changes: one `Change` per layer.
+    """
 
     to: str
     relative: str
@@ -66,9 +80,9 @@ class Plan:
         lines = [f"to {self.to}, relative {self.relative}"]
         for c in self.changes:
             sizes = "×".join(map(str, c.layout.grid))
-            some = "" if c.layout.buckets is None else f", buckets {c.layout.buckets}"
+            buckets = "" if c.layout.buckets is None else f", buckets {c.layout.buckets}"
             lines.append(
-                f"{c.name} ({c.replaced}): grid {sizes}{some}, prefix {c.layout.prefix}, "
+                f"{c.name} ({c.replaced}): grid {sizes}{buckets}, prefix {c.layout.prefix}, "
                 f"{c.layout.classes} classes; parameters {c.parameters[0]:,} -> "
                 f"{c.parameters[1]:,}, {c.bytes[0] / 2**20:,.1f} -> {c.bytes[1] / 2**20:,.1f} MiB"
             )
@@ -88,67 +102,72 @@ def convert(
     buckets: Any = None,
     dry_run: bool = False,
 ) -> Plan:
-    """Put Translution in the place of a model's self-attention, in place.
+    """Replace a model's self-attention with Translution, in place.
 
-    Every matrix of a table starts as the pretrained one, and α's tables start at zero, so that the
-    model gives the outputs it gave, to rounding, until it is trained further. Known are ViT, DeiT,
-    DINOv2 (with registers), BERT, RoBERTa, ELECTRA, GPT-2, Llama, Mistral, Qwen 2 and 3 of
-    transformers; timm's VisionTransformer; and torch.nn.MultiheadAttention, also within
-    TransformerEncoderLayer. What is not self-attention stays as it is, where that can be seen: a
-    bare MultiheadAttention only shows when it is called, so leave out by `layers` those that look
-    across (what was converted then refuses the call, with its name). The model's device, dtype,
-    mode and output projections stay too; new tables ask for gradients.
+    Every matrix of a new table starts as a copy of the pretrained matrix, and α's tables start at
+    zero. The model's outputs therefore stay the same, to rounding, until it is trained further. Its
+    device, dtype, training mode and output projections stay too. New tables require gradients.
 
-    To load weights that were saved after it, build the host model, convert it with the same
-    arguments, then load_state_dict; transformers' from_pretrained does not know the new layers. An
-    optimizer is made after it. Texts are generated with a DynamicCache (transformers' default),
-    which then holds the inputs where a key or value is relative; other caches are refused when they
-    come.
+    These models can be converted: ViT, DeiT, DINOv2 (with registers), BERT, RoBERTa, ELECTRA,
+    GPT-2, Llama, Mistral, Qwen 2 and 3 of transformers; timm's VisionTransformer; and
+    torch.nn.MultiheadAttention, also within TransformerEncoderLayer. Cross-attention is left as it
+    is where the model shows that it is cross-attention. A bare MultiheadAttention does not show it
+    before it is called, so leave cross-attention out with `layers`; a layer that was converted by
+    mistake raises a ValueError with its name when it is called.
+
+    Make the optimizer after the conversion, because the parameters are new. To load weights that
+    were saved after a conversion, build the original model, convert it with the same arguments, and
+    call load_state_dict; from_pretrained of transformers cannot build the new layers. Text is
+    generated with a DynamicCache, the default of transformers, which holds a layer's inputs where
+    its key or value is relative. Other caches raise a ValueError when they are passed.
 
     Args:
-        model: holds the attention.
-        layers: which: the first so many, or some by their number or name; None is all. Numbers
-            count also the layers that are converted already, which stay as they are: asked for by
-            number or name they are an error, and so is asking for nothing else.
-        to: "translution", or "alpha" (the pretrained attention and a relative branch of low rank).
+        model: the model that contains the attention layers.
+        layers: the layers to convert: an int n for the first n, or a list of numbers and names.
+            None converts all. Layers that are converted already are counted too and stay as they
+            are. It is an error to name one of them, or to select no other layer.
+        to: "translution"; or "alpha", the pretrained attention with a relative branch of low rank.
         relative: which of "q", "k", "v" become relative.
-        rank: of α's branch, per head.
-        grid: tokens per axis that the tables are made for, prefix not counted; by default the
-            model's patches, or its most positions. MultiheadAttention wants it given. Smaller
-            inputs are fine, larger ones an error (but for `buckets`): see `resize_offsets`. Fewer
-            than the patches of a model that takes one size of images are an error here.
-        prefix: tokens without a place, in front; by default what the model says (class,
-            distillation and register tokens; another number is an error), for texts 0.
-        buckets: as in Translution. By default none, but 8 for texts without a `grid`, so that
-            tables are small and inputs of any length. With buckets=n and grid=n + 1, offsets up to
-            n are exact and all beyond share a matrix.
-        dry_run: change nothing.
+        rank: the rank of α's branch, per head.
+        grid: tokens per axis that the tables are made for, without the prefix. The default is the
+            model's patch grid, or its largest number of positions; a model of MultiheadAttention
+            has no default. Smaller inputs use a part of the tables. Larger ones need `buckets` or
+            `resize_offsets`. If a model takes images of one size only, the grid must have at least
+            as many patches.
+        prefix: the number of tokens before the grid that have no position. The default is the
+            number of class, distillation and register tokens in the model, and 0 for text. Any
+            other number is an error if the model is one of transformers or timm.
+        buckets: as in Translution. The default is None, and 8 for text without a `grid`, which
+            keeps tables small and allows inputs of any length. With buckets=n and grid=n + 1,
+            offsets up to n have a matrix each and all larger ones share one.
+        dry_run: if True, return the plan and leave the model as it is.
 
     Returns:
-        what is changed, layer by layer.
+        a `Plan` with one `Change` per layer.
 
     Raises:
-        ValueError: an argument that doesn't fit; or, with its name, a layer that can't be converted
-            exactly and the reason. Nothing has been changed then. Among the reasons: a q or k with
-            a norm can't be relative in Translution (the norm would act on each pair; α can, as can
-            relative "v"), one with rotary positions can with a `grid` and no buckets: its table
-            then starts with each offset's rotation in it, and expects positions 0, 1, 2, ...
+        ValueError: an argument does not fit, or a layer cannot be converted exactly; the message
+            names the layer and gives the reason. The model is unchanged then. A q or k that is
+            followed by a norm cannot become relative with to="translution", because the norm would
+            act on each pair; relative "v" and to="alpha" work. A q or k with rotary positions can
+            become relative with a `grid` and without buckets. Its table then starts with the
+            rotation of each offset, and expects positions 0, 1, 2, ...
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got {type(model).__name__}, want an nn.Module")
     if to not in ("translution", "alpha"):
         raise ValueError(f"to: got {to!r}, want 'translution' or 'alpha'")
-    relative = _wanted(relative)
-    chosen = _choose(model, layers)
+    relative = _check_relative(relative)
+    chosen = _layers_to_convert(model, layers)
     embedding = embedding_of(model)
     geometry = geometry_of(model, embedding, grid, prefix, buckets)
-    aim = Aim(to, relative, rank, *geometry, dry_run)
+    target = Target(to, relative, rank, *geometry, dry_run)
     made: dict[int, Converted] = {}
     changes = []
     for name, module, family in chosen:
         try:
             if id(module) not in made:
-                made[id(module)] = _make(model, module, family, aim)
+                made[id(module)] = _new_layer(model, module, family, target)
                 changes.append(_change(name, module, made[id(module)]))
         except ValueError as error:
             raise ValueError(f"{name} ({type(module).__name__}): {error}") from None
@@ -158,132 +177,140 @@ def convert(
             setattr(model.get_submodule(parent), last, made[id(module)])
         for change, new in zip(changes, made.values(), strict=True):
             new.name = change.name
-            new.family.placed(new)
-        for part in model.modules():  # its nested path reads the weights of what was there
+            new.family.prepare(new)
+        for part in model.modules():  # nested tensors would read the replaced layer's weights
             if isinstance(part, nn.TransformerEncoder):
                 part.use_nested_tensor = part.enable_nested_tensor = False
         if embedding is not None:
             patches = Patches()
-            embedding.register_forward_hook(patches.see)
+            embedding.register_forward_hook(patches.record)
             for new in made.values():
                 new.patches = patches
     return Plan(to, relative, tuple(changes))
 
 
-def _wanted(relative: Any) -> str:
-    """One or more of "qkv", in that order."""
+def _check_relative(relative: Any) -> str:
+    """`relative` in the order "qkv"; it must name at least one projection."""
     try:
-        found = check_relative(relative)
+        checked = check_relative(relative)
     except ValueError:
-        found = ""
-    if not found:
+        checked = ""
+    if not checked:
         raise ValueError(f"relative: got {relative!r}, want one or more of 'qkv', such as 'kv'")
-    return found
+    return checked
 
 
-def _choose(model: nn.Module, layers: Any) -> list[tuple[str, nn.Module, Family]]:
-    """The layers to convert, under every name that they have. Those converted already count, so
-    that a layer keeps its number, but are not converted again."""
-    known: list[Known] = []
+def _layers_to_convert(model: nn.Module, layers: Any) -> list[tuple[str, nn.Module, Family]]:
+    """The layers to convert, each under every name that it has in the model.
+
+    Layers that are converted already are counted, so that a layer keeps its number, but they are
+    not converted again.
+    """
+    candidates: list[Candidate] = []
     for name, module in model.named_modules(remove_duplicate=False):
         family = family_of(module)
-        across = name.endswith("multihead_attn")  # of nn.TransformerDecoderLayer
-        across |= bool(getattr(module, "is_cross_attention", False))
-        if isinstance(module, Converted) or (family is not None and not across):
+        cross = name.endswith("multihead_attn")  # in nn.TransformerDecoderLayer
+        cross |= bool(getattr(module, "is_cross_attention", False))
+        if isinstance(module, Converted) or (family is not None and not cross):
             if not name:
-                raise ValueError("model: is the attention itself, want a module that holds it")
-            known.append((name, module, family))
-    if not known:
+                raise ValueError(
+                    "model: got an attention layer itself, want a module that contains it"
+                )
+            candidates.append((name, module, family))
+    if not candidates:
         raise ValueError(
-            f"model: got {type(model).__name__}, want one with self-attention that is known "
-            "(help(convert) lists the families)"
+            f"model: got {type(model).__name__}, want one with self-attention of a supported "
+            "family (help(convert) lists them)"
         )
-    chosen = _named(model, known, layers)
+    chosen = _selected_layers(model, candidates, layers)
     fresh = [(name, module, family) for name, module, family in chosen if family is not None]
     if not fresh:
         raise ValueError(
-            f"layers: got {layers}, but all that this asks for ({len(chosen)} of {len(known)} "
+            f"layers: got {layers}, but every selected layer ({len(chosen)} of {len(candidates)} "
             "layers) is converted already; make_relative, make_shared and resize_offsets change it"
         )
     return fresh
 
 
-def _named(model: nn.Module, known: list[Known], layers: Any) -> list[Known]:
-    """Those that `layers` says, of all that are known."""
-    names = [name for name, _, _ in known]
+def _selected_layers(model: nn.Module, candidates: list[Candidate], layers: Any) -> list[Candidate]:
+    """The candidates that the argument `layers` of `convert` selects."""
+    names = [name for name, _, _ in candidates]
     if layers is None:
-        return known
+        return candidates
     if isinstance(layers, int) and not isinstance(layers, bool):
-        if not 1 <= layers <= len(known):
-            raise ValueError(f"layers: got {layers}, want 1 to {len(known)}")
-        found = {id(module) for _, module, _ in known[:layers]}
-        return [one for one in known if id(one[1]) in found]
+        if not 1 <= layers <= len(candidates):
+            raise ValueError(f"layers: got {layers}, want 1 to {len(candidates)}")
+        selected = {id(module) for _, module, _ in candidates[:layers]}
+        return [one for one in candidates if id(one[1]) in selected]
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise ValueError(f"layers: got {layers!r}, want an int, or a list of numbers and names")
-    named, found = dict(model.named_modules(remove_duplicate=False)), set()
+    named, selected = dict(model.named_modules(remove_duplicate=False)), set()
     for layer in layers:
-        whole = isinstance(layer, int) and -len(known) <= layer < len(known)
-        if layer in names or whole:
-            name, module, family = known[layer if whole else names.index(layer)]
+        is_number = isinstance(layer, int) and -len(candidates) <= layer < len(candidates)
+        if layer in names or is_number:
+            name, module, family = candidates[layer if is_number else names.index(layer)]
             if family is None:
                 raise ValueError(
                     f"layers: got {layer!r}, but {name} is converted already; make_relative, "
                     "make_shared and resize_offsets change it"
                 )
-            found.add(id(module))
+            selected.add(id(module))
         else:
             other = type(named.get(layer)).__name__ if layer in named else ""
-            told = f" (a {other}, which is no self-attention that is known)" if other else ""
+            hint = f" (a {other}, which is not self-attention of a supported family)"
             raise ValueError(
-                f"layers: got {layer!r}{told}, want 0 to {len(known) - 1}, or of {names}"
+                f"layers: got {layer!r}{hint if other else ''}, want a number from 0 to "
+                f"{len(candidates) - 1}, or one of the names {names}"
             )
-    return [one for one in known if id(one[1]) in found]
+    return [one for one in candidates if id(one[1]) in selected]
 
 
-def _make(model: nn.Module, module: nn.Module, family: Family, aim: Aim) -> Converted:
-    """The replacement of one module, but for the patches; in a dry run without memory."""
+def _new_layer(model: nn.Module, module: nn.Module, family: Family, target: Target) -> Converted:
+    """The replacement of one module, without its `patches`; on the meta device in a dry run."""
     source = family.describe(module)
-    if source.causal and aim.prefix:
-        raise ValueError("prefix: a causal layer has none here, want prefix=0")
-    tables = aim.relative if aim.to == "translution" else ""  # the projections that become tables
+    if source.causal and target.prefix:
+        raise ValueError(f"prefix: got {target.prefix} for a causal layer, want 0")
+    # the projections that become tables
+    tables = target.relative if target.to == "translution" else ""
     for name in tables:
         if name in source.norms:
             raise ValueError(
-                f"relative: {name!r} has a norm behind its projection, which would act on each "
-                "pair; want relative 'v', or to='alpha'"
+                f"relative: {name!r} is followed by a norm, which would act on each pair; want "
+                "relative 'v', or to='alpha'"
             )
-    turns = None
+    rotation = None
     if source.rotary and set(tables) & set("qk"):
-        turns = _turns(model, aim)
+        rotation = _rotary_frequencies(model, target)
     weight = source.matrices["q"][0]
-    more: dict[str, Any] = {"relative": ""}  # tables are put in below
-    if aim.to == "alpha":
-        more = {"relative": aim.relative, "rank": aim.rank}
-    grid: Any = aim.grid if len(aim.grid) == 2 else aim.grid[0]
-    with torch.device("meta") if aim.dry_run else weight.device:
-        layer: Any = KINDS[aim.to, len(aim.grid)](
+    more: dict[str, Any] = {"relative": ""}  # the tables are set below
+    if target.to == "alpha":
+        more = {"relative": target.relative, "rank": target.rank}
+    grid: Any = target.grid if len(target.grid) == 2 else target.grid[0]
+    with torch.device("meta") if target.dry_run else weight.device:
+        layer: Any = KINDS[target.to, len(target.grid)](
             source.dim, grid, heads=source.heads, head_dim=source.head_dim,
-            causal=source.causal, prefix=aim.prefix, buckets=aim.buckets,
+            causal=source.causal, prefix=target.prefix, buckets=target.buckets,
             dropout=source.dropout, **more,
         ).to(weight.dtype)  # fmt: skip
         trained = any(p.requires_grad for p in module.parameters())
         for name, (matrix, bias) in source.matrices.items():
             if name in tables:
-                if name != "q":  # of grouped heads each has its own
-                    matrix = _each(matrix, source)
-                    bias = None if bias is None else _each(bias, source)
-                side = _filled_projection(matrix.T, bias, layer.layout.classes, aim.dry_run)
+                if name != "q":  # a table has columns for every head, also with grouped heads
+                    matrix = _repeat_grouped_heads(matrix, source)
+                    bias = None if bias is None else _repeat_grouped_heads(bias, source)
+                side = _filled_projection(matrix.T, bias, layer.layout.classes, target.dry_run)
             else:
-                side = _filled_projection(matrix, bias, None, aim.dry_run).requires_grad_(trained)
+                side = _filled_projection(matrix, bias, None, target.dry_run)
+                side = side.requires_grad_(trained)
             setattr(layer, f"{name}_proj", side)
-    turned = source.rotary and turns is None
-    layer.relative, layer.position = aim.relative, "rotary" if turned else "none"
+    rotated_by_host = source.rotary and rotation is None
+    layer.relative, layer.position = target.relative, "rotary" if rotated_by_host else "none"
     layer.scale = source.scale
-    layer.train(module.training).o_proj = source.out  # what is the host's keeps its mode
-    if aim.to == "alpha":
-        _still(layer)
-    if turns is not None and not aim.dry_run:
-        _turn(layer, *turns)
+    layer.train(module.training).o_proj = source.out  # the model's own part keeps its mode
+    if target.to == "alpha":
+        _start_as_attention(layer)
+    if rotation is not None and not target.dry_run:
+        _put_rotation_into_table(layer, *rotation)
     made = Converted(layer, source, family, family.arguments(module))
     made.training = module.training
     return made
@@ -293,8 +320,15 @@ def _make(model: nn.Module, module: nn.Module, family: Family, aim: Aim) -> Conv
 def _filled_projection(
     matrix: Tensor, bias: Tensor | None, classes: int | None, dry_run: bool
 ) -> Any:
-    """A projection of this matrix: nn.Linear's [out, in], or for a table that each class starts
-    with, [in, out]."""
+    """A projection that starts with the given matrix.
+
+    Args:
+        matrix: [out, in] for an nn.Linear; [in, out] for a table, whose every offset class starts
+            with it.
+        bias: [out], or None.
+        classes: the number of offset classes of a table, or None for an nn.Linear.
+        dry_run: if True, leave the weights as they are (they have no memory).
+    """
     inner, outer = matrix.shape if classes is not None else matrix.shape[::-1]
     made = projection(inner, outer, classes, bias is not None).to(matrix.dtype)
     if not dry_run:
@@ -304,16 +338,19 @@ def _filled_projection(
     return made
 
 
-def _each(t: Tensor, source: Source) -> Tensor:
-    """The rows of grouped heads, for every query head."""
+def _repeat_grouped_heads(t: Tensor, source: Source) -> Tensor:
+    """The rows of each key or value head, repeated for every query head that uses it."""
     heads = t.unflatten(0, (source.kv_heads or source.heads, -1))
     return heads.repeat_interleave(source.heads // len(heads), 0).flatten(0, 1)
 
 
 @torch.no_grad()
-def _still(layer: Any) -> None:
-    """α as the attention that it holds: its branches add zero, and because the two are averaged,
-    the other counts double, in the scale (a norm would undo it in W_q) and in W_v."""
+def _start_as_attention(layer: Any) -> None:
+    """Set the weights of α-Translution so that it computes the attention that it contains.
+
+    Its low-rank branch becomes zero. α averages the two branches, so the attention branch is
+    doubled: through the scale (a norm would undo a doubled W_q) and through W_v.
+    """
     if layer.relative_scores:
         (layer.q_table if "q" in layer.relative else layer.k_table).weight.zero_()
         layer.scale *= 2
@@ -323,27 +360,30 @@ def _still(layer: Any) -> None:
             p.mul_(2)
 
 
-def _turns(model: nn.Module, aim: Aim) -> tuple[Tensor, float]:
-    """The rates and the factor of a model's rotary positions, where tables can contain them."""
-    if aim.buckets is not None:
+def _rotary_frequencies(model: nn.Module, target: Target) -> tuple[Tensor, float]:
+    """The frequencies [head_dim / 2] and the scaling factor of a model's rotary positions."""
+    if target.buckets is not None:
         raise ValueError(
-            "relative: q and k have rotary positions, of which a table needs every offset; want "
-            "grid= (the longest input) and no buckets, or relative 'v', or to='alpha'"
+            "relative: q and k have rotary positions, so a table needs a matrix for every offset; "
+            "want grid= (the longest input) and no buckets, or relative 'v', or to='alpha'"
         )
-    found: list[Any] = [m for m in model.modules() if hasattr(m, "inv_freq")]
-    kinds = {getattr(m, "rope_type", "default") for m in found}
-    if len(found) != 1 or kinds & {"dynamic", "longrope"}:
+    embeddings: list[Any] = [m for m in model.modules() if hasattr(m, "inv_freq")]
+    kinds = {getattr(m, "rope_type", "default") for m in embeddings}
+    if len(embeddings) != 1 or kinds & {"dynamic", "longrope"}:
         raise ValueError(
-            f"relative: got {len(found)} rotary embeddings of the types {sorted(kinds)}, want one "
-            "whose rates don't depend on the input; or relative 'v', or to='alpha'"
+            f"relative: got {len(embeddings)} rotary embeddings of the types {sorted(kinds)}, want "
+            "one whose frequencies don't depend on the input; or relative 'v', or to='alpha'"
         )
-    return found[0].inv_freq, float(getattr(found[0], "attention_scaling", 1.0))
+    return embeddings[0].inv_freq, float(getattr(embeddings[0], "attention_scaling", 1.0))
 
 
 @torch.no_grad()
-def _turn(layer: Any, rates: Tensor, factor: float) -> None:
-    """Rotary positions into a table: (R_i q)·(R_j k) = (R_{i-j} q)·k, and so for k the other
-    way."""
+def _put_rotation_into_table(layer: Any, rates: Tensor, factor: float) -> None:
+    """Multiply the matrix of each offset by the rotation of that offset.
+
+    The scores then equal those of rotary positions, because (R_i q)·(R_j k) = (R_{i-j} q)·k. If
+    only k has a table, its matrices are rotated by the negative offset.
+    """
     name = "q" if "q" in layer.relative else "k"
     table = getattr(layer, f"{name}_proj")
     first = 0 if layer.layout.causal else 1 - layer.layout.grid[0]
@@ -358,8 +398,9 @@ def _turn(layer: Any, rates: Tensor, factor: float) -> None:
 
 def _change(name: str, module: nn.Module, made: Converted) -> Change:
     def size(m: nn.Module) -> tuple[int, int]:
-        each = list(m.parameters())
-        return sum(p.numel() for p in each), sum(p.numel() * p.element_size() for p in each)
+        parameters = list(m.parameters())
+        in_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        return sum(p.numel() for p in parameters), in_bytes
 
     before, after = size(module), size(made)
     return Change(

@@ -1,4 +1,4 @@
-"""Where the tokens of a model of another library stand, as far as it says so."""
+"""The grid and the prefix tokens of another library's model, as far as the model defines them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ from .resizing import check_sizes
 __all__ = ["embedding_of", "geometry_of"]
 
 TOKENS = ("cls_token", "distillation_token", "dist_token", "register_tokens", "reg_token")
-BUCKETS = 8  # of texts: few matrices, and inputs of any length
+BUCKETS = 8  # the default for text: few matrices, and inputs of any length
 
 
 def embedding_of(model: nn.Module) -> nn.Conv2d | None:
-    """What makes patches of an image, where the model has one."""
+    """The convolution that makes patches of an image, or None for a model without one."""
     ends = ("patch_embeddings.projection", "patch_embed.proj")
-    found = [
+    embeddings = [
         module
         for name, module in model.named_modules()
         if _ends(name, ends) and isinstance(module, nn.Conv2d)
     ]
-    if len(found) > 1:
-        raise ValueError(f"model: got {len(found)} patch embeddings, want one: convert its parts")
-    return found[0] if found else None
+    if len(embeddings) > 1:
+        raise ValueError(
+            f"model: got {len(embeddings)} patch embeddings, want one; convert each part alone"
+        )
+    return embeddings[0] if embeddings else None
 
 
 def geometry_of(
     model: Any, embedding: nn.Conv2d | None, grid: Any, prefix: int | None, buckets: Any
 ) -> tuple[tuple[int, ...], int, Any]:
-    """grid, prefix and buckets, from the model where they are not given.
+    """The grid, the number of prefix tokens and the buckets, from the model if they are None.
 
     Raises:
-        ValueError: what is given contradicts the model, or is needed.
+        ValueError: an argument contradicts the model, or is None and the model does not define it.
     """
     if embedding is not None:
         dropping = [m for n, m in model.named_modules() if _ends(n, ("patch_drop",))]
         if not all(isinstance(m, nn.Identity) for m in dropping):
-            raise ValueError("patch_drop: the model drops patches in training, want all of them")
+            raise ValueError("patch_drop: the model drops patches in training, want it to keep all")
         holder = _holder(model, embedding)
         host = _holder(model, holder)
         return _patches(holder, host, embedding, grid), _prefix(model, host, prefix), buckets
@@ -50,7 +52,7 @@ def geometry_of(
         return check_sizes(grid, axes), prefix, buckets
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if most is None:
-        raise ValueError("grid: got None, but the model does not say it; want tokens per axis")
+        raise ValueError("grid: got None, but the model does not define it; want tokens per axis")
     return (most,), prefix, BUCKETS if buckets is None else buckets
 
 
@@ -59,14 +61,14 @@ def _ends(name: str, ends: tuple[str, ...]) -> bool:
 
 
 def _holder(model: nn.Module, part: nn.Module) -> nn.Module:
-    """The module that has this one as an attribute; the model itself has none."""
+    """The module that has `part` as a child, or `part` itself if there is none."""
     return next((m for m in model.modules() if part in m.children()), part)
 
 
 def _patches(
     holder: nn.Module, host: nn.Module, embedding: nn.Conv2d, grid: Any
 ) -> tuple[int, ...]:
-    """The patch grid: the one that an image model was made for, or another that it can take."""
+    """Rows and columns of patches: those that the model was made for, or `grid` if it fits them."""
     made: Any = getattr(holder, "grid_size", None)
     image: Any = getattr(holder, "image_size", None)
     if made is None and image is not None:
@@ -74,7 +76,7 @@ def _patches(
         steps = zip(image, embedding.kernel_size, strict=True)
         made = tuple(pixels // step for pixels, step in steps)
     if grid is None and made is None:
-        raise ValueError("grid: got None, but the model does not say it; want rows and columns")
+        raise ValueError("grid: got None, but the model does not define it; want rows and columns")
     sizes = check_sizes(made if grid is None else grid, 2)
     one_size = "interpolate_pos_encoding" in inspect.signature(host.forward).parameters
     one_size = getattr(holder, "strict_img_size", one_size)
@@ -87,15 +89,18 @@ def _patches(
 
 
 def _prefix(model: nn.Module, host: nn.Module, prefix: int | None) -> int:
-    """The tokens before the patches; what another module than transformers' and timm's own adds
-    to those that are found, only the caller knows."""
+    """The number of tokens before the patches.
+
+    Models of transformers and timm have exactly the tokens that are listed in TOKENS. Other models
+    may add more, whose number only the caller can give.
+    """
     tokens = {n: p.shape[1] for n, p in model.named_parameters() if _ends(n, TOKENS)}
-    found = sum(tokens.values())
+    count = sum(tokens.values())
     if prefix is None:
-        return found
-    whole = type(host).__module__.partition(".")[0] in ("transformers", "timm")
-    if not isinstance(prefix, int) or (prefix != found if whole else prefix < found):
-        told = f" ({', '.join(tokens)})" if tokens else ""
-        want = found if whole else f"at least {found}"
-        raise ValueError(f"prefix: got {prefix!r}, but the model has {found}{told}; want {want}")
-    return found if whole else prefix
+        return count
+    exact = type(host).__module__.partition(".")[0] in ("transformers", "timm")
+    if not isinstance(prefix, int) or (prefix != count if exact else prefix < count):
+        names = f" ({', '.join(tokens)})" if tokens else ""
+        want = count if exact else f"at least {count}"
+        raise ValueError(f"prefix: got {prefix!r}, but the model has {count}{names}; want {want}")
+    return count if exact else prefix

@@ -18,40 +18,43 @@ __all__ = ["Converted", "Patches", "rotated"]
 
 
 class Patches:
-    """Where the patches of an image model stand: its patch embedding tells, image by image.
+    """The patch grid of the images that a model currently processes.
+
+    Its method `record` is a forward hook of the model's patch embedding.
 
     Attributes:
-        grid: rows and columns of the last images; None before the first.
+        grid: rows and columns of patches in the last batch; None before the first batch.
     """
 
     def __init__(self) -> None:
         self.grid: tuple[int, ...] | None = None
 
-    def see(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """A forward hook of the convolution that makes patches."""
+    def record(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Store the grid of the convolution's output [batch, dim, rows, columns]."""
         self.grid = tuple(output.shape[-2:])
 
 
 class Converted(nn.Module):
-    """Translution behind another library's forward signature.
+    """Translution or α-Translution with the forward signature of another library's attention.
 
-    Its host calls it as it called what was there: with masks, rotary positions and caches of its
-    own. A cache then holds, per layer, what this one's keys and values are made from (the inputs,
-    where they are relative).
+    The model calls it as it called the replaced module, with its own masks, rotary positions and
+    caches. Per layer, a cache holds the keys and values, or the layer's inputs where a key or value
+    is relative.
 
     Args:
-        layer: Translution or α-Translution, whose projections and layout are used. Where it says
-            `rotary`, q and k are turned by the host's positions.
-        source: what the replaced module held beside them.
-        family: how it was called.
-        arguments: the names of its forward's arguments.
+        layer: the Translution or α-Translution layer whose projections and layout are used. With
+            `layer.position` "rotary", q and k are rotated by the model's positions.
+        source: the other parts of the replaced module.
+        family: the adapter for the replaced module's forward.
+        arguments: the argument names of that forward, in order.
 
     Attributes:
-        patches: on images, what knows the grid of the input.
-        name: its own in the model that was converted.
+        patches: the patch grid of the input, for image models; None for text.
+        name: the name of the layer in the converted model.
 
     Raises:
-        ValueError: (forward) an input or cache that the layer has no places for.
+        ValueError: (from forward) an input that does not fit the layout, or a cache for a layer
+            that is not causal.
     """
 
     def __init__(
@@ -70,18 +73,18 @@ class Converted(nn.Module):
         self.norms = nn.ModuleDict(source.norms)
         self.between = nn.ModuleDict(source.between)
         self.after = source.after
-        for name, value in source.tell.items():
+        for name, value in source.attributes.items():
             setattr(self, name, value)
 
     def forward(self, *args: Any, **given: Any) -> Any:
-        """As that of the replaced module."""
+        """Take the arguments of the replaced module's forward, and return what it returned."""
         given = dict(zip(self.arguments, args, strict=False)) | given
         call = self.family.read(self, given)
-        sides = self._sides(call.x, call.turn if self.layer.position == "rotary" else None)
+        sides = self._sides(call.x, call.rotation if self.layer.position == "rotary" else None)
         held = 0
         if call.cache is not None:
-            sides, held = self._recall(sides, call.cache)
-        sides = {name: self._each_head(name, side) for name, side in sides.items()}
+            sides, held = self._update_cache(sides, call.cache)
+        sides = {name: self._repeat_grouped(name, side) for name, side in sides.items()}
         layout = self._layout(call.x.shape[1], held)
         s, mask = self._scores(sides, layout), call.mask
         empty = layout.may_be_empty
@@ -94,51 +97,59 @@ class Converted(nn.Module):
         if "gate" in self.between:
             y = y * self.between["gate"](call.x).sigmoid()
         y = self.after(self.layer.o_proj(y))
-        return self.family.answer(self, given, y, self.layer.primitives.weights(a).to(y.dtype))
+        return self.family.result(self, given, y, self.layer.primitives.weights(a).to(y.dtype))
 
-    def _sides(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> dict[str, Operand]:
-        """What scores and mix are made from; α's branch under "low q" and so on."""
+    def _sides(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> dict[str, Operand]:
+        """The operands q, k and v of the tokens x, and α's low-rank branch as "low q" and so on."""
         layer, sides = self.layer, {}
         for name in "qkv":
             side = as_operand(getattr(layer, f"{name}_proj")(x))
-            turned = turn is not None and name in "qk"
-            if name in self.norms or turned:
+            rotates = rotation is not None and name in "qk"
+            if name in self.norms or rotates:
                 if side.weight is not None:
                     raise ValueError(
                         f"relative: {name!r} has a norm or rotary positions, want it shared"
                     )
                 heads = side.x.unflatten(-1, (-1, layer.head_dim))
                 heads = self.norms[name](heads) if name in self.norms else heads
-                if turn is not None and turned:
-                    heads = rotated(heads, *(t.unsqueeze(-2) for t in turn))
+                if rotation is not None and rotates:
+                    heads = rotated(heads, *(t.unsqueeze(-2) for t in rotation))
                 side = Operand(heads.flatten(-2))
             sides[name] = side
             if hasattr(layer, f"{name}_down"):
                 sides[f"low {name}"] = layer._branch(name, x)
         return sides
 
-    def _recall(self, sides: dict[str, Operand], cache: Any) -> tuple[dict[str, Operand], int]:
-        """The sides with the tokens before, and how many those are. What is kept is one tensor
-        beside the other, each once; the cache knows it as keys of a single head."""
+    def _update_cache(
+        self, sides: dict[str, Operand], cache: Any
+    ) -> tuple[dict[str, Operand], int]:
+        """Append the new tokens to the cache.
+
+        The tensors of k and v are stored side by side on the last axis, each once, in the cache's
+        keys, which therefore have a single head.
+
+        Returns:
+            the sides, of which k and v contain the earlier tokens too, and the number of those.
+        """
         if not self.layer.layout.causal:
             raise ValueError("past_key_values: got a cache, want none: the layer is not causal")
         kept = {id(s.x): s.x for name, s in sides.items() if name[-1] in "kv"}
         packed = torch.cat(list(kept.values()), -1)[:, None]
         rows, _ = cache.update(packed, packed[..., :0], self.index)
         each = rows[:, 0].split([x.shape[-1] for x in kept.values()], -1)
-        found = dict(zip(kept, each, strict=True))
-        whole = {n: s._replace(x=found[id(s.x)]) if n[-1] in "kv" else s for n, s in sides.items()}
+        cached = dict(zip(kept, each, strict=True))
+        whole = {n: s._replace(x=cached[id(s.x)]) if n[-1] in "kv" else s for n, s in sides.items()}
         return whole, rows.shape[2] - packed.shape[2]
 
-    def _each_head(self, name: str, side: Operand) -> Operand:
-        """A shared key or value of grouped heads, for each of them."""
+    def _repeat_grouped(self, name: str, side: Operand) -> Operand:
+        """With grouped heads, repeat each key or value head for the query heads that share it."""
         if self.grouped == 1 or name not in ("k", "v") or side.weight is not None:
             return side
         heads = side.x.unflatten(-1, (-1, self.layer.head_dim))
         return Operand(heads.repeat_interleave(self.grouped, -2).flatten(-2))
 
     def _scores(self, sides: dict[str, Operand], layout: Layout) -> Tensor:
-        """The mean over the branches, as in α-Translution; Translution has one."""
+        """The mean of the branches' scores: two branches in α-Translution, one in Translution."""
         branches = [name for name in ("", "low ") if f"{name}q" in sides]
         scores = []
         for name in branches:
@@ -172,7 +183,7 @@ class Converted(nn.Module):
 
 
 def _layout_of(spec: str, grid: tuple[int, ...], held: int) -> Layout:
-    """Tracing takes the layout as a constant, as in `Attention`."""
+    """The layout of the new queries; a function of its own, which tracing takes as a constant."""
     return _cached_layout_of(spec, grid, held)
 
 
@@ -187,6 +198,6 @@ def _cached_layout_of(spec: str, grid: tuple[int, ...], held: int) -> Layout:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (p, p + d/2) of the last axis, as Llama does."""
+    """Rotate the channel pairs (p, p + d/2) of the last axis, in the order that Llama uses."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin

@@ -1,4 +1,4 @@
-"""The same tables for another grid, and projections that become relative or shared again."""
+"""Fits tables to another grid or window, and makes projections relative or shared again."""
 
 from __future__ import annotations
 
@@ -29,23 +29,26 @@ def resize_offsets(
 ) -> None:
     """Fit the tables of a layer, or of all layers in a model, to another grid or window, in place.
 
-    A new offset takes the entries of the old one at the same place: interpolated between its
-    neighbours, axis by axis, exact where they coincide, and the last one beyond. Prefix classes
-    stay as they are. A `ViT` or `GPT` then takes inputs of that size; its learned positions are
-    interpolated over the image or text. A converted model resizes positions of its own in its own
-    ways. Parameters are new ones: an optimizer is made after it.
+    Each new offset gets a table entry that is linearly interpolated, axis by axis, between the two
+    nearest old offsets. The entry of an old offset is copied exactly, and offsets beyond the old
+    ones get the entry of the last one. The entries of prefix tokens stay as they are.
+
+    A `ViT` or `GPT` takes inputs of the new size afterwards, and its learned positions are
+    interpolated too. A converted model keeps its own position embedding, which its own library
+    resizes. Make the optimizer afterwards, because the parameters are new.
 
     Args:
-        model: Translution, α-Translution or attention with a relative bias, or what holds them.
-        grid: tokens per axis from now on (an int for all axes); None leaves it.
-        window: the window from now on, as in Translution; None leaves it.
-        stretch: offsets are shares of the grid: an image of more pixels is the same image. False:
-            offsets are counted in tokens, and known ones keep their entries.
+        model: Translution, α-Translution or attention with a relative bias, or a module that
+            contains such layers.
+        grid: the new number of tokens per axis (an int for all axes); None keeps the old one.
+        window: the new window, as in Translution; None keeps the old one.
+        stretch: if True, offsets scale with the grid, as when the same image has more pixels. If
+            False, offsets are counted in tokens, and each old offset keeps its entry.
 
     Raises:
-        ValueError: an argument that doesn't fit (naming the layer), tables divided over processes,
-            learned positions with stretch=False, or nothing to resize. Nothing has been changed
-            then.
+        ValueError: an argument does not fit a layer (the message names the layer), tables are
+            divided over processes, a model has learned positions and stretch is False, or there is
+            nothing to resize. The model is unchanged then.
     """
     if grid is None and window is None:
         raise ValueError("grid: got None, want tokens per axis (or a window)")
@@ -64,7 +67,10 @@ def resize_offsets(
         None if grid is None else check_sizes(grid, 2 if isinstance(m, ViT) else 1) for m in models
     ]
     if not stretch and grid is not None and any(m.positions is not None for m in models):
-        raise ValueError("stretch: got False for learned positions, which go on over the whole")
+        raise ValueError(
+            "stretch: got False for learned positions, want True, as they are interpolated over "
+            "the whole grid"
+        )
     for name, layout in layouts.items():
         for part in layers[name].modules():
             if isinstance(part, RelativeLinear | RelativeBias):
@@ -76,16 +82,16 @@ def resize_offsets(
 
 
 def check_sizes(grid: Any, axes: int) -> tuple[int, ...]:
-    """One size per axis, of one for all or a sequence."""
+    """One size per axis, from a sequence or from one int for all axes."""
     sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * axes
-    fine = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes)
-    if len(sizes) != axes or not fine:
+    valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes)
+    if len(sizes) != axes or not valid:
         raise ValueError(f"grid: got {grid!r}, want {axes} ints of at least 1 (or one for all)")
     return sizes
 
 
 def _resized(layer: Attention, grid: Sizes | None, window: Any) -> Layout:
-    """The layer's new layout."""
+    """The layer's layout with the new grid and window."""
     old = layer.layout
     if any(getattr(part, "shard", None) for part in layer.modules()):
         raise ValueError("model: its tables are divided over processes, want whole ones")
@@ -96,27 +102,36 @@ def _resized(layer: Attention, grid: Sizes | None, window: Any) -> Layout:
 
 @torch.no_grad()
 def _resize_table(part: Any, old: Layout, new: Layout, stretch: bool) -> None:
-    if not old.offset_classes:  # the prefix alone asks
+    if not old.offset_classes:  # only prefix tokens are queries, so no table entry has an offset
         return
     part.classes = new.classes
     for name, table in list(part.named_parameters(recurse=False)):
         rows = table[: old.offset_classes].unflatten(0, old.axis_classes)
         rows = rows if table.dtype == torch.float64 else rows.float()
         for axis in range(len(old.grid)):
-            near, far, share = (t.to(table.device) for t in _between(old, new, axis, stretch))
-            share = share.to(rows.dtype).view(-1, *(1,) * (rows.ndim - axis - 1))
-            rows = torch.lerp(rows.index_select(axis, near), rows.index_select(axis, far), share)
+            near, far, part_of_far = (
+                t.to(table.device) for t in _interpolation(old, new, axis, stretch)
+            )
+            weight = part_of_far.to(rows.dtype).view(-1, *(1,) * (rows.ndim - axis - 1))
+            rows = torch.lerp(rows.index_select(axis, near), rows.index_select(axis, far), weight)
         rows = rows.flatten(0, len(old.grid) - 1).to(table.dtype)
         whole = torch.cat([rows, table[old.offset_classes :]])
         setattr(part, name, nn.Parameter(whole, requires_grad=table.requires_grad))
 
 
-def _between(old: Layout, new: Layout, axis: int, stretch: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """For each new class on this axis the two old ones it lies between, and the share of the
-    second; the same class twice where it coincides with one or lies beyond the last."""
+def _interpolation(
+    old: Layout, new: Layout, axis: int, stretch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Interpolation between the old offset classes of an axis, for each new one.
+
+    Returns:
+        the old class before each new one, the old class after it, and the weight of the second,
+        from 0 to 1. Both are the same class where the new offset is an old one or lies beyond the
+        last.
+    """
     have = _offsets(old, axis)
     scale = (old.grid[axis], new.grid[axis]) if stretch else (1, 1)
-    at = _offsets(new, axis) * scale[0] / scale[1]  # a whole number stays one
+    at = _offsets(new, axis) * scale[0] / scale[1]  # this order keeps whole numbers exact
     at = at.clamp(have[0], have[-1])
     near = torch.searchsorted(have, at, right=True) - 1
     far = torch.where(have[near] == at, near, (near + 1).clamp(max=len(have) - 1))
@@ -125,7 +140,7 @@ def _between(old: Layout, new: Layout, axis: int, stretch: bool) -> tuple[Tensor
 
 
 def _offsets(layout: Layout, axis: int) -> Tensor:
-    """float64: the offset of each class on an axis, in tokens; of a bucket that nearest to 0."""
+    """The offset of each class on an axis, in tokens, as float64 (of a bucket: the nearest 0)."""
     starts = [n * layout.dilation[axis] for n in layout.bucket_starts(axis)]
     before = [] if layout.causal else [-n for n in reversed(starts)]
     return torch.tensor([*before, 0, *starts], dtype=torch.float64)
@@ -133,7 +148,7 @@ def _offsets(layout: Layout, axis: int) -> Tensor:
 
 @torch.no_grad()
 def _resize_model(model: ViT | GPT, grid: tuple[int, ...]) -> None:
-    """The model's own idea of its size, and its learned positions [1, *grid, dim]."""
+    """Fit the model's configuration and its learned positions [1, *grid, dim] to the new grid."""
     if model.positions is not None and tuple(model.positions.shape[1:-1]) != grid:
         kept = model.positions
         wide = kept if kept.dtype == torch.float64 else kept.float()
@@ -147,38 +162,45 @@ def _resize_model(model: ViT | GPT, grid: tuple[int, ...]) -> None:
     pixels = tuple(n * p for n, p in zip(grid, model.config.patch_size, strict=True))
     model.config = dataclasses.replace(model.config, image_size=pixels)
     for block in model.blocks:
-        if hasattr(block.mixer, "grid"):  # of ACmix and convolution: a default
+        if hasattr(block.mixer, "grid"):  # ACmix and convolution use it as their default grid
             block.mixer.grid = grid
 
 
 def make_relative(layer: nn.Module, relative: str) -> None:
-    """Give shared projections of Translution a table, in place: every entry is the matrix that was
-    shared, so the outputs stay. What is relative already stays. Parameters are new ones: an
-    optimizer is made after it.
+    """Replace shared projections of Translution with tables, in place.
+
+    Every table entry starts as the matrix that was shared, so the outputs stay the same.
+    Projections that are relative already stay as they are. Make the optimizer afterwards, because
+    the parameters are new.
 
     Args:
-        layer: Translution on 1 to 3 axes, or what holds some, as a converted model or a part of
-            it: then all of them.
-        relative: which of "q", "k", "v".
+        layer: a Translution layer with 1 to 3 axes, or a module that contains such layers, such as
+            a converted model; all of them are changed.
+        relative: which of "q", "k", "v" become relative.
 
     Raises:
-        ValueError: no such layer; or q or k of one with rotary positions or norms, or a k or v that
-            groups of heads share. Nothing has been changed then.
+        ValueError: there is no such layer; q or k cannot have a table, because the layer has rotary
+            positions or norms; or k or v cannot, because groups of heads share it. Nothing has been
+            changed then.
     """
     _exchange(layer, relative, table=True)
 
 
 def make_shared(layer: nn.Module, relative: str) -> None:
-    """Give tables of Translution up, in place: the mean of all entries is shared. What is shared
-    already stays. Parameters are new ones: an optimizer is made after it.
+    """Replace tables of Translution with one shared matrix each, in place.
+
+    The shared matrix is the mean of all entries of the table, so the outputs change unless all
+    entries are equal. Projections that are shared already stay as they are. Make the optimizer
+    afterwards, because the parameters are new.
 
     Args:
-        layer: Translution on 1 to 3 axes, or what holds some, as a converted model or a part of
-            it: then all of them.
-        relative: which of "q", "k", "v".
+        layer: a Translution layer with 1 to 3 axes, or a module that contains such layers, such as
+            a converted model; all of them are changed.
+        relative: which of "q", "k", "v" become shared.
 
     Raises:
-        ValueError: no such layer, or tables divided over processes. Nothing has been changed then.
+        ValueError: there is no such layer, or tables are divided over processes. Nothing has been
+            changed then.
     """
     _exchange(layer, relative, table=False)
 
@@ -191,7 +213,8 @@ def _exchange(whole: Any, relative: str, table: bool) -> None:
     layers = {name: m for name, m in named.items() if isinstance(m, kinds)}
     if not layers:
         raise ValueError(
-            f"layer: got {type(whole).__name__}, want Translution1d, 2d or 3d, or what holds them"
+            f"layer: got {type(whole).__name__}, want Translution1d, 2d or 3d, or a module that "
+            "contains them"
         )
     normed = {id(m.layer): set(m.norms) for m in named.values() if isinstance(m, Converted)}
     for name, layer in layers.items():
@@ -205,15 +228,15 @@ def _exchange(whole: Any, relative: str, table: bool) -> None:
         kept = set(layer.relative)
         kept = kept | set(relative) if table else kept - set(relative)
         layer.relative = check_relative("".join(kept))
-    for model in named.values():  # the model's own idea of it, so that what is saved fits
+    for model in named.values():  # a saved model must fit its configuration
         if isinstance(model, ViT | GPT):
-            found = {m.relative for m in model.modules() if isinstance(m, kinds)}
-            if len(found) == 1:
-                model.config = dataclasses.replace(model.config, relative=found.pop())
+            options = {m.relative for m in model.modules() if isinstance(m, kinds)}
+            if len(options) == 1:
+                model.config = dataclasses.replace(model.config, relative=options.pop())
 
 
 def _sides(layer: Any, relative: str, table: bool) -> list[str]:
-    """The projections that change."""
+    """The projections of `relative` that are not yet as wanted: tables, or shared."""
     return [name for name in relative if (name in layer.relative) is not table]
 
 
@@ -231,7 +254,7 @@ def _check_exchange(layer: Any, relative: str, table: bool, normed: set[str]) ->
 
 
 def _exchanged(layer: Any, side: str, table: bool) -> Any:
-    """The projection with a table of its matrix, or with the mean of its table."""
+    """A new projection: a table in which every entry is the old matrix, or the mean of a table."""
     old = getattr(layer, f"{side}_proj")
     classes = layer.layout.classes if table else None
     with old.weight.device:

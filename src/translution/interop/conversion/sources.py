@@ -1,6 +1,6 @@
-"""Attention modules of other libraries in this one's terms: an adapter per family.
+"""Adapters for the attention modules of other libraries, one per family.
 
-Nothing here imports those libraries: their classes are known by name.
+A module is recognised by the name of its Python class, so none of those libraries is imported here.
 """
 
 from __future__ import annotations
@@ -18,27 +18,42 @@ __all__ = ["Call", "Family", "Source", "family_of"]
 
 
 class Call(NamedTuple):
-    """What a family's forward was asked for.
+    """The arguments of a forward call, in one form for all families.
 
-    x: [batch, tokens, dim]. mask: boolean (True = may look) or a number to add, broadcastable to
-    [batch, heads, queries, keys]. turn: cosine and sine [batch, tokens, head_dim] of rotary
-    positions. cache: of transformers.
+    Attributes:
+        x: the tokens [batch, tokens, dim].
+        mask: boolean, True where a query sees a key, or numbers that are added to the scores;
+            broadcastable to [batch, heads, queries, keys].
+        rotation: cosine and sine [batch, tokens, head_dim] of rotary positions.
+        cache: a cache of transformers.
     """
 
     x: Tensor
     mask: Tensor | None = None
-    turn: tuple[Tensor, Tensor] | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
     cache: Any = None
 
 
 @dataclass
 class Source:
-    """What an attention module holds.
+    """The weights and options of an attention module.
 
-    matrices: of "q", "k" and "v", a weight [out, in] and a bias [out] or None. norms: of each head
-    of "q" or "k". out: what follows the heads. between: "norm", on the heads joined; "gate", whose
-    sigmoid of the input multiplies them. after: a dropout behind `out`. index: the layer's number
-    in a cache. tell: further attributes that its host asks for.
+    Attributes:
+        dim: channels of a token.
+        heads, head_dim: the number of query heads, and the channels of a head.
+        matrices: for "q", "k" and "v", a weight [out, in] and a bias [out] or None.
+        out: the output projection.
+        scale: the factor of the scores.
+        dropout: the probability with which an attention weight is dropped in training.
+        kv_heads: the number of key and value heads if it is smaller than `heads`, else 0.
+        causal: whether a query sees only keys at or before it.
+        rotary: whether q and k get rotary positions.
+        norms: a norm of each head of "q" or "k", by that name.
+        between: modules between the heads and `out`: "norm" acts on the concatenated heads, and
+            the sigmoid of "gate" applied to the input multiplies them.
+        after: a dropout after `out`.
+        index: the layer's number in a cache.
+        attributes: further attributes of the module that the model reads.
     """
 
     dim: int
@@ -55,38 +70,40 @@ class Source:
     between: dict[str, nn.Module] = field(default_factory=dict)
     after: nn.Module = field(default_factory=nn.Identity)
     index: int = 0
-    tell: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
-def _nothing(module: nn.Module) -> None:
-    """(A lambda could not be pickled.)"""
+def _no_preparation(module: nn.Module) -> None:
+    """Do nothing. It is a function because a lambda cannot be pickled."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of module is read and spoken for.
+    """The adapter for one kind of attention module.
 
-    describe: the module as a `Source`; a ValueError says why it can't be one. read: of what stands
-    in the module's place, and its forward's arguments by name, the call. answer: of these, the
-    tokens [batch, tokens, dim] and the weights, what that forward returns. placed: what its host
-    needs to be done with the one in its place.
+    Attributes:
+        describe: the `Source` of a module; raises ValueError if the module cannot be converted.
+        read: makes a `Call` from the new module and the arguments of its forward, by name.
+        result: makes the return value of forward from the new module, the arguments, the output
+            tokens [batch, tokens, dim] and the attention weights.
+        prepare: called once with the new module, after it has replaced the old one.
     """
 
     describe: Callable[[Any], Source]
     read: Callable[[Any, dict[str, Any]], Call]
-    answer: Callable[[Any, dict[str, Any], Tensor, Tensor], Any]
-    placed: Callable[[nn.Module], None] = _nothing
+    result: Callable[[Any, dict[str, Any], Tensor, Tensor], Any]
+    prepare: Callable[[nn.Module], None] = _no_preparation
 
     @staticmethod
     def arguments(module: nn.Module) -> tuple[str, ...]:
-        """The names of the forward's arguments, in their order."""
+        """The names of the arguments of the module's forward, in order."""
         return tuple(inspect.signature(module.forward).parameters)
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family that a module is of; None where it is no self-attention that is known."""
+    """The family of a module, or None if it is not a supported self-attention."""
     for kind in type(module).__mro__:
-        if "forward" in vars(kind):  # what is computed is decided here, under any subclass
+        if "forward" in vars(kind):  # a subclass that keeps forward computes the same
             for (library, name), family in FAMILIES.items():
                 if kind.__name__ == name and f"{kind.__module__}.".startswith(f"{library}."):
                     return family
@@ -105,8 +122,8 @@ def linear(module: Any) -> tuple[Tensor, Tensor | None]:
     return weight, module.bias
 
 
-def parts(weight: Tensor, bias: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Those of "q", "k" and "v" of one matrix for all three."""
+def split_qkv(weight: Tensor, bias: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias of "q", "k" and "v", split from one projection that computes all three."""
     biases: Any = (None,) * 3 if bias is None else bias.chunk(3)
     return dict(zip("qkv", zip(weight.chunk(3), biases, strict=True), strict=True))
 
@@ -114,29 +131,30 @@ def parts(weight: Tensor, bias: Tensor | None) -> dict[str, tuple[Tensor, Tensor
 # -- transformers ----------------------------------------------------------------------------------
 
 
-def _hugging(module: Any, **given: Any) -> Source:
-    """What its attentions have in common."""
-    how = module.config._attn_implementation
-    if how not in ("eager", "sdpa"):
+def _transformers_source(module: Any, **options: Any) -> Source:
+    """A source with the options that all attention modules of transformers have in common."""
+    implementation = module.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
         raise ValueError(
-            f"attn_implementation is {how!r}, whose masks are not dense; want 'sdpa' or 'eager'"
+            f"attn_implementation is {implementation!r}, whose masks are not dense; want 'sdpa' or "
+            "'eager'"
         )
     causal = bool(module.is_causal)
-    return Source(**given, causal=causal, scale=module.scaling, index=_number(module))
+    return Source(**options, causal=causal, scale=module.scaling, index=_layer_number(module))
 
 
-def _number(module: Any) -> int:
+def _layer_number(module: Any) -> int:
     return getattr(module, "layer_idx", None) or 0
 
 
 def _separate(module: Any) -> Source:
-    """ViT, DeiT, DINOv2, Llama and its like: q_proj, k_proj, v_proj, o_proj."""
+    """ViT, DeiT, DINOv2, Llama, Mistral and Qwen: q_proj, k_proj, v_proj and o_proj."""
     config, norms = module.config, {}
     for name in "qk":
         if hasattr(module, f"{name}_norm"):
             norms[name] = getattr(module, f"{name}_norm")
     rotary = "position_embeddings" in Family.arguments(module)
-    return _hugging(
+    return _transformers_source(
         module,
         dim=module.q_proj.weight.shape[1],
         heads=config.num_attention_heads,
@@ -151,9 +169,9 @@ def _separate(module: Any) -> Source:
 
 
 def _bert(module: Any) -> Source:
-    """The output projection of BERT is outside."""
+    """BERT, RoBERTa and ELECTRA, whose output projection is outside the attention module."""
     names = {"q": "query", "k": "key", "v": "value"}
-    return _hugging(
+    return _transformers_source(
         module,
         dim=module.query.weight.shape[1],
         heads=module.num_attention_heads,
@@ -165,19 +183,19 @@ def _bert(module: Any) -> Source:
 
 
 def _gpt2(module: Any) -> Source:
-    return _hugging(
+    return _transformers_source(
         module,
         dim=module.embed_dim,
         heads=module.num_heads,
         head_dim=module.head_dim,
-        matrices=parts(*linear(module.c_attn)),
+        matrices=split_qkv(*linear(module.c_attn)),
         out=module.c_proj,
         dropout=module.attn_dropout.p,
         after=module.resid_dropout,
     )
 
 
-def _read_hugging(module: Any, given: dict[str, Any]) -> Call:
+def _read_transformers(module: Any, given: dict[str, Any]) -> Call:
     causal = module.layer.layout.causal
     if given.get("is_causal", causal) not in (causal, None):
         raise ValueError(f"is_causal: got {given['is_causal']}, want {causal}, as converted")
@@ -185,8 +203,8 @@ def _read_hugging(module: Any, given: dict[str, Any]) -> Call:
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is not None and "DynamicCache" not in {kind.__name__ for kind in type(cache).__mro__}:
         raise ValueError(
-            f"past_key_values: got a {type(cache).__name__}, but a relative key or value is made "
-            "from the inputs, which only a DynamicCache can hold; or want use_cache=False"
+            f"past_key_values: got a {type(cache).__name__}, want a DynamicCache (only it can hold "
+            "the inputs that relative keys and values are made from), or use_cache=False"
         )
     return Call(
         given["hidden_states"],
@@ -196,21 +214,25 @@ def _read_hugging(module: Any, given: dict[str, Any]) -> Call:
     )
 
 
-def _pair(_: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
+def _tokens_and_weights(_: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
     return y, weights
 
 
 class Recorder:
-    """A forward hook that lets output_attentions find a module: transformers looks for modules of
-    the classes it knows. Its own hook is a local function: pickled, this one makes it anew."""
+    """A forward hook that makes output_attentions=True of transformers work for a converted layer.
+
+    transformers records the attention weights of its own classes only, through a hook that is a
+    local function and cannot be pickled. This object holds that hook, and creates it again when it
+    is unpickled.
+    """
 
     def __init__(self) -> None:
         capturing = sys.modules.get("transformers.utils.output_capturing")
         install = getattr(capturing, "install_output_capuring_hook", None)
-        apart = nn.Module()
+        carrier = nn.Module()
         if install is not None:
-            install(apart, "attentions", 1)
-        self.hooks = list(apart._forward_hooks.values())
+            install(carrier, "attentions", 1)
+        self.hooks = list(carrier._forward_hooks.values())
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         for hook in self.hooks:
@@ -220,7 +242,7 @@ class Recorder:
         return Recorder, ()
 
 
-def _record(module: nn.Module) -> None:
+def _add_recorder(module: nn.Module) -> None:
     module.register_forward_hook(Recorder())
 
 
@@ -228,31 +250,31 @@ def _record(module: nn.Module) -> None:
 
 
 def _timm(module: Any) -> Source:
-    def real(**named: nn.Module | None) -> dict[str, nn.Module]:
+    def present(**named: nn.Module | None) -> dict[str, nn.Module]:
         return {k: m for k, m in named.items() if m is not None and not isinstance(m, nn.Identity)}
 
     return Source(
         dim=module.qkv.weight.shape[1],
         heads=module.num_heads,
         head_dim=module.head_dim,
-        matrices=parts(*linear(module.qkv)),
+        matrices=split_qkv(*linear(module.qkv)),
         out=module.proj,
         scale=module.scale,
         dropout=module.attn_drop.p,
-        norms=real(q=module.q_norm, k=module.k_norm),
-        between=real(norm=module.norm, gate=getattr(module, "gate", None)),
+        norms=present(q=module.q_norm, k=module.k_norm),
+        between=present(norm=module.norm, gate=getattr(module, "gate", None)),
         after=module.proj_drop,
     )
 
 
 def _read_timm(_: Any, given: dict[str, Any]) -> Call:
     x, mask = given["x"], given.get("attn_mask")
-    if given.get("is_causal"):  # takes precedence, as there
+    if given.get("is_causal"):  # takes precedence over a mask, as in timm
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
     return Call(x, mask)
 
 
-def _alone(_: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
+def _tokens_only(_: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
     return y
 
 
@@ -263,18 +285,21 @@ def _multihead(module: Any) -> Source:
     if not module._qkv_same_embed_dim:
         raise ValueError("kdim or vdim differ from embed_dim: it is cross-attention")
     if module.bias_k is not None or module.add_zero_attn:
-        raise ValueError("add_bias_kv or add_zero_attn add keys that have no place")
+        raise ValueError("add_bias_kv or add_zero_attn add keys that have no position")
     # in_proj_bias None keeps TransformerEncoderLayer from its fused path, which reads the weights
-    tell = {"batch_first": module.batch_first, "in_proj_bias": None, "_qkv_same_embed_dim": False}
+    attributes = {
+        "batch_first": module.batch_first, "in_proj_bias": None, "_qkv_same_embed_dim": False,
+        "num_heads": module.num_heads, "embed_dim": module.embed_dim,
+    }  # fmt: skip
     return Source(
         dim=module.embed_dim,
         heads=module.num_heads,
         head_dim=module.head_dim,
-        matrices=parts(module.in_proj_weight, module.in_proj_bias),
+        matrices=split_qkv(module.in_proj_weight, module.in_proj_bias),
         out=module.out_proj,
         scale=module.head_dim**-0.5,
         dropout=module.dropout,
-        tell=tell | {"num_heads": module.num_heads, "embed_dim": module.embed_dim},
+        attributes=attributes,
     )
 
 
@@ -283,7 +308,7 @@ def _read_multihead(module: Any, given: dict[str, Any]) -> Call:
     if given["key"] is not x or given["value"] is not x:
         raise ValueError(
             f"{module.name}: key: got another tensor than query, want self-attention; leave this "
-            "one out when converting (layers=)"
+            "layer out of the conversion (layers=)"
         )
     if x.ndim != 3:
         raise ValueError(f"query: got shape {tuple(x.shape)}, want a batch (three axes)")
@@ -291,23 +316,23 @@ def _read_multihead(module: Any, given: dict[str, Any]) -> Call:
     mask, padding = given.get("attn_mask"), given.get("key_padding_mask")
     if given.get("is_causal") and mask is None:
         raise ValueError("attn_mask: got None with is_causal=True, want the mask, as in torch")
-    mask = None if mask is None else _added(mask, x)
+    mask = None if mask is None else _additive_mask(mask, x)
     if mask is not None and mask.ndim == 3:  # [batch * heads, queries, keys]
         mask = mask.unflatten(0, (len(x), -1))
     if padding is not None:
-        padding = _added(padding, x)[:, None, None]
+        padding = _additive_mask(padding, x)[:, None, None]
         mask = padding if mask is None else mask + padding
     return Call(x, mask)
 
 
-def _added(mask: Tensor, x: Tensor) -> Tensor:
-    """torch's masks as numbers to add; its boolean ones are True where a pair may not look."""
+def _additive_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask of torch as numbers to add to scores; a boolean one is True where a key is hidden."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, float("-inf"))
 
 
-def _perhaps(module: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
+def _multihead_result(module: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> Any:
     if not module.batch_first:
         y = y.transpose(0, 1)
     if not given.get("need_weights", True):
@@ -315,10 +340,12 @@ def _perhaps(module: Any, given: dict[str, Any], y: Tensor, weights: Tensor) -> 
     return y, weights.mean(1) if given.get("average_attn_weights", True) else weights
 
 
-SEPARATE = Family(_separate, _read_hugging, _pair, _record)
-BERT = Family(_bert, _read_hugging, _pair, _record)
-TIMM = Family(_timm, _read_timm, _alone)
-FAMILIES = {  # by where the class is, as many libraries have an "Attention", and its name
+SEPARATE = Family(_separate, _read_transformers, _tokens_and_weights, _add_recorder)
+BERT = Family(_bert, _read_transformers, _tokens_and_weights, _add_recorder)
+GPT2 = Family(_gpt2, _read_transformers, _tokens_and_weights, _add_recorder)
+TIMM = Family(_timm, _read_timm, _tokens_only)
+MULTIHEAD = Family(_multihead, _read_multihead, _multihead_result)
+FAMILIES = {  # by the package and the name of the class, as many packages have an "Attention"
     ("transformers.models.vit", "ViTAttention"): SEPARATE,
     ("transformers.models.deit", "DeiTAttention"): SEPARATE,
     ("transformers.models.dinov2", "Dinov2Attention"): SEPARATE,
@@ -330,8 +357,8 @@ FAMILIES = {  # by where the class is, as many libraries have an "Attention", an
     ("transformers.models.bert", "BertSelfAttention"): BERT,
     ("transformers.models.roberta", "RobertaSelfAttention"): BERT,
     ("transformers.models.electra", "ElectraSelfAttention"): BERT,
-    ("transformers.models.gpt2", "GPT2Attention"): Family(_gpt2, _read_hugging, _pair, _record),
+    ("transformers.models.gpt2", "GPT2Attention"): GPT2,
     ("timm.layers.attention", "Attention"): TIMM,
     ("timm.models.vision_transformer", "Attention"): TIMM,
-    ("torch.nn", "MultiheadAttention"): Family(_multihead, _read_multihead, _perhaps),
+    ("torch.nn", "MultiheadAttention"): MULTIHEAD,
 }

@@ -1,4 +1,4 @@
-"""Programs as files, and those files run again to see that they agree."""
+"""Writes programs to files, and runs those files again."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from ...utils.files import write_whole
 __all__ = ["KINDS", "check_kind", "open_program", "save_program"]
 
 KINDS = {"torch": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
-"""What a program can be saved as, and how its file's name ends."""
+"""The kinds of files that a program can be saved as, with the suffix of each."""
 
 ONE_FILE = 2_000_000_000
-"""Bytes of weights beyond which an ONNX file cannot hold them; they then lie beside it."""
+"""The most bytes of weights in an ONNX file; larger weights are saved in a second file."""
 
 
 def check_kind(kind: str, path: Path) -> None:
-    """That this machine can write such a file.
+    """Check that this machine can write a file of this kind at this path.
 
     Raises:
-        ValueError: naming the argument, what came and what is wanted.
+        ValueError: the kind is unknown, the suffix does not fit it, the folder does not exist, or a
+            needed package or compiler is missing.
     """
     if kind not in KINDS:
         raise ValueError(f"to: got {kind!r}, want one of {list(KINDS)}")
     if path.suffix != KINDS[kind]:
         raise ValueError(f"out: got {path}, want a name that ends in {KINDS[kind]} for {kind!r}")
     if not path.parent.is_dir():
-        raise ValueError(f"out: got {path}, but there is no folder {path.parent}")
+        raise ValueError(f"out: got {path}, want a path in a folder that exists")
     needed = ("onnx", "onnxscript") if kind == "onnx" else ()
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -47,24 +48,28 @@ def check_kind(kind: str, path: Path) -> None:
 
 
 def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
-    """Write a program of `portable`, and tell the bytes.
+    """Write a program of `portable` to a file.
 
     Args:
-        kind: "torch", for `torch.export.load`; "onnx"; or "aoti", compiled for this machine, for
-            `torch._inductor.aoti_load_package`.
-        path: its name ends as `KINDS` says. ONNX weights of more than 2 GB lie beside it, in a
-            file with ".data" added to its name.
+        program: the program.
+        kind: "torch", which `torch.export.load` reads; "onnx"; or "aoti", which is compiled for
+            this machine and which `torch._inductor.aoti_load_package` reads.
+        path: the file, with the suffix that `KINDS` gives for the kind. ONNX weights of more than
+            2 GB are written to a second file beside it, with ".data" added to the name.
+
+    Returns:
+        the bytes that were written.
 
     Raises:
-        ValueError: an unknown kind, one that this machine can't write, another ending, or a folder
-            that is not there.
+        ValueError: the kind is unknown or cannot be written on this machine, the suffix does not
+            fit it, or the folder does not exist.
     """
     path = Path(path)
     check_kind(kind, path)
     write = {"torch": _write_torch, "onnx": _write_onnx, "aoti": _write_aoti}[kind]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         write(program, Path(folder) / path.name)
-        # what lies beside the program first: the program's file says that all is there
+        # move the program's file last, so that it exists only when the others do
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
         size = sum(file.stat().st_size for file in files)
         for file in files:
@@ -77,12 +82,13 @@ def _write_torch(program: ExportedProgram, path: Path) -> None:
 
 
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
-    held = [*program.state_dict.values(), *program.constants.values()]
-    size = sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
-    named = ({0: "batch"},) if program.range_constraints else None  # of a program for any batch
-    found = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=named)
-    assert found is not None
-    found.save(path, external_data=size > ONE_FILE)
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+    # a program for any batch size has range constraints; name its dynamic axis
+    named = ({0: "batch"},) if program.range_constraints else None
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=named)
+    assert exported is not None
+    exported.save(path, external_data=size > ONE_FILE)
 
 
 def _write_aoti(program: ExportedProgram, path: Path) -> None:
@@ -92,10 +98,16 @@ def _write_aoti(program: ExportedProgram, path: Path) -> None:
 
 
 def open_program(kind: str, path: Path | str) -> Callable[[Tensor], list[Tensor]]:
-    """The program in a file of `save_program`, as a function: input -> outputs, on the CPU.
+    """Load a program that `save_program` wrote, and run it on the CPU.
+
+    Args:
+        kind, path: as in `save_program`.
+
+    Returns:
+        a function from an input tensor to the list of output tensors.
 
     Raises:
-        ValueError: an unknown kind, or one whose runtime is not installed.
+        ValueError: the kind is unknown, or onnxruntime is needed and not installed.
     """
     if kind == "torch":
         module = torch.export.load(str(path)).module()

@@ -1,8 +1,8 @@
-"""The library's operators in plain torch operations, for files that other programs run.
+"""The library's operators as modules of plain torch operations, for export to other software.
 
-An exported model calls operators that only this library knows. `portable` puts these modules in
-their place: they give the same numbers out of gathers and matrix products, and carry the geometry
-as buffers. They are for inference: nothing here is careful about a backward pass.
+A traced model calls operators that only this library defines. `portable` replaces them with these
+modules, which compute the same with gathers and matrix products, and hold their indices as buffers.
+They are meant for inference; their backward pass would need much memory.
 """
 
 from __future__ import annotations
@@ -21,32 +21,47 @@ from ...neighborhoods import Neighborhood
 __all__ = ["PLAIN", "Attention", "Index", "Mix", "NeighborhoodMix", "Positions", "Scores"]
 
 NUMBERS = 1 << 22
-"""Numbers per sample that the pairs of a group may have in one projection (16 MiB in float32)."""
+"""The most numbers per sample that one projection of a group's pairs may have.
+
+This is 16 MiB in float32."""
 
 TABLE = 1 << 24
-"""Numbers that the matrices of a group may have (64 MiB in float32)."""
+"""The most numbers that the matrices of a group's classes may have (64 MiB in float32)."""
 
 _CPU = torch.device("cpu")
 
 
 class Group(NamedTuple):
-    """Classes that are multiplied in one call, each padded to the pairs of the largest."""
+    """Offset classes that one batched product takes, each padded to the pairs of the largest.
+
+    Attributes:
+        classes: the numbers of the classes.
+        query, key: the query and the key of each pair, [classes * size]; 0 in the padding.
+        flat: the index of each pair in the dense scores [queries * keys]; in the padding, the
+            number of these scores.
+    """
 
     classes: Tensor
     query: Tensor
-    """[classes * size], as `key` and `flat`; a padded place repeats token 0."""
     key: Tensor
     flat: Tensor
-    """cells of the dense [queries * keys]; one past the end where padded."""
 
 
 def groups(layout: Layout, channels: int, matrix: int) -> list[Group]:
-    """The pairs by class, in few groups: sizes in a group differ by less than two, so that less
-    than half is padding. `channels` a pair has, and `matrix` numbers a class has in a table."""
+    """Divide the offset classes of a layout into groups, with padding for less than half of it.
+
+    Args:
+        layout: the layout of the pairs.
+        channels: numbers per pair in a projection.
+        matrix: numbers per class in a table.
+
+    Returns:
+        groups within which the largest class has less than twice the pairs of the smallest.
+    """
     pairs = layout.pairs_on(_CPU)
     spans = [(stop - start, c) for c, (start, stop) in enumerate(itertools.pairwise(pairs.starts))]
     spans = sorted(span for span in spans if span[0])
-    found, begin = list[Group](), 0
+    made, begin = list[Group](), 0
     cells = layout.n_queries * layout.n_keys
     for end in range(1, len(spans) + 1):
         if end < len(spans):
@@ -61,7 +76,7 @@ def groups(layout: Layout, channels: int, matrix: int) -> list[Group]:
             row[: stop - start] = torch.arange(start, stop)
         at, absent = table.flatten().clamp(min=0), table.flatten() < 0
         query, key, flat = (t.long()[at] for t in (pairs.query, pairs.key, pairs.flat))
-        found.append(
+        made.append(
             Group(
                 torch.tensor(classes),
                 query.masked_fill(absent, 0),
@@ -70,11 +85,11 @@ def groups(layout: Layout, channels: int, matrix: int) -> list[Group]:
             )
         )
         begin = end
-    return found
+    return made
 
 
 class _Grouped(nn.Module):
-    """Holds the groups of a layout as buffers."""
+    """A module that holds the groups of a layout as buffers."""
 
     def __init__(self, layout: Layout | str, heads: int, channels: int, matrix: int):
         super().__init__()
@@ -84,12 +99,14 @@ class _Grouped(nn.Module):
             for name, value in group._asdict().items():
                 self.register_buffer(f"{name}{i}", value)
 
-    def each(self) -> Iterator[Group]:
+    def buffered_groups(self) -> Iterator[Group]:
+        """The groups, as the buffers that move with the module."""
         for i in range(len(self.groups)):
             yield Group(*(getattr(self, f"{name}{i}") for name in Group._fields))
 
 
 def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums: float32 for half precision, else that of x."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
@@ -99,15 +116,25 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _project(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, classes: Tensor, places: Tensor
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, classes: Tensor, tokens: Tensor
 ) -> Tensor:
-    """What one side gives to the pairs of a group: [pairs, batch, heads * head_dim]. `x` is
-    [tokens, batch, channels]."""
-    rows = x.index_select(0, places)
+    """Project one side of the pairs of a group.
+
+    Args:
+        x: [tokens, batch, channels]; projected already if `weight` is None.
+        weight: a table [all classes, channels, heads * head_dim], or None.
+        bias: [all classes, heads * head_dim], or None.
+        classes: the classes of the group.
+        tokens: the token of each pair, on this side.
+
+    Returns:
+        [pairs, batch, heads * head_dim].
+    """
+    rows = x.index_select(0, tokens)
     if weight is None:
         return rows
     count = len(classes)
-    size = len(places) // count
+    size = len(tokens) // count
     table = _cast(weight.index_select(0, classes), x.dtype)
     y = torch.bmm(rows.reshape(count, -1, rows.shape[-1]), table)
     if bias is not None:
@@ -116,11 +143,13 @@ def _project(
 
 
 class Scores(_Grouped):
-    """`translution::offset_scores`.
+    """The operator `translution::offset_scores`.
 
     Args:
-        layout: of the pairs. heads, scale: as in `functional.offset_scores`.
-        channels: heads * head_dim; matrix: numbers of one entry of a table. They bound the groups.
+        layout: the layout of the pairs.
+        heads, scale: as in `functional.offset_scores`.
+        channels: heads * head_dim, which limits the size of the groups.
+        matrix: the numbers of one entry of a table, which limits it too.
     """
 
     slot: Tensor
@@ -147,19 +176,19 @@ class Scores(_Grouped):
         bk: Tensor | None = None,
     ) -> Tensor:
         q, k = xq.transpose(0, 1), xk.transpose(0, 1)
-        found = []
-        for group in self.each():
+        scores = []
+        for group in self.buffered_groups():
             left = _cast(_project(q, wq, bq, group.classes, group.query), _wide(q))
             right = _cast(_project(k, wk, bk, group.classes, group.key), _wide(q))
-            found.append((left * right).unflatten(-1, (self.heads, -1)).sum(-1) * self.scale)
+            scores.append((left * right).unflatten(-1, (self.heads, -1)).sum(-1) * self.scale)
         absent = q.new_full((1, q.shape[1], self.heads), float("-inf"), dtype=_wide(q))
-        cells = torch.cat([*found, absent]).index_select(0, self.slot)
+        cells = torch.cat([*scores, absent]).index_select(0, self.slot)
         cells = cells.unflatten(0, (self.layout.n_queries, self.layout.n_keys))
         return cells.permute(2, 3, 0, 1).contiguous()
 
 
 class Mix(_Grouped):
-    """`translution::offset_mix`. Arguments as of `Scores`."""
+    """The operator `translution::offset_mix`. The arguments are those of `Scores`."""
 
     def __init__(self, layout: Layout | str, heads: int, channels: int, matrix: int):
         super().__init__(layout, heads, channels, matrix)
@@ -169,15 +198,15 @@ class Mix(_Grouped):
     def forward(self, a: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         wide, value = _wide(x), x.transpose(0, 1)
         cells = _cast(a.permute(2, 3, 0, 1).flatten(0, 1), wide)
-        cells = torch.cat([cells, cells.new_zeros(1, x.shape[0], self.heads)])  # for the padded
+        cells = torch.cat([cells, cells.new_zeros(1, x.shape[0], self.heads)])  # for the padding
         out = x.new_zeros(self.layout.n_queries, x.shape[0], w.shape[-1], dtype=wide)
-        for group, each in zip(self.each(), self.in_order, strict=True):
+        for group, in_order in zip(self.buffered_groups(), self.in_order, strict=True):
             rows = _cast(_project(value, w, b, group.classes, group.key), wide)
             rows = rows.unflatten(-1, (self.heads, -1))
             rows = rows * cells.index_select(0, group.flat).unsqueeze(-1)
             rows = rows.flatten(2)
-            # onnxscript takes a sum into all places in their order for a copy to them, so add here
-            out = out + rows if each else out.index_add(0, group.query, rows)
+            # onnxscript turns an index_add into all rows in order into a copy, so add here instead
+            out = out + rows if in_order else out.index_add(0, group.query, rows)
         return _cast(out.transpose(0, 1), x.dtype).contiguous()
 
 
@@ -193,14 +222,14 @@ class _Constant(nn.Module):
 
 
 class Index(_Constant):
-    """`translution::layout_index`."""
+    """The operator `translution::layout_index`."""
 
     def __init__(self, layout: Layout | str):
         super().__init__((Layout.parse(layout) if isinstance(layout, str) else layout).index)
 
 
 class Positions(_Constant):
-    """`translution::layout_positions`."""
+    """The operator `translution::layout_positions`."""
 
     def __init__(self, layout: Layout | str):
         layout = Layout.parse(layout) if isinstance(layout, str) else layout
@@ -208,7 +237,7 @@ class Positions(_Constant):
 
 
 class Attention(nn.Module):
-    """`translution::neighborhood_attention`: all tiles of all heads at once."""
+    """The operator `translution::neighborhood_attention`, for all tiles of all heads at once."""
 
     query_index: Tensor
     key_index: Tensor
@@ -219,23 +248,23 @@ class Attention(nn.Module):
         super().__init__()
         self.scale, self.out = scale, area.out
         tiles = area.tiles(_CPU, dtype)
-        self.per = ((tiles.count, tiles.queries), (tiles.count, tiles.keys))
+        self.shapes = ((tiles.count, tiles.queries), (tiles.count, tiles.keys))
         for name in ("query_index", "key_index", "query_slot", "log_times"):
             self.register_buffer(name, getattr(tiles, name).clone())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        def picked(x: Tensor, index: Tensor, per: tuple[int, int]) -> Tensor:
-            return _cast(x.flatten(2, 3).index_select(2, index), _wide(x)).unflatten(2, per)
+        def gather(x: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+            return _cast(x.flatten(2, 3).index_select(2, index), _wide(x)).unflatten(2, shape)
 
-        q = picked(query, self.query_index, self.per[0]) * self.scale
-        k, v = (picked(x, self.key_index, self.per[1]) for x in (key, value))
+        q = gather(query, self.query_index, self.shapes[0]) * self.scale
+        k, v = (gather(x, self.key_index, self.shapes[1]) for x in (key, value))
         weights = (q @ k.transpose(-1, -2) + self.log_times).softmax(-1)
         y = (weights @ v).flatten(2, 3).index_select(2, self.query_slot)
         return _cast(y.unflatten(2, self.out), value.dtype)
 
 
 class NeighborhoodMix(nn.Module):
-    """`translution::neighborhood_mix`: a row of taps at a time."""
+    """The operator `translution::neighborhood_mix`, for one row of the kernel at a time."""
 
     rows: Tensor
     columns: Tensor
@@ -244,8 +273,8 @@ class NeighborhoodMix(nn.Module):
         super().__init__()
         self.area = area
         for axis, name in enumerate(("rows", "columns")):
-            seen = [area.neighbors(axis, query) for query in range(area.out[axis])]
-            self.register_buffer(name, torch.tensor(seen, device=_CPU).t().contiguous())
+            neighbors = [area.neighbors(axis, query) for query in range(area.out[axis])]
+            self.register_buffer(name, torch.tensor(neighbors, device=_CPU).t().contiguous())
 
     def forward(self, weights: Tensor, value: Tensor) -> Tensor:
         area, wide, (_, across) = self.area, _wide(value), self.area.kernel
@@ -259,7 +288,7 @@ class NeighborhoodMix(nn.Module):
         return _cast(y.flatten(1, 2), value.dtype)
 
 
-# -- from the arguments of an operator to its module, and those of them that are tensors ----------
+# -- functions from an operator's arguments to its module and the number of its tensor arguments ---
 
 
 def _scores(xq, xk, wq, wk, bq, bk, heads, scale, layout, *_):  # type: ignore[no-untyped-def]
@@ -290,4 +319,7 @@ PLAIN = {
     _ops.layout_index.default: lambda like, layout: (Index(layout), 1),
     _ops.layout_positions.default: lambda like, layout: (Positions(layout), 1),
 }
-"""Of each operator: arguments (tensors as fake ones) -> (module, how many of them it takes)."""
+"""For each operator, a function that makes the module that replaces a call of it.
+
+It takes the arguments of the call, with fake tensors, and returns the module and the number of
+leading arguments that the module takes."""

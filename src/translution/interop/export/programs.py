@@ -1,4 +1,4 @@
-"""Models as programs: traced, and free of this library's operators."""
+"""Traces models to programs that need none of this library's operators."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ __all__ = ["Difference", "difference", "example", "portable"]
 
 
 def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
-    """Random input of a model: ids [batch, size] of a GPT, else an image [batch, channels, size,
-    size]. Default is the size it was made for (224 pixels for those made for any)."""
+    """A random input for a model.
+
+    Args:
+        model: a model of this library.
+        batch: the number of samples.
+        size: tokens, or pixels per side. The default is the size that the model was made for, and
+            224 pixels for a model that takes any size.
+
+    Returns:
+        token ids [batch, size] for a GPT, else images [batch, channels, size, size].
+    """
     config: Any = getattr(model, "config", None)
     device = next(model.parameters()).device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -31,19 +40,24 @@ def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
 
 
 def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgram:
-    """The model in evaluation as a program of torch's own operations, for any batch or for that of
-    `x`. Nothing of this library is needed to run it.
+    """Trace a model in evaluation mode to a program of torch's own operations.
 
-    Its sizes are those of `x`. Per sample it holds `plain.NUMBERS` numbers per projection (or one
-    class) and, for attention with tables, the dense scores, like the model.
+    This library is not needed to run the program. The program takes inputs with the sizes of `x`;
+    only the batch size may be dynamic. Per sample it needs memory for one group of pairs
+    (`plain.NUMBERS` numbers per projection, or one offset class if that has more) and for the dense
+    scores, which the model needs too.
 
     Args:
-        model: of this library, or one that holds its layers.
+        model: a model of this library, or one that contains its layers.
         x: an input of the model, such as `example` makes.
-        dynamic: any batch; `x` then needs two samples or more.
+        dynamic: whether the program takes any batch size; `x` must then have at least two samples.
+
+    Returns:
+        the traced program.
 
     Raises:
-        ValueError: a batch of one with `dynamic`, or an input that the model does not take.
+        ValueError: x has fewer than two samples and `dynamic` is True, or the model does not accept
+            x.
     """
     if dynamic and x.shape[0] < 2:
         raise ValueError(f"x: got a batch of {x.shape[0]}, want at least 2 to trace any batch")
@@ -51,22 +65,21 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
     shapes = ({0: Dim.DYNAMIC if dynamic else None},)
     try:
         with torch.no_grad():
-            model.eval()(x)  # what is wrong with x is told plainly here
-            # strict: reading Python, it keeps len(x) symbolic
+            model.eval()(x)  # raises a clear error if x is wrong, before tracing starts
+            # strict mode keeps len(x) symbolic
             traced = torch.export.export(model.eval(), (x,), dynamic_shapes=shapes, strict=True)
-            graph = _translated(traced)
+            graph = _with_plain_modules(traced)
             return torch.export.export(graph, (x,), dynamic_shapes=shapes, strict=False)
     finally:
         model.train(was)
 
 
-def _translated(program: ExportedProgram) -> torch.fx.GraphModule:
-    """With a module of `plain` in place of each operator; equal ones share it."""
+def _with_plain_modules(program: ExportedProgram) -> torch.fx.GraphModule:
+    """Replace each operator of this library by a module of `plain`; equal calls share a module."""
     module: Any = program.module(check_guards=False)
-    known: dict[Any, str] = {}
+    names: dict[Any, str] = {}
     for node in list(module.graph.nodes):
-        # each of torch's attention kernels answers in strides of its own, and views of them would
-        # tie the program to one
+        # the strides of an attention output depend on the kernel, and a view would fix that kernel
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
         if node.target is torch.ops.aten.scaled_dot_product_attention.default:
@@ -77,14 +90,14 @@ def _translated(program: ExportedProgram) -> torch.fx.GraphModule:
         make = PLAIN.get(node.target)
         if make is None:
             continue
-        given = map_arg(node.args, lambda n: n.meta["val"])
-        plain, count = make(*given)
-        key = (node.target, repr([_told(value) for value in given]))
-        if key not in known:
-            known[key] = f"plain{len(known)}"
-            module.add_submodule(known[key], plain)
+        arguments = map_arg(node.args, lambda n: n.meta["val"])
+        plain, count = make(*arguments)
+        key = (node.target, repr([_shape_or_value(value) for value in arguments]))
+        if key not in names:
+            names[key] = f"plain{len(names)}"
+            module.add_submodule(names[key], plain)
         with module.graph.inserting_before(node):
-            new = module.graph.call_module(known[key], tuple(node.args[:count]))
+            new = module.graph.call_module(names[key], tuple(node.args[:count]))
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
     module.graph.lint()
@@ -92,13 +105,18 @@ def _translated(program: ExportedProgram) -> torch.fx.GraphModule:
     return module
 
 
-def _told(value: Any) -> Any:
+def _shape_or_value(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 class Difference(NamedTuple):
-    """How far apart outputs are: the largest difference, the same as a share of the largest output,
-    and the mean."""
+    """The difference between two outputs.
+
+    Attributes:
+        largest: the largest absolute difference.
+        share: `largest` divided by the largest absolute value of the wanted output.
+        mean: the mean absolute difference.
+    """
 
     largest: float
     share: float
@@ -106,10 +124,10 @@ class Difference(NamedTuple):
 
 
 def difference(found: Any, want: Any) -> Difference:
-    """Of all outputs together.
+    """Compare two outputs of a model, which may be nested tuples, lists and dicts of tensors.
 
     Raises:
-        ValueError: outputs that do not belong together.
+        ValueError: the number of tensors or their shapes differ.
     """
     pairs = list(zip(tree_leaves(found), tree_leaves(want), strict=True))
     for left, right in pairs:

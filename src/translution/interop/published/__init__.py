@@ -1,4 +1,8 @@
-"""Weights of the published code: of Translution (layers, ViT, GPT) and of ACmix (ResNet, Swin)."""
+"""Reads and writes weights of the papers' published code.
+
+Of Translution's code these are the weights of layers, ViT and GPT; of ACmix's code, those of
+layers, ResNet and Swin.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import acmix, layers, models  # noqa: F401  (register what they know)
-from .entries import Entry, How, entries
+from . import acmix, layers, models  # noqa: F401  (each registers its modules with `entries`)
+from .entries import Entry, Options, entries
 from .source import read
 
 __all__ = ["export_published", "load_published"]
@@ -23,46 +27,53 @@ def load_published(
     exchanged: bool = False,
     image_size: int = 224,
 ) -> list[str]:
-    """Read weights that were trained with the published code. All of them or nothing is read.
+    """Load weights that were trained with the published code into a module of this library.
 
-    The outputs are then those of the published code. Some of its entries change no output, are not
-    held here, and are named in what is returned: rows of a ViT's last tables that no class token
-    asks for (in a model without `all_rows`); the bias of ACmix's position projection, which cancels
-    in the softmax; rotations that layers with a table of v may bring along and never use. What a
-    ViT learned as the position of its class token is added to the token.
+    The module's outputs are then those of the published code. The module is unchanged if an error
+    is raised.
+
+    A few published entries change no output, and modules here do not have them; the return value
+    names them. They are the table rows of a ViT's last block that its class token does not use (in
+    a model without ``full_last_block=True``); the bias of ACmix's position projection, which
+    cancels in the softmax; and the rotations that a layer with a table for v may contain and never
+    uses. A published ViT has a learned position for its class token, which is added to the token.
 
     Args:
-        module: a layer, a block or a whole model, made with the same options. Published attention
-            layers have their layer norm within; for one alone, without its model, give
-            ``nn.Sequential(nn.LayerNorm(dim), layer)``. ACmix is made with ``published=True``, and
-            so are a GPT, for its two last norms, and a rotary ViT, which has positions as well.
-        source: a state_dict, a dict with one under "state_dict" or "model", or a file of it:
-            safetensors (by its ending), or what ``torch.load(weights_only=True)`` opens.
-        exchanged: weights of the 2-D code of before December 2025, where layers with tables for
-            both q and k used each for the other. The file does not tell; those of the 1-D code of
-            that time mean something else again, and are not to be loaded.
-        image_size: (Swin) pixels that the published model was made for; it holds masks of its maps.
+        module: a layer, a block or a whole model, made with the same options as the published one.
+            Published attention layers contain their layer norm, so for a single layer give
+            ``nn.Sequential(nn.LayerNorm(dim), layer)``. Make ACmix with ``published=True``, a GPT
+            with ``double_final_norm=True``, and a rotary ViT with ``learned_positions=True``.
+        source: a state_dict; a dict that contains one as "state_dict" or "model"; or the path of a
+            file that contains either: safetensors if its name ends so, else a file that
+            ``torch.load(weights_only=True)`` opens.
+        exchanged: whether the weights come from the 2-D code before December 2025, in which layers
+            with tables for both q and k used each table for the other. The file does not show which
+            version wrote it. Weights of the 1-D code of that time cannot be loaded, because it
+            computed something else.
+        image_size: (Swin) the image size in pixels of the published model, whose state_dict
+            contains masks for it.
 
     Returns:
-        the entries that nothing reads, whole or in part, and what of them.
+        the names of the entries that were not used, whole or in part, each with the unused part.
 
     Raises:
-        ValueError: entries that are missing, unexpected, of another shape or another constant, each
-            by its name; a module that has no published twin, and why; a file that can't be loaded.
-        OSError: a file that cannot be read.
+        ValueError: entries are missing, unexpected, or have another shape or another constant value
+            (all of them are named); the module has no published counterpart (with the reason); or
+            the file cannot be loaded.
+        OSError: a file cannot be read.
     """
-    known = _entries(module, How(exchanged, image_size))
+    known = _entries(module, Options(exchanged, image_size))
     weights = read(source)
     _check(known, weights)
-    begun: set[int] = set()
+    started: set[int] = set()
     with torch.no_grad():
         for entry in known:
             if entry.name not in weights:
                 continue
             for ours, value in entry.read(weights[entry.name]):
                 value = value.to(ours.device, ours.dtype)
-                ours.add_(value) if id(ours) in begun else ours.copy_(value)
-                begun.add(id(ours))
+                ours.add_(value) if id(ours) in started else ours.copy_(value)
+                started.add(id(ours))
     unread = (entry for entry in known if entry.unread and entry.name in weights)
     return [f"{entry.name}: {entry.unread}" for entry in unread]
 
@@ -70,35 +81,35 @@ def load_published(
 def export_published(
     module: nn.Module, *, exchanged: bool = False, image_size: int = 224
 ) -> dict[str, Tensor]:
-    """The state_dict that the published code would load: the inverse of `load_published`.
+    """Make a state_dict that the published code can load. This is the inverse of `load_published`.
 
-    Entries that nothing reads are zeros.
+    Entries that change no output are zeros.
 
     Args:
         module, exchanged, image_size: as in `load_published`.
 
     Returns:
-        tensors of their own, by their published names.
+        tensors by their published names, which share no memory with the module.
 
     Raises:
-        ValueError: a module that has no published twin, and why.
+        ValueError: the module has no published counterpart (with the reason).
     """
-    known = _entries(module, How(exchanged, image_size))
+    known = _entries(module, Options(exchanged, image_size))
     return {entry.name: entry.write() for entry in known if not entry.optional}
 
 
-def _entries(module: nn.Module, how: How) -> list[Entry]:
+def _entries(module: nn.Module, options: Options) -> list[Entry]:
     if any(t.is_meta for t in module.state_dict().values()):
-        raise ValueError("module: is on the meta device, want one that holds numbers")
-    known = list(entries(module, how))
+        raise ValueError("module: got one on the meta device, want one whose weights have values")
+    known = list(entries(module, options))
     both = any({"q", "k"} <= set(getattr(m, "relative", "")) for m in module.modules())
-    if how.exchanged and not both:
+    if options.exchanged and not both:
         raise ValueError("exchanged: got True, but no layer has tables for both q and k")
     return known
 
 
 def _check(known: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
-    """All names, shapes and constants at once, so that one look shows what differs."""
+    """Raise one ValueError that lists all names, shapes and constants that differ."""
     names = {entry.name: entry for entry in known}
     required = (name for name, entry in names.items() if not entry.optional)
     wrong = [f"missing: {name}" for name in required if name not in weights]
@@ -109,12 +120,12 @@ def _check(known: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
         x = weights[name]
         if tuple(x.shape) != entry.shape:
             wrong.append(f"shape: {name} is {tuple(x.shape)}, want {entry.shape}")
-        elif entry.constant and not _alike(x, entry.write()):
-            wrong.append(f"constant: {name} is not what the module's options make it")
+        elif entry.constant and not _nearly_equal(x, entry.write()):
+            wrong.append(f"constant: {name} differs from its value for the module's options")
     if wrong:
         raise ValueError("source: does not fit the module\n  " + "\n  ".join(wrong))
 
 
-def _alike(x: Tensor, want: Tensor) -> bool:
-    """Loosely, as constants may have been rounded to half precision."""
+def _nearly_equal(x: Tensor, want: Tensor) -> bool:
+    """Compare with a tolerance of 0.01, as constants may have been rounded to half precision."""
     return torch.allclose(x.cpu().double(), want.cpu().double(), rtol=0.0, atol=0.01)

@@ -1,5 +1,7 @@
-"""The layers and models of the published ACmix code, and of the ones that it builds on: ResNet by
-torchvision's names, Swin by its authors'."""
+"""The entries of the published ACmix code's layers and models.
+
+Its ResNet has the names of torchvision's ResNet, and its Swin those of Swin's published code.
+"""
 
 from __future__ import annotations
 
@@ -13,48 +15,58 @@ from ...models.residual_network import Bottleneck, ResNet
 from ...models.swin_transformer import Block, Swin
 from ...modules.acmix import ACmix2d
 from ...modules.window import WindowACmix2d, WindowAttention2d
-from .entries import Entry, How, constant, entries, joined, linear, under, whole
+from .entries import (
+    Entry,
+    Options,
+    concatenated,
+    constant,
+    entries,
+    linear,
+    same_names,
+    with_prefix,
+)
 
 __all__: list[str] = []
 
 
 @entries.register(ACmix2d)
-def _acmix(layer: Any, how: How) -> Iterator[Entry]:
+def _acmix(layer: Any, options: Options) -> Iterator[Entry]:
     if layer.dilation > 1:
         raise ValueError(f"dilation: got {layer.dilation}, want 1: the published code fails then")
-    yield from _mixed(layer)
+    yield from _convolution_path(layer)
     for i, name in enumerate(("q_proj", "k_proj", "v_proj"), start=1):
-        yield from whole(f"conv{i}", getattr(layer, name))
+        yield from same_names(f"conv{i}", getattr(layer, name))
     weight = layer.position_proj.weight
-    yield joined("conv_p.weight", weight)
-    # added to the positions of query and key, whose difference counts
+    yield concatenated("conv_p.weight", weight)
+    # it is added to the positions of query and key, of which only the difference is used
     yield Entry(
         "conv_p.bias", (layer.head_dim,), lambda x: [], lambda: weight.new_zeros(layer.head_dim),
         unread="all of it",
     )  # fmt: skip
 
 
-def _mixed(layer: Any) -> Iterator[Entry]:
-    """The convolution path, and what the paths are multiplied by."""
+def _convolution_path(layer: Any) -> Iterator[Entry]:
+    """The entries of the convolution path, and the factors α and β of the two paths."""
     path = layer.convolution
     if not path.grouped_order or path.bias is not None or path.shifts is None:
         raise ValueError(
-            f"published: {type(layer).__name__} was made without it, want published=True and "
-            "learned_shifts=True, as the published convolution path has another order of channels"
+            f"published: {type(layer).__name__} was made without published=True and "
+            "learned_shifts=True, want both, as the published convolution path orders its channels "
+            "differently"
         )
-    yield joined("rate1", layer.alpha, shape=(1,))
-    yield joined("rate2", layer.beta, shape=(1,))
-    yield joined("fc.weight", path.fc.weight, shape=(*path.fc.weight.shape, 1, 1))
+    yield concatenated("rate1", layer.alpha, shape=(1,))
+    yield concatenated("rate2", layer.beta, shape=(1,))
+    yield concatenated("fc.weight", path.fc.weight, shape=(*path.fc.weight.shape, 1, 1))
     if path.fc.bias is not None:
-        yield joined("fc.bias", path.fc.bias)
-    yield joined("dep_conv.weight", path.shifts)
+        yield concatenated("fc.bias", path.fc.bias)
+    yield concatenated("dep_conv.weight", path.shifts)
 
 
 @entries.register(WindowAttention2d)
-def _window(layer: Any, how: How) -> Iterator[Entry]:
+def _window(layer: Any, options: Options) -> Iterator[Entry]:
     yield from linear("qkv", layer.q_proj, layer.k_proj, layer.v_proj)
     yield from linear("proj", layer.o_proj)
-    yield joined("relative_position_bias_table", layer.position_bias)
+    yield concatenated("relative_position_bias_table", layer.position_bias)
     place = torch.arange(layer.window_size, device=layer.position_bias.device)
     step = place[:, None] - place + layer.window_size - 1
     rows = step[:, None, :, None] * (2 * layer.window_size - 1) + step[None, :, None, :]
@@ -62,62 +74,66 @@ def _window(layer: Any, how: How) -> Iterator[Entry]:
 
 
 @entries.register(WindowACmix2d)
-def _window_acmix(layer: Any, how: How) -> Iterator[Entry]:
-    yield from _window(layer, how)
-    yield from _mixed(layer)
+def _window_acmix(layer: Any, options: Options) -> Iterator[Entry]:
+    yield from _window(layer, options)
+    yield from _convolution_path(layer)
 
 
 @entries.register(Bottleneck)
-def _bottleneck(block: Any, how: How) -> Iterator[Entry]:
+def _bottleneck(block: Any, options: Options) -> Iterator[Entry]:
     for i in (1, 2, 3):
         middle = getattr(block, f"conv{i}")
         mixed = isinstance(middle, ACmix2d)
-        yield from under(f"conv{i}", entries(middle, how)) if mixed else whole(f"conv{i}", middle)
-        yield from whole(f"bn{i}", getattr(block, f"norm{i}"))
-    yield from whole("downsample", block.shortcut)
+        yield from (
+            with_prefix(f"conv{i}", entries(middle, options))
+            if mixed
+            else same_names(f"conv{i}", middle)
+        )
+        yield from same_names(f"bn{i}", getattr(block, f"norm{i}"))
+    yield from same_names("downsample", block.shortcut)
 
 
 @entries.register(ResNet)
-def _resnet(model: Any, how: How) -> Iterator[Entry]:
+def _resnet(model: Any, options: Options) -> Iterator[Entry]:
     _check_head(model)
-    yield from whole("conv1", model.stem[0])
-    yield from whole("bn1", model.stem[1])
+    yield from same_names("conv1", model.stem[0])
+    yield from same_names("bn1", model.stem[1])
     for s, stage in enumerate(model.stages, start=1):
         for i, block in enumerate(stage):
-            yield from under(f"layer{s}.{i}", entries(block, how))
-    yield from whole("fc", model.head)
+            yield from with_prefix(f"layer{s}.{i}", entries(block, options))
+    yield from same_names("fc", model.head)
 
 
 @entries.register(Block)
-def _swin_block(block: Any, how: How) -> Iterator[Entry]:
-    yield from whole("norm1", block.norm1)
-    yield from under("attn", entries(block.attention, how))
-    yield from whole("norm2", block.norm2)
+def _swin_block(block: Any, options: Options) -> Iterator[Entry]:
+    yield from same_names("norm1", block.norm1)
+    yield from with_prefix("attn", entries(block.attention, options))
+    yield from same_names("norm2", block.norm2)
     yield from linear("mlp.fc1", block.mlp[0])
     yield from linear("mlp.fc2", block.mlp[2])
 
 
 @entries.register(Swin)
-def _swin(model: Any, how: How) -> Iterator[Entry]:
+def _swin(model: Any, options: Options) -> Iterator[Entry]:
     _check_head(model)
-    yield from whole("patch_embed", model.embed)
-    sizes = _sizes(model, how.image_size)
+    yield from same_names("patch_embed", model.embed)
+    sizes = _map_sizes(model, options.image_size)
     for s, (stage, size) in enumerate(zip(model.stages, sizes, strict=True)):
         blocks = [part for part in stage if isinstance(part, Block)]
         for i, block in enumerate(blocks):
-            yield from under(f"layers.{s}.blocks.{i}", entries(block, how))
+            yield from with_prefix(f"layers.{s}.blocks.{i}", entries(block, options))
             if block.attention.shift and size > model.config.window_size:
-                mask = _mask(size, block.attention)
+                mask = _attention_mask(size, block.attention)
                 yield constant(f"layers.{s}.blocks.{i}.attn_mask", mask)
-        if s:  # here a merging begins a stage, there it ends the one before
+        if s:  # our stages begin with patch merging; the published ones end with it
             yield from linear(f"layers.{s - 1}.downsample.reduction", stage[0].proj)
-            yield from whole(f"layers.{s - 1}.downsample.norm", stage[0].norm)
-    yield from whole("norm", model.norms[3])
-    yield from whole("head", model.head)
+            yield from same_names(f"layers.{s - 1}.downsample.norm", stage[0].norm)
+    yield from same_names("norm", model.norms[3])
+    yield from same_names("head", model.head)
 
 
-def _sizes(model: Any, image_size: int) -> list[int]:
-    """Of the map of each stage, where all divide evenly as they must in the published code."""
+def _map_sizes(model: Any, image_size: int) -> list[int]:
+    """The height of each stage's feature map, which must divide as the published code requires."""
     patch, window = model.config.patch_size, model.config.window_size
     sizes = [image_size // (patch * 2**s) for s in range(4)]
     whole_windows = all(size <= window or size % window == 0 for size in sizes)
@@ -129,17 +145,20 @@ def _sizes(model: Any, image_size: int) -> list[int]:
     return sizes
 
 
-def _mask(size: int, attention: WindowAttention2d) -> Tensor:
-    """[windows, places, places]: -100 where only the roll brought two places together, else 0."""
+def _attention_mask(size: int, attention: WindowAttention2d) -> Tensor:
+    """Swin's attention mask [windows, positions, positions].
+
+    It is -100 for two positions that are neighbours only because the map was rolled, else 0.
+    """
     like, window = attention.position_bias, attention.window_size
-    place = torch.arange(size, device=like.device)
-    kind = (place >= size - window).long() + (place >= size - attention.shift)
-    kind = kind.unflatten(0, (-1, window))
-    kinds = (3 * kind[:, None, :, None] + kind[None, :, None, :]).flatten(2).flatten(0, 1)
-    apart = kinds[:, :, None] != kinds[:, None, :]
+    position = torch.arange(size, device=like.device)
+    region = (position >= size - window).long() + (position >= size - attention.shift)
+    region = region.unflatten(0, (-1, window))
+    regions = (3 * region[:, None, :, None] + region[None, :, None, :]).flatten(2).flatten(0, 1)
+    apart = regions[:, :, None] != regions[:, None, :]
     return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
 def _check_head(model: Any) -> None:
     if model.features_only:
-        raise ValueError("features_only: got True, want a classifier, as those published are")
+        raise ValueError("features_only: got True, want False: published models are classifiers")

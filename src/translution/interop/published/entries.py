@@ -1,6 +1,6 @@
-"""A published state_dict, entry by entry, beside the tensors of ours that it stands for.
+"""The correspondence between a published state_dict and the tensors of our modules.
 
-Reading and writing are both made from one list of entries per module, so they cannot disagree.
+Each module has one list of entries, which both loading and export use, so that they agree.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Entry", "How", "constant", "entries", "joined", "linear", "table", "under", "whole"]
+__all__ = [
+    "Entry",
+    "Options",
+    "concatenated",
+    "constant",
+    "entries",
+    "linear",
+    "same_names",
+    "table",
+    "with_prefix",
+]
 
 
 @dataclass(frozen=True)
-class How:
-    """What decides the meaning of entries beside the module: see `load_published`."""
+class Options:
+    """The arguments of `load_published` on which the meaning of entries depends."""
 
     exchanged: bool = False
     image_size: int = 224
@@ -26,12 +36,17 @@ class How:
 
 @dataclass(frozen=True)
 class Entry:
-    """One published tensor.
+    """One tensor of a published state_dict.
 
-    name, shape: its own. read: the tensors of ours that it makes, and what it adds to each. write:
-    the tensor, made from ours. unread: the part of it that changes no output, if there is one:
-    ours don't hold it, and zeros are written. constant: holds nothing learned; what comes must be
-    what is written. optional: may be missing, and is not written.
+    Attributes:
+        name, shape: its published name and shape.
+        read: given the published tensor, returns pairs of one of our tensors and the value that is
+            added to it.
+        write: makes the published tensor from ours.
+        unread: describes the part that changes no output, if there is one. We have no tensor for
+            that part, and write zeros.
+        constant: whether the tensor is not learned. A loaded one must then equal that of `write`.
+        optional: whether it may be missing. It is not exported then.
     """
 
     name: str
@@ -44,11 +59,11 @@ class Entry:
 
 
 @functools.singledispatch
-def entries(module: nn.Module, how: How) -> Iterator[Entry]:
-    """The entries of the published twin of a module.
+def entries(module: nn.Module, options: Options) -> Iterator[Entry]:
+    """The entries of the published counterpart of a module.
 
     Raises:
-        ValueError: it has none, or an option that the published code does not have.
+        ValueError: the module has none, or has an option that the published code does not have.
     """
     raise ValueError(
         f"module: got {type(module).__name__}, want an attention layer (or nn.Sequential of its "
@@ -56,14 +71,19 @@ def entries(module: nn.Module, how: How) -> Iterator[Entry]:
     )
 
 
-def under(prefix: str, some: Iterable[Entry]) -> Iterator[Entry]:
-    """The same entries, with longer names."""
-    return (dataclasses.replace(entry, name=f"{prefix}.{entry.name}") for entry in some)
+def with_prefix(prefix: str, children: Iterable[Entry]) -> Iterator[Entry]:
+    """The same entries, with `prefix` and a dot before each name."""
+    return (dataclasses.replace(entry, name=f"{prefix}.{entry.name}") for entry in children)
 
 
-def joined(name: str, *ours: Tensor, shape: Iterable[int] | None = None) -> Entry:
-    """Tensors of equal shape, one after the other on the first axis; `shape` is of them all, where
-    it differs by more."""
+def concatenated(name: str, *ours: Tensor, shape: Iterable[int] | None = None) -> Entry:
+    """One published tensor that is the concatenation of ours on the first axis.
+
+    Args:
+        name: the published name.
+        ours: tensors of equal shape.
+        shape: the published shape, if it is not that of the concatenation.
+    """
     first, count = ours[0].shape, len(ours)
     size = tuple(shape) if shape is not None else (count * first[0], *first[1:]) if first else ()
 
@@ -77,26 +97,26 @@ def joined(name: str, *ours: Tensor, shape: Iterable[int] | None = None) -> Entr
     return Entry(name, size, read, write)
 
 
-def whole(prefix: str, module: nn.Module) -> Iterator[Entry]:
-    """All that a module holds, by the same names and in the same shapes."""
-    return (joined(f"{prefix}.{k}", v) for k, v in module.state_dict(keep_vars=True).items())
+def same_names(prefix: str, module: nn.Module) -> Iterator[Entry]:
+    """The entries of a module whose published counterpart has the same names and shapes."""
+    return (concatenated(f"{prefix}.{k}", v) for k, v in module.state_dict(keep_vars=True).items())
 
 
 def linear(prefix: str, *convolutions: nn.Module) -> Iterator[Entry]:
-    """1×1 convolutions of ours as one linear layer."""
+    """One published linear layer that is the concatenation of 1×1 convolutions of ours."""
     for key, first in convolutions[0].state_dict(keep_vars=True).items():
         ours = [getattr(module, key) for module in convolutions]
         size = (len(ours) * first.shape[0], *first.shape[1:2])
-        yield joined(f"{prefix}.{key}", *ours, shape=size)
+        yield concatenated(f"{prefix}.{key}", *ours, shape=size)
 
 
 def table(name: str, weight: Tensor, rows: Tensor, total: int) -> Entry:
-    """A table [total, in, out] of which ours holds `rows`, in that order."""
+    """A published table [total, in, out], of which our `weight` has the given rows, in order."""
 
     def write() -> Tensor:
-        all_rows = weight.detach().new_zeros(total, *weight.shape[1:])
-        all_rows[rows.to(weight.device)] = weight.detach()
-        return all_rows
+        full_table = weight.detach().new_zeros(total, *weight.shape[1:])
+        full_table[rows.to(weight.device)] = weight.detach()
+        return full_table
 
     size = (total, *weight.shape[1:])
     rest = total - len(rows)
@@ -110,5 +130,5 @@ def table(name: str, weight: Tensor, rows: Tensor, total: int) -> Entry:
 
 
 def constant(name: str, value: Tensor) -> Entry:
-    """A buffer that follows from the options."""
+    """A published buffer whose value follows from the module's options."""
     return Entry(name, tuple(value.shape), lambda x: [], value.clone, constant=True)

@@ -1,4 +1,4 @@
-"""The attention layers and blocks of the published Translution code."""
+"""The entries of the published Translution code's attention layers and blocks."""
 
 from __future__ import annotations
 
@@ -13,78 +13,87 @@ from ...models.blocks import Block
 from ...modules.alpha import AlphaTranslution1d, AlphaTranslution2d
 from ...modules.attention import Attention
 from ...modules.positions import rotary_angles
-from .entries import Entry, How, constant, entries, joined, table, under, whole
+from .entries import Entry, Options, concatenated, constant, entries, same_names, table, with_prefix
 
 __all__: list[str] = []
 
 
 @entries.register(Attention)
-def _attention(layer: Any, how: How) -> Iterator[Entry]:
-    _check(layer, how)
+def _attention(layer: Any, options: Options) -> Iterator[Entry]:
+    _check(layer, options)
     layout, like = layer.layout, layer.o_proj.weight
     if layout.causal:
         seen = torch.ones(layout.tokens, layout.tokens, dtype=like.dtype, device=like.device).tril()
         yield constant("causal", seen[None, None])
     low_rank = isinstance(layer, AlphaTranslution1d | AlphaTranslution2d)
     yield from _rotations(layer, low_rank)
-    yield from _low_rank(layer, how) if low_rank else _projections(layer, how)
-    yield from whole("to_out.0", layer.o_proj)
+    yield from _low_rank(layer, options) if low_rank else _projections(layer, options)
+    yield from same_names("to_out.0", layer.o_proj)
 
 
-def _projections(layer: Any, how: How) -> Iterator[Entry]:
-    """Tables one by one; the matrices that all pairs share fused, by their names."""
+def _projections(layer: Any, options: Options) -> Iterator[Entry]:
+    """One entry for each table, and one for all shared matrices together, named after them."""
     relative = getattr(layer, "relative", "")
     shared = "".join(name for name in "qkv" if name not in relative)
     if shared:
         ours = [getattr(layer, f"{name}_proj").weight for name in shared]
-        yield joined(f"to_{shared}.weight", *ours)
+        yield concatenated(f"to_{shared}.weight", *ours)
     for name in relative:
         weight = getattr(layer, f"{name}_proj").weight
-        yield _table(f"to_{_called(name, how)}.unique_params", weight, name, layer)
+        yield _table(f"to_{_published_name(name, options)}.unique_params", weight, name, layer)
 
 
-def _low_rank(layer: Any, how: How) -> Iterator[Entry]:
-    """Ordinary attention, then the branch; with `exchanged`, the branch alone is."""
-    yield joined("to_qkv.weight", *(getattr(layer, f"{n}_proj").weight for n in "qkv"))
+def _low_rank(layer: Any, options: Options) -> Iterator[Entry]:
+    """Entries of α: the ordinary attention, then the low-rank branch.
+
+    The option `exchanged` applies to the branch only.
+    """
+    yield concatenated("to_qkv.weight", *(getattr(layer, f"{n}_proj").weight for n in "qkv"))
     for name in "qkv":
-        called = _called(name, how)
+        published = _published_name(name, options)
         if hasattr(layer, f"{name}_down"):
-            yield from whole(f"to_{called}1", getattr(layer, f"{name}_down"))
+            yield from same_names(f"to_{published}1", getattr(layer, f"{name}_down"))
         if name in layer.relative:
             weight = getattr(layer, f"{name}_table").weight
-            yield _table(f"to_{called}2.unique_params", weight, name, layer)
+            yield _table(f"to_{published}2.unique_params", weight, name, layer)
     if "v" in layer.relative:
-        yield from whole("to_v3", layer.v_up)
+        yield from same_names("to_v3", layer.v_up)
 
 
-def _called(name: str, how: How) -> str:
-    """The published name of our q, k or v."""
-    return {"q": "k", "k": "q"}.get(name, name) if how.exchanged else name
+def _published_name(name: str, options: Options) -> str:
+    """The published name of the projection that is our q, k or v."""
+    return {"q": "k", "k": "q"}.get(name, name) if options.exchanged else name
 
 
 def _table(published: str, weight: Tensor, name: str, layer: Any) -> Entry:
-    """Our rows are those of the offsets query - key, then class to class, class query to patch key,
-    patch query to class key. There it is so for k and v, while q counts from the key: its offsets
-    are negated, and the last two rows exchanged."""
+    """The entry of a table, with its rows in the published order.
+
+    Our rows are the offsets query - key, then three for pairs with the class token: both tokens are
+    the class token, only the query is, only the key is. The published tables of k and v have the
+    same order. In that of q the offsets are negated, and the last two rows are exchanged.
+    """
     layout = dataclasses.replace(layer.layout, prefix_queries=False)
     rows, offsets = torch.arange(layout.classes), layout.offset_classes
     if name == "q":
         rows[:offsets] = rows[:offsets].flip(0)
         rows[offsets + 1 :] = rows[offsets + 1 :].flip(0)
     if layer.layout.prefix_queries:
-        rows = rows[offsets : offsets + 2]  # class to class, class to patch
+        rows = rows[offsets : offsets + 2]  # the two kinds of pairs whose query is the class token
     return table(published, weight, rows, layout.classes)
 
 
 def _rotations(layer: Any, low_rank: bool) -> Iterator[Entry]:
-    """Where a layer turns its queries and keys; and where it is said to and doesn't, which is so
-    for tables of v on two axes."""
+    """Entries of the rotary positions of a layer.
+
+    Published layers with a table for v only and two axes may contain them without using them, so
+    the entries are optional there.
+    """
     layout, weight = layer.layout, layer.o_proj.weight
     idle = not low_rank and getattr(layer, "relative", "") == "v"
     if idle and layer.position == "rotary":
         raise ValueError(
-            "position: got 'rotary' for a table of v; the published layer computes a rotation and "
-            "never applies it, want 'none'"
+            "position: got 'rotary' for a table of v, want 'none': the published layer computes a "
+            "rotation and never applies it"
         )
     fits = len(layout.grid) == 2 and layer.head_dim % 4 == 0
     if layer.position != "rotary" and not (idle and fits):
@@ -100,24 +109,24 @@ def _rotations(layer: Any, low_rank: bool) -> Iterator[Entry]:
 
 
 @entries.register(nn.Sequential)
-def _normed(pair: nn.Sequential, how: How) -> Iterator[Entry]:
+def _norm_and_attention(pair: nn.Sequential, options: Options) -> Iterator[Entry]:
     fits = [isinstance(m, k) for m, k in zip(pair, (nn.LayerNorm, Attention), strict=False)]
     if fits != [True, True] or len(pair) != 2:
         kinds = [type(module).__name__ for module in pair]
         raise ValueError(f"module: got nn.Sequential of {kinds}, want a LayerNorm and an attention")
-    yield from whole("norm", pair[0])
-    yield from entries(pair[1], how)
+    yield from same_names("norm", pair[0])
+    yield from entries(pair[1], options)
 
 
 @entries.register(Block)
-def _block(block: Any, how: How) -> Iterator[Entry]:
-    yield from under("0", entries(nn.Sequential(block.norm1, block.mixer), how))
+def _block(block: Any, options: Options) -> Iterator[Entry]:
+    yield from with_prefix("0", entries(nn.Sequential(block.norm1, block.mixer), options))
     for name, module in (("0", block.norm2), ("1", block.mlp[0]), ("4", block.mlp[3])):
-        yield from whole(f"1.net.{name}", module)
+        yield from same_names(f"1.net.{name}", module)
 
 
-def _check(layer: Any, how: How) -> None:
-    """Only what the published code can have."""
+def _check(layer: Any, options: Options) -> None:
+    """Raise a ValueError for options that the published code does not have."""
     layout, axes = layer.layout, len(layer.layout.grid)
     most = 0 if axes == 1 else 1
     refused = {
@@ -128,19 +137,19 @@ def _check(layer: Any, how: How) -> None:
         "prefix": (layout.prefix > most, f"at most {most} on {axes} axes"),
         "position": (getattr(layer, "position", "") == "bias", "'none' or 'rotary'"),
         "qkv_bias": (_has_bias(layer), "False"),
-        "heads": (layer.heads == 1 and layer.head_dim == layer.dim, "an output projection, which "
-                  "its code leaves out for one head of head_dim = dim"),
+        "heads": (layer.heads == 1 and layer.head_dim == layer.dim, "another number: the published "
+                  "code has no output projection for one head of head_dim = dim"),
         "shard": (_is_divided(layer), "a whole table (divide it after loading)"),
     }  # fmt: skip
     for name, (wrong, wanted) in refused.items():
         if wrong:
             got = f"{type(layer).__name__}({layer.extra_repr()})"
-            raise ValueError(f"{name}: {got} has no published twin, want {wanted}")
-    if how.exchanged and layout.causal and {"q", "k"} <= set(getattr(layer, "relative", "")):
+            raise ValueError(f"{name}: {got} has no published counterpart, want {wanted}")
+    if options.exchanged and layout.causal and {"q", "k"} <= set(getattr(layer, "relative", "")):
         raise ValueError(
-            "exchanged: got True for a causal layer. Before December 2025 the 1-D code computed "
-            "other things from entries of these names (in August and September 2025 scores from "
-            "the key token alone), which no layer here does"
+            "exchanged: got True for a causal layer, want False. Before December 2025 the 1-D code "
+            "computed something else from entries of these names (in August and September 2025 "
+            "scores from the key token alone), which no layer here computes"
         )
 
 
