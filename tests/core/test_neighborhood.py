@@ -331,7 +331,7 @@ def test_chunks_change_nothing(size, numbers, monkeypatch):
     leaves = attention_inputs(area, batch=3, heads=2)
     want = run(library(neighborhood_attention, area), leaves)
     held = {"cpu": numbers, "cuda": numbers}
-    monkeypatch.setattr("translution.backends.torch.neighborhood.NUMBERS", held)
+    monkeypatch.setattr("translution.backends.torch.neighborhood.ELEMENTS", held)
     agree(run(library(neighborhood_attention, area), leaves), want, 1e-12)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...layouts import Layout
 from ...operands import Operand
-from ..torch.offset import wide
+from ..torch.offset import sum_dtype
 from . import offset
 from .support import interpreted
 
@@ -44,7 +44,7 @@ def prepare_scores(query: Operand, key: Operand, heads: int, layout: Layout) -> 
         return
     q, k = _meta(query), _meta(key)
     shape = (len(q.x), heads, layout.n_queries, layout.n_keys)
-    s = torch.empty(shape, dtype=wide(query.x.dtype), device="meta")
+    s = torch.empty(shape, dtype=sum_dtype(query.x.dtype), device="meta")
     calls: list[Callable[[], Any]] = [lambda: offset.scores(q, k, heads, 1.5, layout)]
     if any(wanted):
         calls.append(lambda: offset.scores_backward(s, q, k, heads, 1.5, layout, wanted))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...layouts import Layout
 from ...operands import Operand
-from ..torch.offset import wide
+from ..torch.offset import sum_dtype
 from . import tables
 from .blocks import Blocks, choose, power
 from .class_kernels import class_outer, class_sums
@@ -76,7 +76,7 @@ class Problem:
                 f"backend 'triton': got {self.count} pairs in a batch of {self.batch}, want fewer "
                 f"than 2**31 in all; use smaller batches, or backend='torch'"
             )
-        self.wide = wide(x.dtype)
+        self.sum_dtype = sum_dtype(x.dtype)
         self.common = arithmetic(x.dtype)
 
     @property
@@ -174,7 +174,7 @@ class Problem:
         programs = count * parts * column_parts
         split = split_evenly(programs, self._slots(got.warps), self.count // max(1, count) // 8)
         # kept wide also where there is one part only: the same kernel serves every batch
-        sums = x.new_empty((split, self.batch, self.queries, columns), dtype=self.wide)
+        sums = x.new_empty((split, self.batch, self.queries, columns), dtype=self.sum_dtype)
         launch(
             token_sums, (programs, split),
             x, w, b, a, sums, groups.members, groups.classes, groups.links, groups.spans[0],

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...caches import cached
 from ...neighborhoods import Neighborhood
-from ..torch.neighborhood import as_map, places, room
-from ..torch.offset import wide
+from ..torch.neighborhood import as_map, empty_positions, flatten_positions
+from ..torch.offset import sum_dtype
 from .blocks import power
 from .support import arithmetic, interpreted, launch
 
@@ -90,7 +90,11 @@ class _Launch:
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, area: Neighborhood):
         self.area = area
-        self.query, self.key, self.value = places(query), places(key), places(value)
+        self.query, self.key, self.value = (
+            flatten_positions(query),
+            flatten_positions(key),
+            flatten_positions(value),
+        )
         self.batch, self.keys, self.heads, self.dim = self.key.shape
         self.queries, self.channels = self.query.shape[1], self.value.shape[3]
         padded = [power(n, 16) for n in (self.dim, self.channels)]
@@ -136,7 +140,7 @@ def neighborhood_attention(
         [batch, heads, out height, out width, value channels].
     """
     call = _Launch(query, key, value, area)
-    y = room(query, call.channels)
+    y = empty_positions(query, call.channels)
     tensors = call.query, call.key, call.value, y
     call("attend", "queries", tensors, (scale * LOG2E,))
     return as_map(y, area.out)
@@ -153,12 +157,17 @@ def neighborhood_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value from that of y, what `neighborhood_attention` gave."""
     call = _Launch(query, key, value, area)
-    up, q, k, v = places(grad), call.query, call.key, call.value
-    gq, gk, gv = (room(x, x.shape[4]) for x in (query, key, value))
+    up, q, k, v = flatten_positions(grad), call.query, call.key, call.value
+    gq, gk, gv = (empty_positions(x, x.shape[4]) for x in (query, key, value))
     shape = (call.batch, call.heads, call.queries)
     # two of them: a half of one would begin where nothing is aligned, and be compiled for
-    logs, along = (query.new_empty(shape, dtype=wide(query.dtype)) for _ in range(2))
+    logs, along = (query.new_empty(shape, dtype=sum_dtype(query.dtype)) for _ in range(2))
     numbers = scale * LOG2E, scale
-    call("attend_to_queries", "queries", (q, k, v, places(y), up, gq, logs, along), numbers)
+    call(
+        "attend_to_queries",
+        "queries",
+        (q, k, v, flatten_positions(y), up, gq, logs, along),
+        numbers,
+    )
     call("attend_to_keys", "keys", (q, k, v, up, gk, gv, logs, along), numbers)
     return as_map(gq, area.out), as_map(gk, area.size), as_map(gv, area.size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...layouts import Layout
 from ...operands import Operand
-from ..torch.offset import wide
+from ..torch.offset import sum_dtype
 from .blocks import fits_small
 from .launch import Problem, Side
 from .small import SmallProblem
@@ -30,9 +30,9 @@ def scores(query: Operand, key: Operand, heads: int, scale: float, layout: Layou
     problem = _problem(layout, query.x, heads, query.inner, query.weight, key.weight)
     shape = (problem.batch, heads, problem.queries, problem.keys)
     if layout.full:
-        s = query.x.new_empty(shape, dtype=problem.wide)
+        s = query.x.new_empty(shape, dtype=problem.sum_dtype)
     else:
-        s = query.x.new_full(shape, float("-inf"), dtype=problem.wide)
+        s = query.x.new_full(shape, float("-inf"), dtype=problem.sum_dtype)
     if problem.empty:
         return s
     if isinstance(problem, SmallProblem):
@@ -162,7 +162,7 @@ def _empty_gradients(
         if not want or t is None:
             gradients.append(None)
         elif i < tokens:
-            gradients.append(t.new_zeros(t.shape, dtype=wide(t.dtype)))
+            gradients.append(t.new_zeros(t.shape, dtype=sum_dtype(t.dtype)))
         else:
             gradients.append(torch.empty_like(t, memory_format=torch.contiguous_format))
     return gradients

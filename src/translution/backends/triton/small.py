@@ -55,7 +55,7 @@ class SmallProblem(Problem):
         tokens = self.queries if by_query else self.keys
         channels = self.columns if w_near is None else power(w_near.shape[-2], 16)
         split = self._parts(by_query)
-        sums = far.x.new_empty((split, self.batch, tokens, channels), dtype=self.wide)
+        sums = far.x.new_empty((split, self.batch, tokens, channels), dtype=self.sum_dtype)
         self._walk(by_query, None, w_near, None, far, scale, numbers, sums)
         total = sums.sum(0) if split > 1 else sums[0]
         whole = self._unpad(total) if w_near is None else total[..., : w_near.shape[-2]]
@@ -76,7 +76,7 @@ class SmallProblem(Problem):
         rooms = {
             name: None
             if wanted[name] is None
-            else ds.new_empty((parts, classes, *shape), dtype=self.wide)
+            else ds.new_empty((parts, classes, *shape), dtype=self.sum_dtype)
             for name, shape in shapes.items()
         }
         launch(
