@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():  # before triton is imported: its kernels run on the CPU then
+if (
+    not torch.cuda.is_available()
+):  # set before triton is imported, so that its kernels are interpreted on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests whose names begin so share what is slow to make (a server, a site, trained runs), and run in
@@ -100,24 +102,24 @@ settings.load_profile("here")
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """The suite runs in parallel processes: one thread each keeps them out of each other's way."""
+    """The suite runs in parallel processes. With one thread each they do not share cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    # a test may have asked for more threads, and a fork of a process with some waits for ever
+    # A test may have started more threads, and a fork of a process with several can hang.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-    # likewise a group of processes that a test joined: a fork would wait for its threads
+    # A process group that a test joined has threads, too.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
 def _poison():
-    """Fresh memory is NaN, so that an output that was not written shows."""
+    """Fill new memory with NaN, so that a test notices numbers that were not written."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

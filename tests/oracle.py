@@ -1,5 +1,8 @@
-"""The slow, obvious twin of every operator: a loop over pairs, in float64. The library never
-imports it; it never imports the library's computation."""
+"""A slow and obvious implementation of every operator, in float64 and pair by pair.
+
+The library never imports this file, and this file never imports the library, so that both cannot
+have the same mistake.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def offset_class(
     prefix: int = 0,
     prefix_queries: bool = False,
 ) -> int:
-    """The class of one pair (no buckets): a token is an int (a prefix token) or its position."""
+    """The class of one pair, or -1. A token is an int (a prefix token) or its position on the grid.
+
+    There are no buckets here.
+    """
     axes = len(grid)
     window = window or (None,) * axes
     dilation = dilation or (1,) * axes
@@ -47,7 +53,7 @@ def offset_class(
 
 
 def index(input_grid: tuple[int, ...] | None = None, **layout) -> Tensor:
-    """[queries, keys]: `offset_class` of every pair."""
+    """The `offset_class` of every pair, [queries, keys]."""
     positions = list(itertools.product(*(range(n) for n in input_grid or layout["grid"])))
     prefix = list(range(layout.get("prefix", 0)))
     tokens = prefix + positions
@@ -56,6 +62,7 @@ def index(input_grid: tuple[int, ...] | None = None, **layout) -> Tensor:
 
 
 def project(x: Tensor, cls: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [batch, channels] times a matrix, or times that of a class in a table."""
     if weight is None:
         return x
     if weight.ndim == 3:
@@ -65,7 +72,7 @@ def project(x: Tensor, cls: int, weight: Tensor | None, bias: Tensor | None) -> 
 
 
 def scores(xq, xk, wq, wk, index, heads, bq=None, bk=None, scale=1.0) -> Tensor:
-    """[batch, heads, queries, keys], pair by pair; -inf where absent."""
+    """Scores pair by pair, [batch, heads, queries, keys]; -inf where a pair is absent."""
     rows = []
     for i, j in itertools.product(*map(range, index.shape)):
         cls = int(index[i, j])
@@ -79,7 +86,7 @@ def scores(xq, xk, wq, wk, index, heads, bq=None, bk=None, scale=1.0) -> Tensor:
 
 
 def mix(a, x, w, index, b=None) -> Tensor:
-    """[batch, queries, heads * head_dim], pair by pair."""
+    """The weighted sum pair by pair, [batch, queries, heads * head_dim]."""
     heads, out = a.shape[1], []
     for i in range(index.shape[0]):
         total = 0
@@ -93,14 +100,14 @@ def mix(a, x, w, index, b=None) -> Tensor:
 
 
 def softmax(s: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Zeros where a row may look nowhere."""
+    """Softmax over the last axis. A row without any key gets zeros."""
     e = s.exp() if mask is None else s.exp() * mask
     total = e.sum(-1, keepdim=True)
     return torch.where(total > 0, e / total.clamp(min=1e-300), torch.zeros_like(e))
 
 
 def rotate(x: Tensor, positions: list[tuple[int, ...] | None]) -> Tensor:
-    """Rotary positions of x [batch, heads, tokens, head_dim]; None is a token without a place."""
+    """Rotate x [batch, heads, tokens, head_dim] by positions; None leaves a token as it is."""
     d = x.shape[-1]
     out = x.clone()
     for t, position in enumerate(positions):
@@ -117,8 +124,8 @@ def rotate(x: Tensor, positions: list[tuple[int, ...] | None]) -> Tensor:
     return out
 
 
-def bounce(place: int, size: int) -> int:
-    """Walk from 0 towards the place, step by step, turning round at each end."""
+def reflect(place: int, size: int) -> int:
+    """Walk from 0 as many steps as the position says, turning round at both ends of the line."""
     inside, direction = 0, 1
     for _ in range(abs(place) if size > 1 else 0):
         if not 0 <= inside + direction < size:
@@ -128,8 +135,11 @@ def bounce(place: int, size: int) -> int:
 
 
 def local_attention(q, k, v, kernel: int, stride: int, dilation: int) -> Tensor:
-    """q, k, v [batch, heads, head_dim, height, width] -> [batch, heads, head_dim, out, out]: each
-    query over its neighbourhood, place by place, scores divided by sqrt(head_dim)."""
+    """Attention of each query over its neighbourhood, position by position.
+
+    q, k and v are [batch, heads, head_dim, height, width], the result [batch, heads, head_dim, out
+    height, out width]. Scores are divided by sqrt(head_dim).
+    """
     height, width = k.shape[3:]
     reach = (kernel - 1) // 2
     steps = [dilation * t for t in range(-reach, reach + 1)]
@@ -137,7 +147,7 @@ def local_attention(q, k, v, kernel: int, stride: int, dilation: int) -> Tensor:
     for y in range(0, height, stride):
         for x in range(0, width, stride):
             places = [
-                (bounce(y + dy, height), bounce(x + dx, width)) for dy in steps for dx in steps
+                (reflect(y + dy, height), reflect(x + dx, width)) for dy in steps for dx in steps
             ]
             s = torch.stack([(q[..., y, x] * k[..., a, b]).sum(-1) for a, b in places], -1)
             weights = softmax(s / math.sqrt(q.shape[2]))
@@ -148,8 +158,11 @@ def local_attention(q, k, v, kernel: int, stride: int, dilation: int) -> Tensor:
 
 
 def convolution_path(slices, fc, fc_bias, shifts, bias, stride, dilation, grouped_order=False):
-    """slices [batch, slices, channels, height, width]; fc [taps, slices]; shifts [channels * each,
-    taps, k, k] -> [batch, each * channels, out, out], place by place."""
+    """The convolution path of ACmix, position by position.
+
+    slices [batch, slices, channels, height, width], fc [taps, slices] and shifts [channels * each,
+    taps, k, k] give [batch, each * channels, out height, out width].
+    """
     batch, _, channels, height, width = slices.shape
     kernel = shifts.shape[-1]
     reach = (kernel - 1) // 2

@@ -1,7 +1,7 @@
-"""The ways that the primitives are computed: each backend, and Triton's path for wide tables.
+"""The ways in which the primitives are computed: each backend, and both paths of Triton.
 
-Tests use little channels, which Triton takes for small tables; the second path is then asked for by
-name.
+Tests use few channels, for which Triton takes its path for small tables. The name "triton, wide
+tables" makes it take the other path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PATHS = [*backends.BACKENDS, "triton, wide tables"]
 
 @contextmanager
 def backend_of(path: str) -> Iterator[str]:
-    """The name of the backend to ask for, which then takes this path."""
+    """Yield the backend of a path. Inside this context it takes that path."""
     from translution.backends.triton import blocks
 
     with blocks.small_as_wide() if path.endswith("wide tables") else nullcontext():

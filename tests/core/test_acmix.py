@@ -44,7 +44,7 @@ def acmix(m, x):
     for i in range(0, height, m.stride):
         for j in range(0, width, m.stride):
             near = [
-                (oracle.bounce(i + a, height), oracle.bounce(j + b, width))
+                (oracle.reflect(i + a, height), oracle.reflect(j + b, width))
                 for a in steps
                 for b in steps
             ]

@@ -1,4 +1,4 @@
-"""Index tables in memory."""
+"""The cache of index tables: its bounds, CUDA graphs and threads."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def filled(cache, keys, numbers=1):
-    """Ask for tables of so many float32 numbers; the keys that had to be made."""
+    """Get tables of `numbers` float32 numbers; return the keys whose tables had to be computed."""
     made = []
     for key in keys:
         cache.get(key, CPU, lambda key=key: made.append(key) or torch.zeros(numbers))
     return made
 
 
-def test_what_was_used_last_stays():
+def test_the_least_recently_used_are_dropped():
     cache = caches.Cache(size=3 * 400)
     assert filled(cache, "abc", 100) == list("abc")
     assert filled(cache, "a", 100) == []
-    # eight of the largest are allowed in any case
+    # eight of the largest table are always allowed
     assert filled(cache, "defgh", 100) == list("defgh")
     assert cache.held == 8 * 400
     assert filled(cache, "i", 100) == ["i"]
@@ -87,9 +87,19 @@ def test_threads_make_a_table_once():
     assert made == [1]
 
 
-def test_layouts_are_kept():
-    """Equal layouts share their tables, and a hundred lengths stay within the bound."""
+def test_layouts_are_cached():
+    """Equal layouts share their tables, and a hundred of them stay within the bound."""
     assert Layout((3, 4)).pairs_on("cpu") is Layout((3, 4)).pairs_on("cpu")
     for length in range(100, 200):
         Layout(length, causal=True).pairs_on("cpu")
     assert caches.TABLES.held <= caches.TABLES.size
+
+
+def test_a_layout_is_looked_up_by_its_spec(monkeypatch):
+    """Hashing a layout would hash all positions of its queries and keys, at every call."""
+    keys = []
+    monkeypatch.setattr(caches.TABLES, "get", lambda key, device, make: keys.append(key) or make())
+    layout = Layout(5).select(queries=range(4))
+    layout.pairs_on("cpu")
+    assert layout.spec in keys[0]
+    assert layout not in keys[0]

@@ -362,7 +362,7 @@ def test_classes_in_parts(rows, monkeypatch):
 
     whole = run()
     monkeypatch.setattr(backends.torch.offset, "ROWS", rows)
-    monkeypatch.setattr(backends.torch.offset, "NUMBERS", 1)
+    monkeypatch.setattr(backends.torch.offset, "ELEMENTS", 1)
     close(run(), whole)
 
 
@@ -388,7 +388,7 @@ def test_half_precision_in_calls_of_any_size(numbers, table, monkeypatch):
 
     want = run(torch.float64, torch.float64)
     monkeypatch.setattr(backends.torch.offset, "ROWS", 6)
-    monkeypatch.setattr(backends.torch.offset, "NUMBERS", numbers)
+    monkeypatch.setattr(backends.torch.offset, "ELEMENTS", numbers)
     for got, w in zip(run(torch.bfloat16, table), want, strict=True):
         error = (got.double() - w).norm() / w.norm()
         assert error < 8 * torch.finfo(torch.bfloat16).eps, error

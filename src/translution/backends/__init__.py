@@ -1,7 +1,9 @@
-"""What computes the primitives, and the one place that chooses.
+"""The backends, which compute the operators, and the function that chooses one.
 
-A backend is a module with `unavailable(device, dtype)`, which says in words why it can't serve (or
-None), and the functions `scores`, `mix`, `neighborhood_attention` and the same with `_backward`.
+A backend is a module with the functions `scores`, `mix` and `neighborhood_attention`, each of them
+with a second one for its gradients (`scores_backward` and so on); `prepare_scores` and
+`prepare_mix`, which may begin to compile kernels; and `unavailable(device, dtype)`, which returns
+the reason why it cannot compute there, or None if it can.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from types import ModuleType
 from torch import device as Device
 from torch import dtype as Dtype
 
-# within this package the names `torch` and `triton` are those of the backends
+# In this module `torch` and `triton` are the backends, not the libraries.
 from . import torch, triton
 
 __all__ = ["BACKENDS", "choose", "explain"]
@@ -20,16 +22,20 @@ BACKENDS: dict[str, ModuleType] = {"torch": torch, "triton": triton}
 
 
 def explain(device: Device, dtype: Dtype) -> dict[str, str | None]:
-    """Why each backend can't serve this device and dtype; None for one that can."""
+    """Why each backend cannot compute with `dtype` on `device`; None for one that can."""
     return {name: backend.unavailable(device, dtype) for name, backend in BACKENDS.items()}
 
 
 def choose(name: str, device: Device, dtype: Dtype) -> ModuleType:
-    """The backend of this name; never falls back. "auto" is Triton on CUDA where it can serve, else
-    plain torch.
+    """Return the backend of a name. There is no fall-back to another one.
+
+    Args:
+        name: a backend, or "auto": on CUDA devices Triton if it is available, else plain torch.
+        device, dtype: of the tokens.
 
     Raises:
-        ValueError: an unknown name, or one that can't serve here; it says which can.
+        ValueError: the name is unknown, or the backend cannot compute here. The message lists those
+            that can.
     """
     if name == "auto":
         order = ["triton", "torch"] if device.type == "cuda" else ["torch", "triton"]

@@ -1,8 +1,9 @@
-"""The operators as functions; `translution.modules` has them with their weights.
+"""The operators as functions. The layers in `translution.modules` hold their weights.
 
-`offset.py`: scores and mix over pairs whose projections depend on their class (Translution).
-`convolution.py`: a convolution taken apart into 1×1 convolutions, shifts and sums.
-`neighborhood.py`: attention and mixing over the k×k neighbourhood of each place.
+`offset.py`: scores and mix over pairs whose projections depend on the offset class (Translution).
+`single_query.py`: the same for one new token, as in text generation.
+`neighborhood.py`: attention and mixing over the k×k neighbourhood of each position of a map.
+`convolution.py`: a convolution decomposed into 1×1 convolutions, shifts and sums.
 """
 
 from .convolution import convolution_by_shifts, shift_and_sum, shift_kernels

@@ -1,9 +1,10 @@
-"""A convolution taken apart: k² 1×1 convolutions, whose results are shifted and summed.
+"""A convolution decomposed into k² 1×1 convolutions, whose results are shifted and summed.
 
-A k×k convolution multiplies each place by one matrix per tap and adds what it got from the
-neighbours. So the multiplications can come first, at every place and for all taps at once (a 1×1
-convolution to k² maps), and the neighbourhood later, as shifts and sums of those maps that multiply
-nothing. (ACmix, section 3.1, eqs. 2-5.)
+A k×k convolution multiplies the input at each neighbour of a position by the matrix of that tap,
+and sums the k² products. The multiplications can be done first: one 1×1 convolution multiplies
+every position by the matrices of all taps, which gives k² maps. The neighbourhood then consists of
+shifting these maps and summing them, without any further multiplication. (ACmix, section 3.1,
+eqs. 2-5.)
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ def shift_and_sum(
     padding: Sizes | None = None,
     dilation: Sizes = 1,
 ) -> Tensor:
-    """Shift the map of each tap by the tap's offset, zeros coming in from outside; add them up.
+    """Shift the map of each tap by the offset of the tap, and sum the shifted maps.
 
-    `y[p] = Σ_t maps[t][stride · p + dilation · t - padding]`, with t the taps (row, column) of the
-    kernel, row-major.
+    `y[p] = Σ_t maps[t][stride · p + dilation · t - padding]`, where t runs over the taps (row,
+    column) of the kernel in row-major order. Outside of the maps there are zeros.
 
     Args:
-        maps: [batch, taps, channels, height, width], taps = the kernel's rows times its columns.
+        maps: [batch, taps, channels, height, width], with taps = rows · columns of the kernel.
         kernel_size, stride, dilation: an int or (rows, columns).
-        padding: zeros around the maps; None is dilation · (kernel_size - 1) / 2, which keeps the
-            size at stride 1 and needs odd kernels.
+        padding: the number of zeros around the maps. None is dilation · (kernel_size - 1) / 2. It
+            keeps the size at stride 1 and needs an odd kernel.
 
     Returns:
-        [batch, channels, out height, out width], sizes as of nn.Conv2d.
+        [batch, channels, out height, out width]; sizes are those of nn.Conv2d.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -67,19 +68,25 @@ def shift_and_sum(
         raise ValueError(f"maps: got size {size}, too small for a kernel of {kernel}")
     y = maps.new_zeros(maps.shape[0], maps.shape[2], *out)
     for tap in range(maps.shape[1]):
-        at = divmod(tap, kernel[1])
-        cuts = [
+        row_and_column = divmod(tap, kernel[1])
+        overlaps = [
             _overlap(n, o, d * t - p, s)
-            for n, o, d, t, p, s in zip(size, out, spread, at, around, step, strict=True)
+            for n, o, d, t, p, s in zip(
+                size, out, spread, row_and_column, around, step, strict=True
+            )
         ]
-        if all(to.start < to.stop for _, to in cuts):
-            (rows, to_rows), (columns, to_columns) = cuts
-            y[:, :, to_rows, to_columns] += maps[:, tap, :, rows, columns]
+        if all(written.start < written.stop for _, written in overlaps):
+            (rows, out_rows), (columns, out_columns) = overlaps
+            y[:, :, out_rows, out_columns] += maps[:, tap, :, rows, columns]
     return y
 
 
 def _overlap(size: int, out: int, shift: int, stride: int) -> tuple[slice, slice]:
-    """The places read, and those written, for outputs p whose source stride · p + shift exists."""
+    """The outputs p whose source stride · p + shift is inside of a map, along one axis.
+
+    Returns:
+        The sources, a slice of 0 : size, and the outputs, a slice of 0 : out.
+    """
     first = max(0, -(shift // stride))
     last = min(out - 1, (size - 1 - shift) // stride)
     start = stride * first + shift
@@ -95,15 +102,18 @@ def convolution_by_shifts(
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
-    """What `torch.nn.functional.conv2d` gives, by 1×1 convolutions, shifts and sums.
+    """The same as `torch.nn.functional.conv2d`, computed by 1×1 convolutions, shifts and sums.
 
-    It holds a map per tap, so it is for understanding and for tests.
+    It stores one map per tap, so it is for explanation and for tests, not for speed.
 
     Args:
         x: [batch, in channels, height, width].
         weight: [out channels, in channels / groups, kernel rows, kernel columns].
         bias: [out channels].
         stride, padding, dilation, groups: as in conv2d.
+
+    Returns:
+        [batch, out channels, out height, out width].
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -120,7 +130,8 @@ def convolution_by_shifts(
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, want (batch, {groups * inner}, height, width)"
         )
-    # one 1×1 convolution for all taps; the groups stay outermost
+    # One 1×1 convolution for all taps. Its output channels are (group, tap, channel), since those
+    # of one group have to be consecutive.
     taps = weight.reshape(groups, out // groups, -1, rows * columns)
     stacked = taps.permute(0, 3, 1, 2).reshape(out * rows * columns, -1, 1, 1)
     maps = F.conv2d(x, stacked, groups=groups)
@@ -130,14 +141,17 @@ def convolution_by_shifts(
 
 
 def shift_kernels(kernel_size: Sizes, like: Tensor | None = None) -> Tensor:
-    """[taps, rows, columns]: kernels that are one at their own tap and zero elsewhere.
+    """One kernel per tap, which is one at that tap and zero elsewhere.
 
-    Convolving map t with kernel t, and summing, is `shift_and_sum`: this is how ACmix's learned
-    shifts start.
+    Convolving map t with kernel t, and summing the results, is the same as `shift_and_sum`. The
+    learned shifts of ACmix start with these kernels.
 
     Args:
         kernel_size: an int or (rows, columns).
-        like: a tensor whose dtype and device the kernels have; None is torch's defaults.
+        like: a tensor whose dtype and device the kernels get. None means torch's defaults.
+
+    Returns:
+        [taps, rows, columns], with taps = rows · columns.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.

@@ -1,8 +1,9 @@
-"""Attention, and mixing by given weights, over the k×k neighbourhood of each place of a map.
+"""Attention over the k×k neighbourhood of each position of a map, and mixing by given weights.
 
-Neither copies keys or values k² times, which is what the plain way costs. The attention is checked
-and registered with torch here and computed by a backend, tile by tile of queries. Mixing walks the
-taps: for each, the part of the map that all queries see there is a view.
+The plain way copies the k² neighbours of every query. Neither function here does so. The attention
+is checked and registered with torch in this file, and a backend computes it, one tile of queries at
+a time. Mixing is computed in this file, one tap of the kernel at a time: the neighbours of all
+queries at one tap are a strided view of the map.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.torch.neighborhood import as_map, room
+from ..backends.torch.neighborhood import as_map, empty_positions
 from ..neighborhoods import Neighborhood, Sizes
 from .offset import autocast, check_backend
 from .offset_operators import HALF
@@ -32,22 +33,26 @@ def neighborhood_attention(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention of each query over its k×k neighbourhood, reflected at the borders.
+    """Softmax attention of each query over its k×k neighbourhood, with reflection at the borders.
 
-    y_i = Σ_j softmax_j(scale · q_i · k_j) v_j, j over the neighbourhood of i (`Neighborhood` says
-    where it lies).
+    y_i = Σ_j softmax_j(scale · q_i · k_j) v_j for j over the neighbours of i
+    (`translution.neighborhoods.Neighborhood` defines which positions these are).
 
     Args:
-        query: [batch, heads, out height, out width, head_dim], out = size / stride rounded up.
+        query: [batch, heads, out height, out width, head_dim], where the size of the output is
+            size / stride, rounded up.
         key: [batch, heads, height, width, head_dim].
         value: [batch, heads, height, width, value channels].
-        kernel_size: odd; an int or (rows, columns), as `stride` and `dilation`.
-        scale: of the scores; None is 1 / sqrt(head_dim).
+        kernel_size: the size of the neighbourhood, odd. Like `stride` and `dilation`, an int or
+            (rows, columns).
+        stride: the distance from one query to the next.
+        dilation: the distance from one neighbour to the next.
+        scale: the factor on the scores. None is 1 / sqrt(head_dim).
         backend: "auto", or the name of one in `translution.backends`.
 
     Returns:
-        [batch, heads, out height, out width, value channels] in the dtype of the values; the scores
-        and sums are float32 for half precision.
+        [batch, heads, out height, out width, value channels] in the dtype of the values. For half
+        precision, scores and sums are computed in float32.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -75,14 +80,19 @@ def neighborhood_attention(
 def neighborhood_mix(
     weights: Tensor, value: Tensor, kernel_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1
 ) -> Tensor:
-    """The weighted sum over each k×k neighbourhood, weights given per place, tap and group.
+    """The weighted sum over each k×k neighbourhood, with a given weight per query, tap and group.
 
-    y[c, i] = Σ_t weights[c mod groups, t, i] · value[c, neighbour t of i], reflected at borders.
+    y[c, i] = Σ_t weights[c mod groups, t, i] · value[c, neighbour t of i], where neighbours outside
+    of the map are reflected at its borders.
 
     Args:
-        weights: [batch, groups, taps, out height, out width].
-        value: [batch, channels, height, width], channels a multiple of groups.
-        kernel_size: odd; an int or (rows, columns), as `stride` and `dilation`.
+        weights: [batch, groups, taps, out height, out width], with taps = rows · columns of the
+            kernel, and the size of the output = size / stride, rounded up.
+        value: [batch, channels, height, width], where channels is a multiple of groups.
+        kernel_size: the size of the neighbourhood, odd. Like `stride` and `dilation`, an int or
+            (rows, columns).
+        stride: the distance from one query to the next.
+        dilation: the distance from one neighbour to the next.
 
     Returns:
         [batch, channels, out height, out width].
@@ -117,14 +127,18 @@ def _derivatives() -> Any:
 
 
 def _size(name: str, shape: torch.Size) -> tuple[int, int]:
-    """A map is made for sizes that are numbers: tracing specialises on them here."""
+    """Height and width as ints, so that tracing makes them constants here.
+
+    Raises:
+        ValueError: the map has no position. The message contains `name`.
+    """
     height, width = (int(n) for n in shape)
     if min(height, width) < 1:
         raise ValueError(f"{name}: got a map of {height}×{width}, want at least 1×1")
     return height, width
 
 
-# -- attention as torch knows it: a backend computes it ------------------------------------------
+# -- The attention as an operator that is registered with torch; a backend computes it -----------
 
 
 def _area(size, kernel, stride, dilation) -> Neighborhood:  # type: ignore[no-untyped-def]
@@ -149,7 +163,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query, key, value, kernel, stride, dilation, scale, backend):  # type: ignore[no-untyped-def]
-    return as_map(room(query, value.shape[4]), tuple(query.shape[2:4]))
+    return as_map(empty_positions(query, value.shape[4]), tuple(query.shape[2:4]))
 
 
 @torch.library.custom_op("translution::neighborhood_attention_backward", mutates_args=())
@@ -172,7 +186,8 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(grad, y, query, key, value, kernel, stride, dilation, scale, backend):  # type: ignore[no-untyped-def]
-    return tuple(as_map(room(x, x.shape[4]), tuple(x.shape[2:4])) for x in (query, key, value))
+    maps = (query, key, value)
+    return tuple(as_map(empty_positions(x, x.shape[4]), tuple(x.shape[2:4])) for x in maps)
 
 
 def _save_attention(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -190,34 +205,39 @@ def _backward_attention(ctx, grad):  # type: ignore[no-untyped-def]
 _attention.register_autograd(_backward_attention, setup_context=_save_attention)
 
 
-# -- mixing, tap by tap ---------------------------------------------------------------------------
+# -- Mixing, one tap at a time, as an operator that is registered with torch ----------------------
 
 
 class _Taps:
-    """The map continued over its borders, and for each tap the part of it that the queries see."""
+    """The map continued over its borders by reflection, and its view at each tap.
+
+    On the continued map the neighbours of all queries at one tap are equally spaced, so that they
+    are a strided view, and nothing is copied per tap.
+    """
 
     def __init__(self, area: Neighborhood, device: torch.device):
         self.area = area
         self.lines = [torch.tensor(area.line(axis), device=device) for axis in (0, 1)]
 
-    def continued(self, x: Tensor) -> Tensor:
+    def extend(self, x: Tensor) -> Tensor:
+        """Continue a map [batch, channels, height, width] over its borders."""
         return x.index_select(2, self.lines[0]).index_select(3, self.lines[1])
 
-    def folded(self, x: Tensor) -> Tensor:
-        """The adjoint of `continued`."""
+    def extend_backward(self, x: Tensor) -> Tensor:
+        """The gradient of a map from that of the continued map."""
         for axis in (1, 0):
             shape = list(x.shape)
             shape[2 + axis] = self.area.size[axis]
             x = x.new_zeros(shape).index_add_(2 + axis, self.lines[axis], x)
         return x
 
-    def at(self, wide: Tensor, tap: int) -> Tensor:
-        """A view of the continued map: what each query sees at a tap."""
-        cuts = []
+    def view(self, extended: Tensor, tap: int) -> Tensor:
+        """The neighbour of each query at a tap: a view [batch, channels, out height, out width]."""
+        slices = []
         for axis, t in enumerate(divmod(tap, self.area.kernel[1])):
             start, step = t * self.area.dilation[axis], self.area.stride[axis]
-            cuts.append(slice(start, start + step * (self.area.out[axis] - 1) + 1, step))
-        return wide[:, :, cuts[0], cuts[1]]
+            slices.append(slice(start, start + step * (self.area.out[axis] - 1) + 1, step))
+        return extended[:, :, slices[0], slices[1]]
 
 
 @torch.library.custom_op("translution::neighborhood_mix", mutates_args=())
@@ -226,12 +246,13 @@ def _mix(
 ) -> Tensor:
     area = _area(value.shape[2:], kernel, stride, dilation)
     taps = _Taps(area, value.device)
-    groups, wide = weights.shape[1], taps.continued(value)
-    total = torch.float32 if value.dtype in HALF else value.dtype
-    y = value.new_zeros((value.shape[0], value.shape[1] // groups, groups, *area.out), dtype=total)
+    groups, extended = weights.shape[1], taps.extend(value)
+    dtype = torch.float32 if value.dtype in HALF else value.dtype  # of the sums
+    # [batch, channels of a group, groups, out height, out width]
+    y = value.new_zeros((value.shape[0], value.shape[1] // groups, groups, *area.out), dtype=dtype)
     for tap in range(area.taps):
-        seen = taps.at(wide, tap).unflatten(1, (-1, groups))
-        y.addcmul_(seen.to(total), weights[:, None, :, tap].to(total))
+        neighbors = taps.view(extended, tap).unflatten(1, (-1, groups))
+        y.addcmul_(neighbors.to(dtype), weights[:, None, :, tap].to(dtype))
     return y.flatten(1, 2).to(value.dtype)
 
 
@@ -251,17 +272,17 @@ def _mix_backward(
 ) -> tuple[Tensor, Tensor]:
     area = _area(value.shape[2:], kernel, stride, dilation)
     taps = _Taps(area, value.device)
-    groups, wide = weights.shape[1], taps.continued(value)
-    total = torch.float32 if value.dtype in HALF else value.dtype
-    up = grad.unflatten(1, (-1, groups))
-    to_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    to_wide = torch.zeros_like(wide, dtype=total)
+    groups, extended = weights.shape[1], taps.extend(value)
+    dtype = torch.float32 if value.dtype in HALF else value.dtype  # of the sums
+    dy = grad.unflatten(1, (-1, groups))  # [batch, channels of a group, groups, height, width]
+    d_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    d_extended = torch.zeros_like(extended, dtype=dtype)
     for tap in range(area.taps):
-        seen = taps.at(wide, tap).unflatten(1, (-1, groups))
-        to_weights[:, :, tap] = (up * seen).sum(1, dtype=total)
-        view = taps.at(to_wide, tap).unflatten(1, (-1, groups))
-        view.addcmul_(up.to(total), weights[:, None, :, tap].to(total))
-    return to_weights, taps.folded(to_wide).to(value.dtype)
+        neighbors = taps.view(extended, tap).unflatten(1, (-1, groups))
+        d_weights[:, :, tap] = (dy * neighbors).sum(1, dtype=dtype)
+        d_neighbors = taps.view(d_extended, tap).unflatten(1, (-1, groups))
+        d_neighbors.addcmul_(dy.to(dtype), weights[:, None, :, tap].to(dtype))
+    return d_weights, taps.extend_backward(d_extended).to(value.dtype)
 
 
 @_mix_backward.register_fake

@@ -1,10 +1,28 @@
-"""The plain torch backend: walk the classes, one matrix product over the rows of each.
+"""The two primitives of Translution in plain torch, forward and backward.
 
-Tokens are stored [tokens, batch, channels], so that the row of a pair is one contiguous block, and
-scores [pairs, batch, heads] in the order of their classes. Only the rows of a few small classes, or
-of a part of a large one, exist at a time; the backward pass computes them again. Classes of equally
-many pairs are multiplied in one call: each core then has a matrix of its own, which is faster than
-dividing a small one, and in half precision the call itself costs as much as a small product.
+    scores   s[i, j] = scale · q · k       q = x_i Wq[c] + bq[c],   k = x_j Wk[c] + bk[c]
+    mix      y[i]    = Σ_j a[i, j] · v     v = x_j Wv[c] + bv[c]
+
+Both are per head, for each pair (query i, key j) of class c. With r = x W[c] + b[c] as the
+projected row of a pair on one side (q, k or v), the gradients are
+
+    scores   dq = scale · ds · k,   dk = scale · ds · q
+    mix      dv = a · dy,           da = dy · v
+    all      dx_i = Σ over the pairs of token i of dr W[c]ᵀ
+             dW[c] = Σ over the pairs of class c of xᵀ dr,   db[c] = Σ over them of dr
+
+so both directions consist of three steps per class: gather the tokens of its pairs, multiply them
+by one matrix, and reduce the result (to scores, or by adding it to tokens or tables). Projected
+rows for all pairs would take B · P · H · D numbers. Here only the rows of one *group* of classes
+exist at a time, and the backward pass computes them again.
+
+Shapes are written with
+
+    B batch   N queries   M keys   P pairs   K classes   C channels   H heads   D head_dim
+
+and "rows" are (pair, sample) combinations, with the sample as the fast axis. Tokens are stored
+[N, B, C], so that gathering a pair copies one contiguous block of B rows. Scores are stored
+[P, B, H] in the order of the classes, so that those of a group are a slice.
 """
 
 from __future__ import annotations
@@ -20,62 +38,92 @@ from ...caches import cached
 from ...layouts import Layout
 from ...operands import Operand
 
-__all__ = ["mix", "mix_backward", "scores", "scores_backward"]
+__all__ = ["mix", "mix_backward", "scores", "scores_backward", "sum_dtype"]
 
-# Numbers (rows x channels) computed at once: enough that the steps around the matrix products cost
-# little, few enough that they stay in the cache. Never fewer rows than the second, at which a
-# matrix product runs at full rate.
-NUMBERS = 98304
+ELEMENTS = 98304
+"""How many numbers (rows · channels) a group has, about. This is enough that the work around the
+matrix products takes little time, and few enough that the numbers stay in a CPU's cache."""
 ROWS = 512
-# Half precision multiplies more at once, its products being so fast that the calls count, and more
-# classes in a call. Those are first copied side by side, which in full precision would not pay:
-# there two are read in place.
+"""A group has at least this many rows (if there are as many). With fewer, a matrix product does not
+reach its full speed."""
 HALF_TIMES = 4
+"""In half precision a group has this many times more numbers. The products are so fast there that
+the cost of each call counts."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are kept in."""
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of this dtype are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# -- The order in which the pairs are computed -----------------------------------------------------
+#
+# One matrix product per class would be the plain way. On a grid, however, most classes are small
+# and many have equally many pairs: opposite offsets, for example, always do. Classes of equal size
+# can be multiplied by one batched product. On a CPU, its cores then work on a matrix each, which is
+# faster than dividing one small matrix among them. In half precision, where the call itself costs
+# as much as a small product, there is also one call in place of several.
+
+
 class Segment(NamedTuple):
-    """The rows of one class, or of several with equally many pairs, one after the other (or a part
-    of one class): their matrices are multiplied in one call."""
+    """The rows of a group that are multiplied in one call.
+
+    They belong to one class, to several classes of equal size one after another, or to a part of
+    one large class.
+
+    Attributes:
+        classes: the classes.
+        start, stop: the rows are `start : stop` of the group.
+        first: whether no earlier segment has rows of these classes.
+        last: whether no later segment has rows of these classes.
+    """
 
     classes: tuple[int, ...]
     start: int
     stop: int
-    first: bool  # whether the classes begin here
-    last: bool  # whether they end here
+    first: bool
+    last: bool
 
-    def each(self, rows: Tensor) -> Tensor:
-        """[rows, channels] -> the same, or [classes, rows of each, channels]."""
+    def by_class(self, rows: Tensor) -> Tensor:
+        """Divide [rows, C] by class: [classes, rows of each, C]. One class stays [rows, C]."""
         return rows if len(self.classes) == 1 else rows.unflatten(0, (len(self.classes), -1))
 
 
 class Group(NamedTuple):
-    """Pairs computed at once: small classes together, large ones in parts."""
+    """Pairs whose projected rows exist at the same time: some small classes, or a part of a large
+    one.
+
+    Attributes:
+        pairs: a slice of the pairs of `Order`.
+        segments: its rows, divided by the calls that multiply them.
+    """
 
     pairs: slice
     segments: list[Segment]
 
     @property
     def sizes(self) -> list[int]:
-        """Rows per segment."""
+        """The number of rows of each segment."""
         return [segment.stop - segment.start for segment in self.segments]
 
 
 class Order(NamedTuple):
-    """The pairs by class as in `Pairs`, but classes with equally many pairs stand together."""
+    """The pairs of a layout sorted by the size of their class, and within a size by class.
+
+    This is `Pairs` in another order, in which classes of equal size are neighbours.
+
+    Attributes:
+        query, key, flat, slot: as in `Pairs`.
+        runs: for each size, its classes and their first pair. A last entry ((), P) marks the end.
+        empty: the classes without a pair.
+    """
 
     query: Tensor
     key: Tensor
     flat: Tensor
     slot: Tensor
     runs: tuple[tuple[tuple[int, ...], int], ...]
-    """(classes of the same size; the first of their pairs), then ((), number of pairs)"""
     empty: tuple[int, ...]
-    """classes without a pair"""
 
 
 @cached
@@ -83,36 +131,39 @@ def _order(layout: Layout, device: torch.device) -> Order:
     pairs = layout.pairs_on(device)
     sizes = [stop - start for start, stop in itertools.pairwise(pairs.starts)]
     classes = sorted((c for c, size in enumerate(sizes) if size), key=sizes.__getitem__)
-    runs, places, at = list[tuple[tuple[int, ...], int]](), list[Tensor](), 0
-    for size, alike in itertools.groupby(classes, sizes.__getitem__):
-        runs.append((tuple(alike), at))
-        places += [torch.arange(pairs.starts[c], pairs.starts[c] + size) for c in runs[-1][0]]
-        at += size * len(runs[-1][0])
-    runs.append(((), at))
-    order = torch.cat(places).to(device) if places else pairs.query.new_empty(0, dtype=torch.int64)
+    runs, indices, start = list[tuple[tuple[int, ...], int]](), list[Tensor](), 0
+    for size, equally_large in itertools.groupby(classes, sizes.__getitem__):
+        runs.append((tuple(equally_large), start))
+        indices += [torch.arange(pairs.starts[c], pairs.starts[c] + size) for c in runs[-1][0]]
+        start += size * len(runs[-1][0])
+    runs.append(((), start))
+    order = torch.cat(indices).to(device) if indices else pairs.query.new_empty(0).long()
     query, key, flat = (t.index_select(0, order) for t in (pairs.query, pairs.key, pairs.flat))
-    slot = torch.full_like(pairs.slot, at)  # absent pairs point one past the end
-    slot[flat.long()] = torch.arange(at, device=device, dtype=slot.dtype)
+    slot = torch.full_like(pairs.slot, start)  # the cells of absent pairs keep this value, P
+    slot[flat.long()] = torch.arange(start, device=device, dtype=slot.dtype)
     empty = tuple(cls for cls, size in enumerate(sizes) if not size)
     return Order(query, key, flat, slot, tuple(runs), empty)
 
 
 def _groups(order: Order, x: Tensor) -> Iterator[Group]:
-    """`x` [batch, tokens, channels] is one side."""
+    """Divide the pairs into groups, for operands like `x` [B, tokens, C]."""
     batch, _, channels = x.shape
     if not batch:
         return
-    half = x.dtype != wide(x.dtype)
-    numbers = NUMBERS * (HALF_TIMES if half else 1)
-    most = max(1, max(ROWS, numbers // max(channels, 1)) // batch)
-    together = max(2, numbers // max(channels, 1) ** 2) if half else 2
+    half = x.dtype != sum_dtype(x.dtype)
+    elements = ELEMENTS * (HALF_TIMES if half else 1)
+    most = max(1, max(ROWS, elements // max(channels, 1)) // batch)  # pairs of a group
+    # In full precision a call takes at most two classes, whose matrices it can read in place (see
+    # `_entries`). In half precision their matrices are copied next to each other, which is worth it
+    # for as many as make up the elements of a group.
+    together = max(2, elements // max(channels, 1) ** 2) if half else 2
     begin, segments = 0, list[Segment]()
     for classes, start, stop in _calls(order, most, together):
         if stop - begin > most and segments:
             yield Group(slice(begin, start), segments)
             begin, segments = start, []
         first = start
-        while start < stop:  # more than one turn if a class is too large for one call
+        while start < stop:  # a class that is too large for one group is divided
             end = stop if len(classes) > 1 else min(start + most, stop)
             rows = (start - begin) * batch, (end - begin) * batch
             segments.append(Segment(classes, *rows, start == first, end == stop))
@@ -125,30 +176,44 @@ def _groups(order: Order, x: Tensor) -> Iterator[Group]:
 
 
 def _calls(order: Order, most: int, together: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Classes that are multiplied in one call, the first of their pairs, and one past the last."""
+    """The classes that are multiplied in one call, with their pairs `start : stop`.
+
+    Args:
+        order: the pairs.
+        most: the number of pairs of a group.
+        together: the largest number of classes of a call.
+    """
     for (classes, start), (_, stop) in itertools.pairwise(order.runs):
         size = (stop - start) // len(classes)
-        # two may be up to twice too many: each core has one
+        # Two classes of nearly `most` pairs each are still multiplied together, although they make
+        # a group of nearly twice as many: two cores then have one each.
         count = 1 if size > most else min(together, max(2, most // size))
         for i in range(0, len(classes), count):
             part = classes[i : i + count]
             yield part, start + i * size, start + (i + len(part)) * size
 
 
-def _of(table: Tensor, classes: tuple[int, ...]) -> Tensor:
-    """The entries of one class, or of two as a view [2, ...]."""
+# -- One side of the pairs and its gradients -------------------------------------------------------
+
+
+def _entries(table: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """The entries of one class [...], or of two [2, ...], of a table [K, ...], as a view.
+
+    Any two entries are equally spaced, so a strided view contains them, and nothing is copied.
+    """
     if len(classes) == 1:
         return table[classes[0]]
     return table[classes[0] :: classes[1] - classes[0]][:2]
 
 
 class Side:
-    """An operand as this backend reads it.
+    """One operand of a primitive, with the token that each pair reads from it.
 
     Attributes:
-        x: tokens [tokens, batch, channels], so that the rows of a token are one block.
+        x: tokens [N or M, B, C], so that the rows of a token are one block.
         weight, bias: the table, as in `Operand`.
-        positions: int32 [pairs], the token of each pair on this side.
+        positions: int32 [P], the token of each pair on this side.
+        batch: B.
     """
 
     def __init__(self, operand: Operand, positions: Tensor):
@@ -156,162 +221,215 @@ class Side:
         self.weight, self.bias, self.positions = operand.weight, operand.bias, positions
         self.batch = self.x.shape[1]
 
-    def read(self, table: Tensor, segment: Segment) -> Tensor:
-        """The entries of a table, one or [classes, ...], in the dtype of the tokens."""
+    def entries(self, table: Tensor, segment: Segment) -> Tensor:
+        """The entries [...] or [classes, ...] of a table for a segment, in the tokens' dtype."""
         dtype, classes = self.x.dtype, segment.classes
-        if len(classes) == 1 or (len(classes) == 2 and table.dtype == dtype == wide(dtype)):
-            return _of(table, classes).to(dtype)
+        in_place = len(classes) == 2 and table.dtype == dtype == sum_dtype(dtype)
+        if len(classes) == 1 or in_place:
+            return _entries(table, classes).to(dtype)
         return torch.stack([table[c].to(dtype) for c in classes])
 
-    def rows(self, group: Group) -> Tensor:
-        """The tokens of these pairs: [rows, channels]."""
+    def gather(self, group: Group) -> Tensor:
+        """The tokens of the pairs of a group, [rows, C]."""
         return self.x.index_select(0, self.positions[group.pairs]).flatten(0, 1)
 
     def project(self, rows: Tensor, group: Group) -> Tensor:
-        """What this side gives to the pairs: [rows, heads * head_dim]."""
+        """Project the tokens of a group, [rows, C] -> [rows, H · D]: x W[c] + b[c] for each row."""
         if self.weight is None:
             return rows
         out = rows.new_empty((rows.shape[0], self.weight.shape[-1]))
         parts = rows.split(group.sizes), out.split(group.sizes)
-        for segment, part, into in zip(group.segments, *parts, strict=True):
-            into = segment.each(into)
-            torch.matmul(segment.each(part), self.read(self.weight, segment), out=into)
+        for segment, part, part_out in zip(group.segments, *parts, strict=True):
+            part_out = segment.by_class(part_out)
+            weight = self.entries(self.weight, segment)
+            torch.matmul(segment.by_class(part), weight, out=part_out)
             if self.bias is not None:
-                into += self.read(self.bias, segment).unsqueeze(-2)
+                part_out += self.entries(self.bias, segment).unsqueeze(-2)
         return out
 
 
 class SideGrad:
-    """The gradients of a `Side`. Each is summed wide, and narrowed at the end."""
+    """The gradients of a `Side`, to which `add` adds group by group.
+
+    Gradients of tokens are summed in `sum_dtype` and rounded once at the end. Gradients of a table
+    are written in its own dtype, class by class, so that no second table in float32 is needed. If
+    the rows of a class come in several groups, its sum is carried from one to the next in
+    `sum_dtype` (`carry`), and is rounded when the last has been added.
+
+    Args:
+        side: the operand.
+        x, weight, bias: which of its gradients are wanted.
+    """
 
     def __init__(self, side: Side, x: bool, weight: bool, bias: bool):
         self.side = side
-        self.sums = wide(side.x.dtype)
-        self.x = torch.zeros_like(side.x, dtype=self.sums) if x else None
-        self.weight = _like(side.weight) if weight else None
-        self.bias = _like(side.bias) if bias else None
+        self.sum_dtype = sum_dtype(side.x.dtype)
+        self.x = torch.zeros_like(side.x, dtype=self.sum_dtype) if x else None
+        self.weight = _empty_like(side.weight) if weight else None
+        self.bias = _empty_like(side.bias) if bias else None
         self.carry: dict[str, Tensor] = {}
 
     @property
     def wanted(self) -> bool:
+        """Whether any gradient of this side is wanted."""
         return not (self.x is None and self.weight is None and self.bias is None)
 
     def add(self, group: Group, rows: Tensor, grad: Tensor) -> None:
-        """`grad` [rows, heads * head_dim] is that of what `Side.project(rows)` gave."""
+        """Add what the rows of a group contribute.
+
+        Args:
+            group: the group.
+            rows: [rows, C], the tokens that `Side.gather` returned.
+            grad: [rows, H · D], the gradient of what `Side.project` returned.
+        """
         side, sizes = self.side, group.sizes
         parts = zip(rows.split(sizes), grad.split(sizes), strict=True)
         for segment, (tokens, part) in zip(group.segments, parts, strict=True):
-            tokens, part = segment.each(tokens), segment.each(part)
+            tokens, part = segment.by_class(tokens), segment.by_class(part)
             if self.weight is not None:
-                if self.weight.dtype == grad.dtype == self.sums:
-                    # beta = 0 overwrites, so a table's gradient is written once, never cleared
-                    into = _of(self.weight, segment.classes)
-                    add = into.baddbmm_ if part.ndim == 3 else into.addmm_
+                if self.weight.dtype == grad.dtype == self.sum_dtype:
+                    # No rounding takes place, so the product is added in place. beta=0 overwrites,
+                    # so that a table's gradient does not have to be zeroed first.
+                    out = _entries(self.weight, segment.classes)
+                    add = out.baddbmm_ if part.ndim == 3 else out.addmm_
                     add(tokens.mT, part, beta=0 if segment.first else 1)
                 else:
-                    self._sum("weight", self.weight, segment, tokens.mT @ part)
+                    self._write("weight", self.weight, segment, tokens.mT @ part)
             if self.bias is not None:
-                self._sum("bias", self.bias, segment, part.sum(-2, dtype=self.sums))
+                self._write("bias", self.bias, segment, part.sum(-2, dtype=self.sum_dtype))
         if self.x is not None:
             if side.weight is not None:
-                back = grad.new_empty((grad.shape[0], side.x.shape[-1]))
+                back = grad.new_empty((grad.shape[0], side.x.shape[-1]))  # [rows, C]
                 pieces = grad.split(sizes), back.split(sizes)
-                for segment, part, into in zip(group.segments, *pieces, strict=True):
-                    matrix = side.read(side.weight, segment).mT
-                    torch.matmul(segment.each(part), matrix, out=segment.each(into))
+                for segment, part, out in zip(group.segments, *pieces, strict=True):
+                    matrix = side.entries(side.weight, segment).mT
+                    torch.matmul(segment.by_class(part), matrix, out=segment.by_class(out))
                 grad = back
-            _add(self.x, side.positions[group.pairs], grad)
+            _scatter_add(self.x, side.positions[group.pairs], grad)
 
-    def _sum(self, name: str, whole: Tensor, segment: Segment, part: Tensor) -> None:
-        """Write the sum of each class; that of a class in parts stays wide until its last."""
+    def _write(self, name: str, table: Tensor, segment: Segment, part: Tensor) -> None:
+        """Write the sum of a segment's classes, or carry it if more rows of a class follow."""
         if not segment.first:
             part = self.carry.pop(name).add_(part)
         if not segment.last:
-            self.carry[name] = part.to(self.sums)
+            self.carry[name] = part.to(self.sum_dtype)
             return
-        each = part.unbind() if len(segment.classes) > 1 else (part,)
-        for cls, one in zip(segment.classes, each, strict=True):
-            whole[cls].copy_(one)
+        by_class = part.unbind() if len(segment.classes) > 1 else (part,)
+        for cls, entry in zip(segment.classes, by_class, strict=True):
+            table[cls].copy_(entry)
 
     def finish(self, order: Order) -> tuple[Tensor, ...]:
-        """The gradients of x, weight, bias; those of a class without pairs are zero."""
-        for whole in (self.weight, self.bias):
-            if whole is not None:
+        """The gradients of x [B, tokens, C], weight and bias; an unwanted one is empty.
+
+        Classes without a pair have not been written by `add`, and are set to zero here.
+        """
+        for table in (self.weight, self.bias):
+            if table is not None:
                 if self.side.batch:
-                    whole[list(order.empty)] = 0
+                    table[list(order.empty)] = 0
                 else:
-                    whole.zero_()
+                    table.zero_()
         x = None if self.x is None else self.x.transpose(0, 1).to(self.side.x.dtype).contiguous()
-        # operators return tensors, so an unwanted one is empty (and each a tensor of its own)
+        # A registered operator returns tensors, and no tensor twice. So each unwanted gradient is
+        # an empty tensor of its own.
         return tuple(
             self.side.x.new_empty(0) if grad is None else grad
             for grad in (x, self.weight, self.bias)
         )
 
 
-def _like(table: Tensor | None) -> Tensor | None:
-    """Room for a table's gradient: contiguous, and not yet written."""
+def _empty_like(table: Tensor | None) -> Tensor | None:
+    """Uninitialised contiguous memory for the gradient of a table."""
     return None if table is None else torch.empty_like(table, memory_format=torch.contiguous_format)
 
 
-def _cut(*whole: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """[pairs, ...] tensors, in parts of which the first is small enough to be kept wide. (Twice the
-    numbers: so many has a group at the most, in full precision.)"""
-    pairs = max(1, 2 * NUMBERS // max(whole[0][:1].numel(), 1))
-    return zip(*(t.split(pairs) for t in whole), strict=True)
+# -- Steps on the rows of a group -----------------------------------------------------------------
+
+
+def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors [pairs, ...] along the pairs into parts of about 2 · ELEMENTS numbers.
+
+    In half precision a group has HALF_TIMES more numbers. Steps that convert rows to float32 take
+    them in these parts, which stay in the cache. In full precision a group is one part.
+    """
+    pairs = max(1, 2 * ELEMENTS // max(tensors[0][:1].numel(), 1))
+    return zip(*(t.split(pairs) for t in tensors), strict=True)
 
 
 def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write the products of rows per head to `out` [pairs, batch, heads]; `left` is used up."""
-    shape = *out.shape, left.shape[-1] // out.shape[-1]
-    for part, other, into in _cut(left.view(shape), right.view(shape), out):
-        torch.sum(part.to(out.dtype).mul_(other), -1, out=into)
+    """Write the products per head of two sets of rows to `out`; `left` may be overwritten.
+
+    Args:
+        left, right: [rows, H · D].
+        out: [pairs, B, H].
+    """
+    shape = *out.shape, left.shape[-1] // out.shape[-1]  # [pairs, B, H, D]
+    for part, other, part_out in _split(left.view(shape), right.view(shape), out):
+        torch.sum(part.to(out.dtype).mul_(other), -1, out=part_out)
 
 
-def _scale(rows: Tensor, by: Tensor) -> Tensor:
-    """Rows times a number per head [pairs, batch, heads], in place: nothing reads them again, as
-    they are projections, or tokens of a side without a table, whose gradients need no tokens."""
-    shape = *by.shape, rows.shape[-1] // by.shape[-1]
-    for part, number in _cut(rows.view(shape), by.unsqueeze(-1)):
-        part *= number
+def _scale(rows: Tensor, factors: Tensor) -> Tensor:
+    """Multiply rows [rows, H · D] in place by a factor [pairs, B, H] per head, and return them.
+
+    Overwriting is safe. The rows are projections, which nothing else reads, or the tokens of a side
+    without a table, whose gradients do not depend on the tokens.
+    """
+    shape = *factors.shape, rows.shape[-1] // factors.shape[-1]  # [pairs, B, H, D]
+    for part, factor in _split(rows.view(shape), factors.unsqueeze(-1)):
+        part *= factor
     return rows
 
 
-def _add(total: Tensor, places: Tensor, rows: Tensor, by: Tensor | None = None) -> None:
-    """Add rows, times a number per head (in place), to their places in `total` [tokens, ...]."""
-    rows, numbers = rows.view(-1, *total.shape[1:]), () if by is None else (by,)
-    for part, to, *number in _cut(rows, places, *numbers):
+def _scatter_add(
+    total: Tensor, positions: Tensor, rows: Tensor, factors: Tensor | None = None
+) -> None:
+    """Add the rows of each pair to its token in `total`.
+
+    Args:
+        total: [tokens, B, channels].
+        positions: [pairs], the token of each pair.
+        rows: [rows, channels], which may be overwritten.
+        factors: [pairs, B, H], by which the rows are multiplied per head.
+    """
+    rows, more = rows.view(-1, *total.shape[1:]), () if factors is None else (factors,)
+    for part, tokens, *factor in _split(rows, positions, *more):
         part = part.to(total.dtype)
-        total.index_add_(0, to, _scale(part, *number) if number else part)
+        total.index_add_(0, tokens, _scale(part, *factor) if factor else part)
 
 
-def _sort(dense: Tensor, pairs: Order) -> Tensor:
-    """[batch, heads, queries, keys] -> [pairs, batch, heads] in the order of the classes."""
+def _to_pairs(dense: Tensor, order: Order) -> Tensor:
+    """Gather [B, H, N, M] in the order of the pairs: [P, B, H]."""
     batch, heads = dense.shape[:2]
     cells = dense.reshape(batch * heads, dense.shape[2] * dense.shape[3]).t().contiguous()
-    return cells.index_select(0, pairs.flat).view(len(pairs.flat), batch, heads)
+    return cells.index_select(0, order.flat).view(len(order.flat), batch, heads)
 
 
-def _unsort(sorted_: Tensor, pairs: Order, layout: Layout) -> Tensor:
-    """[pairs + 1, batch, heads], the last for the absent -> [batch, heads, queries, keys]."""
-    _, batch, heads = sorted_.shape
-    cells = sorted_.flatten(1).index_select(0, pairs.slot)
+def _to_dense(by_pair: Tensor, order: Order, layout: Layout) -> Tensor:
+    """The inverse of `_to_pairs`: [P + 1, B, H] -> [B, H, N, M].
+
+    The last entry of `by_pair` is what absent pairs get.
+    """
+    _, batch, heads = by_pair.shape
+    cells = by_pair.flatten(1).index_select(0, order.slot)  # [N · M, B · H]
     return cells.t().contiguous().view(batch, heads, layout.n_queries, layout.n_keys)
 
 
+# -- The primitives --------------------------------------------------------------------------------
+
+
 def scores(query: Operand, key: Operand, heads: int, scale: float, layout: Layout) -> Tensor:
-    """The scores of all pairs, [batch, heads, queries, keys]; -inf where a pair is absent."""
+    """The scores of all pairs, [B, H, N, M]; -inf where a pair is absent."""
     x = query.x
-    pairs = _order(layout, x.device)
-    q, k = Side(query, pairs.query), Side(key, pairs.key)
-    out = x.new_empty((len(pairs.flat) + 1, q.batch, heads), dtype=wide(x.dtype))
-    for group in _groups(pairs, x):
-        # The projections are not bound to names: they are freed before the next group.
-        _dot(q.project(q.rows(group), group), k.project(k.rows(group), group), out[group.pairs])
+    order = _order(layout, x.device)
+    q, k = Side(query, order.query), Side(key, order.key)
+    out = x.new_empty((len(order.flat) + 1, q.batch, heads), dtype=sum_dtype(x.dtype))
+    for group in _groups(order, x):
+        # The projected rows have no names here, so that they are freed before the next group.
+        _dot(q.project(q.gather(group), group), k.project(k.gather(group), group), out[group.pairs])
     if scale != 1.0:
         out *= scale
     out[-1] = float("-inf")
-    return _unsort(out, pairs, layout)
+    return _to_dense(out, order, layout)
 
 
 def scores_backward(
@@ -320,39 +438,42 @@ def scores_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of both operands, in the order x, x, weight, weight, bias, bias.
 
-    `wanted` says which of the six are needed; an empty tensor stands for each of the others.
+    Args:
+        grad: [B, H, N, M], the gradient of the scores.
+        query, key, heads, scale, layout: as in `scores`.
+        wanted: which of the six gradients are needed. An empty tensor is returned for the others.
     """
-    pairs = _order(layout, query.x.device)
-    q, k = Side(query, pairs.query), Side(key, pairs.key)
+    order = _order(layout, query.x.device)
+    q, k = Side(query, order.query), Side(key, order.key)
     grad_q = SideGrad(q, wanted[0], wanted[2], wanted[4])
     grad_k = SideGrad(k, wanted[1], wanted[3], wanted[5])
-    grad = _sort(grad, pairs)
+    grad = _to_pairs(grad, order)
     if scale != 1.0:
         grad = grad * scale
-    for group in _groups(pairs, query.x):
-        q_rows, k_rows = q.rows(group), k.rows(group)
+    for group in _groups(order, query.x):
+        q_rows, k_rows = q.gather(group), k.gather(group)
         ds = grad[group.pairs]
         if grad_q.wanted:
             grad_q.add(group, q_rows, _scale(k.project(k_rows, group), ds))
         if grad_k.wanted:
             grad_k.add(group, k_rows, _scale(q.project(q_rows, group), ds))
-    dxq, dwq, dbq = grad_q.finish(pairs)
-    dxk, dwk, dbk = grad_k.finish(pairs)
+    dxq, dwq, dbq = grad_q.finish(order)
+    dxk, dwk, dbk = grad_k.finish(order)
     return dxq, dxk, dwq, dwk, dbq, dbk
 
 
 def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
-    """The values, projected and summed with the weights a, [batch, queries, heads · head_dim]."""
+    """The projected values, summed with the weights `a` [B, H, N, M]: [B, N, H · D]."""
     x = value.x
-    pairs = _order(layout, x.device)
-    v = Side(value, pairs.key)
-    weights = _sort(a, pairs)
-    out = x.new_zeros((layout.n_queries, v.batch, value.inner), dtype=wide(x.dtype))
-    for group in _groups(pairs, x):
-        _add(
+    order = _order(layout, x.device)
+    v = Side(value, order.key)
+    weights = _to_pairs(a, order)
+    out = x.new_zeros((layout.n_queries, v.batch, value.inner), dtype=sum_dtype(x.dtype))
+    for group in _groups(order, x):
+        _scatter_add(
             out,
-            pairs.query[group.pairs],
-            v.project(v.rows(group), group),
+            order.query[group.pairs],
+            v.project(v.gather(group), group),
             weights[group.pairs],
         )
     return out.transpose(0, 1).to(x.dtype).contiguous()
@@ -363,22 +484,24 @@ def mix_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of a, x, weight and bias.
 
-    `wanted` says which of the four are needed; an empty tensor stands for each of the others.
+    Args:
+        grad: [B, N, H · D], the gradient of the output.
+        a, value, layout: as in `mix`.
+        wanted: which of the four gradients are needed. An empty tensor is returned for the others.
     """
     x = value.x
-    pairs = _order(layout, x.device)
-    v = Side(value, pairs.key)
-    weights = _sort(a, pairs)
-    outer = Side(Operand(grad), pairs.query)
+    order = _order(layout, x.device)
+    v = Side(value, order.key)
+    weights = _to_pairs(a, order)
+    output = Side(Operand(grad), order.query)
     shape = len(weights) + 1, *weights.shape[1:]
-    da = weights.new_zeros(shape, dtype=wide(x.dtype)) if wanted[0] else None
+    da = weights.new_zeros(shape, dtype=sum_dtype(x.dtype)) if wanted[0] else None
     grad_v = SideGrad(v, *wanted[1:])
-    for group in _groups(pairs, x):
-        rows = v.rows(group)
-        dy = outer.rows(group)
+    for group in _groups(order, x):
+        rows, dy = v.gather(group), output.gather(group)
         if da is not None:
             _dot(v.project(rows, group), dy, da[group.pairs])
         if grad_v.wanted:
             grad_v.add(group, rows, _scale(dy, weights[group.pairs]))
-    da = x.new_empty(0) if da is None else _unsort(da, pairs, layout).to(a.dtype)
-    return da, *grad_v.finish(pairs)
+    da = x.new_empty(0) if da is None else _to_dense(da, order, layout).to(a.dtype)
+    return da, *grad_v.finish(order)

@@ -1,13 +1,14 @@
 """Compiling kernels before they are needed.
 
-A kernel takes about a second to compile, and a forward and backward pass use eight. Compiled one
-by one as they are launched, the first step of a new model would wait for all of them in turn. Here
-they are compiled side by side, in threads (Triton's compiler lets go of Python's lock), as soon as
-the first call shows what will be needed: while the forward pass waits for its own kernels, those of
-the backward pass are being made.
+A kernel takes about a second to compile, and a forward and backward pass use eight of them. If each
+was compiled when it is launched, the first step of a new model would wait for all of them in turn.
+Here they are compiled at the same time, in threads (Triton's compiler releases Python's lock). This
+begins with the first call of the forward pass: while it waits for its own kernels, those of the
+backward pass are compiled as well.
 
-What is compiled is found out by running the operators on the meta device, where `launch` compiles
-and launches nothing; so there is no second list of kernels and their flags that could be wrong.
+Which kernels are needed is determined by running the operators on the meta device, where
+`support.launch` compiles a kernel and does not launch it. So there is no second list of kernels and
+flags that could differ from what is launched.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from torch import Tensor
 
 from ...layouts import Layout
 from ...operands import Operand
-from ..torch.offset import wide
+from ..torch.offset import sum_dtype
 from . import offset
 from .support import interpreted
 
 __all__ = ["prepare_mix", "prepare_scores"]
 
-_seen: set[Any] = set()
+_prepared: set[Any] = set()
 
 
 def prepare_scores(query: Operand, key: Operand, heads: int, layout: Layout) -> None:
-    """Begin to compile what scores of these shapes need in both directions, unless it has been.
+    """Begin to compile the kernels of `scores` and its gradients for operands of this kind.
 
-    The mix that follows usually has a table of the same size, so its kernels are begun as well.
+    Nothing happens if this has been done before. The mix that follows usually has a table of the
+    same size, so its kernels are compiled as well.
     """
     tensors = (query.x, key.x, query.weight, key.weight, query.bias, key.bias)
     wanted = _wanted(tensors)
@@ -44,7 +46,7 @@ def prepare_scores(query: Operand, key: Operand, heads: int, layout: Layout) -> 
         return
     q, k = _meta(query), _meta(key)
     shape = (len(q.x), heads, layout.n_queries, layout.n_keys)
-    s = torch.empty(shape, dtype=wide(query.x.dtype), device="meta")
+    s = torch.empty(shape, dtype=sum_dtype(query.x.dtype), device="meta")
     calls: list[Callable[[], Any]] = [lambda: offset.scores(q, k, heads, 1.5, layout)]
     if any(wanted):
         calls.append(lambda: offset.scores_backward(s, q, k, heads, 1.5, layout, wanted))
@@ -54,7 +56,10 @@ def prepare_scores(query: Operand, key: Operand, heads: int, layout: Layout) -> 
 
 
 def prepare_mix(a: Tensor, value: Operand, layout: Layout) -> None:
-    """Begin to compile what a mix of these shapes needs in both directions, unless it has been."""
+    """Begin to compile the kernels of `mix` and its gradients for operands of this kind.
+
+    Nothing happens if this has been done before.
+    """
     wanted = _wanted((a, *value))
     if _is_new(value.x, ("mix", a.shape[1], a.dtype, *map(_kind, value), *wanted)):
         weights = torch.empty_like(a, device="meta")
@@ -64,7 +69,7 @@ def prepare_mix(a: Tensor, value: Operand, layout: Layout) -> None:
 def _mix_calls(
     a: Tensor, value: Operand, layout: Layout, wanted: list[bool]
 ) -> list[Callable[[], Any]]:
-    """A mix on the meta device, and its gradients if any is wanted."""
+    """Calls of the mix on the meta device, and of its gradients if any is wanted."""
     calls: list[Callable[[], Any]] = [lambda: offset.mix(a, value, layout)]
     if any(wanted):
         grad = value.x.new_empty(len(value.x), layout.n_queries, value.inner)
@@ -73,40 +78,45 @@ def _mix_calls(
 
 
 def _wanted(tensors: tuple[Tensor | None, ...]) -> list[bool]:
-    """Which gradients the backward pass will be asked for."""
+    """Which gradients the backward pass will need."""
     recording = torch.is_grad_enabled()
     return [recording and t is not None and t.requires_grad for t in tensors]
 
 
 def _kind(t: Tensor | None) -> Any:
-    """What kernels depend on: channels, columns and dtype, but no batch, tokens or classes."""
+    """What kernels are compiled for. They do not depend on batch, tokens or classes."""
     return None if t is None else (t.shape[-1], t.dtype, t.ndim)
 
 
 def _meta(operand: Operand) -> Operand:
+    """An operand of the same shapes on the meta device."""
     x, weight, bias = (None if t is None else torch.empty_like(t, device="meta") for t in operand)
     assert x is not None
     return Operand(x, weight, bias)
 
 
 def _is_new(x: Tensor, key: Any) -> bool:
+    """Whether kernels are compiled here at all, and have not been compiled for this key."""
     if x.device.type != "cuda" or interpreted():
         return False
     key = (x.device.index, *key)
-    if key in _seen:
+    if key in _prepared:
         return False
-    _seen.add(key)
-    return hasattr(triton, "AsyncCompileMode")  # older versions compile at the launch
+    _prepared.add(key)
+    return hasattr(
+        triton, "AsyncCompileMode"
+    )  # older versions of Triton can only compile at the launch
 
 
 def _compile(device: torch.device, calls: list[Callable[[], Any]]) -> None:
-    """Hand the kernels of these calls to threads, and return when all are begun."""
-    begun = threading.Event()
+    """Compile the kernels of these calls in threads, and return when all of them have begun."""
+    started = threading.Event()
 
-    def begin() -> None:
+    def start() -> None:
         try:
-            # the mode belongs to this thread, and its end waits for the compiler: the thread that
-            # asked goes on, and its launches find the kernels (or wait for them) in Triton's cache
+            # Leaving this mode waits for the compiler, so it runs in a thread of its own. The
+            # calling thread continues; its launches take the kernels from Triton's cache, or wait
+            # for them there.
             with (
                 torch.cuda.device(device),
                 ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool,
@@ -114,11 +124,11 @@ def _compile(device: torch.device, calls: list[Callable[[], Any]]) -> None:
             ):
                 for call in calls:
                     call()
-                begun.set()
-        except Exception:  # a launch will meet it again, and there it reaches the user
+                started.set()
+        except Exception:  # the launch will raise it again, where the user sees it
             pass
         finally:
-            begun.set()
+            started.set()
 
-    threading.Thread(target=begin, name="translution-compile", daemon=True).start()
-    begun.wait()
+    threading.Thread(target=start, name="translution-compile", daemon=True).start()
+    started.wait()

@@ -1,13 +1,14 @@
-"""Neighbourhood attention in Triton: tables, block sizes and launches.
+"""Attention over k×k neighbourhoods in Triton: index tables, block sizes and launches.
 
-What is clever is which tiles there are: those of the queries going forward and for the gradient of
-the queries, those of the keys for the gradients of keys and values, each with the places of the
-other side that it has pairs with (`Neighborhood.blocks`). Reflection at the borders, strides and
-dilations are all in these tables, which are made once for an area and a device, so that a call is
-one launch (going back, two): nothing waits for the GPU, nothing is copied to it, and no memory is
-taken but the answers and, going back, two numbers per query and head. The plain way holds every
-key k² times; partial sums per tile, which the plain torch backend gathers, would be written and
-read in float32 some three times over.
+The kernels (`neighborhood_kernels`) take one tile per program. In the forward pass and for the
+gradient of the queries the tiles are tiles of queries; for the gradients of keys and values they
+are tiles of keys. `Neighborhood.blocks` computes, for each tile, which positions of the other side
+it has pairs with. Reflection at the borders, strides and dilations are all contained in these
+tables. They are computed once per neighbourhood and device. A forward pass is then one launch and
+a backward pass two; none of them waits for the GPU or copies anything to it, and the only memory
+besides the results is two numbers per query and head. The plain way stores every key k² times. The
+plain torch backend, which writes partial sums per tile, moves them through memory in float32 about
+three times.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from ...caches import cached
 from ...neighborhoods import Neighborhood
-from ..torch.neighborhood import as_map, places, room
-from ..torch.offset import wide
+from ..torch.neighborhood import as_map, empty_positions, flatten_positions
+from ..torch.offset import sum_dtype
 from .blocks import power
 from .support import arithmetic, interpreted, launch
 
@@ -31,7 +32,13 @@ LOG2E = math.log2(math.e)
 
 
 class BlockSizes(NamedTuple):
-    """The sizes of a kernel's blocks, and with how many warps and stages it is compiled."""
+    """The configuration of a kernel.
+
+    Attributes:
+        rows: positions of a tile.
+        others: positions of the other side that are multiplied at a time.
+        warps, stages: Triton's `num_warps` and `num_stages`.
+    """
 
     rows: int
     others: int
@@ -40,14 +47,20 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(width: int, dtype: torch.dtype, even: bool = True) -> BlockSizes:
-    """For channels padded to `width`, which they fill or not (`even`); such that on an H100 no
-    register is spilled where they do: `tests/core/test_neighborhood.py` compiles the kernels and
-    looks.
+    """The configuration for heads of a width.
+
+    On an H100 none of them spills registers if the width is a power of two;
+    tests/core/test_triton_compiled.py compiles the kernels to check it.
+
+    Args:
+        width: head_dim or value channels, whichever is larger, padded to a power of two.
+        dtype: of the tokens.
+        even: whether neither of the two needed padding.
     """
-    if interpreted():  # small maps still have several tiles and blocks
+    if interpreted():  # small, so that small maps have several tiles and blocks
         return BlockSizes(32, 16, 4, 1)
     half = dtype in (torch.bfloat16, torch.float16)
-    if width <= 128 and half:  # 64 rows are what four warps multiply at once
+    if width <= 128 and half:  # four warps multiply 64 rows at a time
         return BlockSizes(64, 32, 4, 3) if even or width <= 64 else BlockSizes(64, 32, 8, 2)
     if width <= 128:
         return BlockSizes(64, 16, 8, 2)
@@ -57,40 +70,56 @@ def block_sizes(width: int, dtype: torch.dtype, even: bool = True) -> BlockSizes
 
 
 class Tables(NamedTuple):
-    """`neighborhoods.Blocks` on a device, padded to the block sizes of a kernel."""
+    """`neighborhoods.Blocks` on a device, padded to the block sizes of a kernel.
+
+    Attributes:
+        rows: int32 [tiles, block rows], positions; -1 for padding.
+        others: int32 [tiles, blocks · block others], positions; padding repeats one of the tile.
+        counts: int8 or int32 [tiles, block rows, blocks · block others], how often the key of the
+            pair is a neighbour of its query; 0 where it is not.
+    """
 
     rows: Tensor
-    """int32 [tiles, block rows], -1 for none."""
     others: Tensor
-    """int32 [tiles, blocks * block others]; padding repeats a place of the tile."""
-    times: Tensor
-    """int8 or int32 [tiles, block rows, blocks * block others], 0 for no pair."""
+    counts: Tensor
 
 
 @cached
 def tables(area: Neighborhood, device: torch.device, side: str, rows: int, others: int) -> Tables:
-    """Made on the host, once; a large map has some 10 MB."""
+    """The tables for tiles of `rows` positions of a side, "queries" or "keys".
+
+    They are computed on the CPU. For a large map they take about 10 MB.
+    """
     made = area.blocks(side, rows, others)
     tiles, high, across = made.times.shape
     extra = -across % others
-    padded = made.times.new_zeros(tiles, rows, across + extra)
-    padded[:, :high, :across] = made.times
+    counts = made.times.new_zeros(tiles, rows, across + extra)
+    counts[:, :high, :across] = made.times
     row_index = made.rows.new_full((tiles, rows), -1)
     row_index[:, :high] = made.rows
     other_index = torch.cat([made.others, made.others[:, :1].expand(-1, extra)], 1)
-    # by the kernel's size, not by the largest number, so that maps share what is compiled
-    small = torch.int8 if area.taps < 128 else torch.int32
+    # The dtype depends on the kernel size and not on the largest count, since a kernel is compiled
+    # per dtype, and all maps should share it.
+    dtype = torch.int8 if area.taps < 128 else torch.int32
     return Tables(
-        row_index.int().to(device), other_index.int().to(device), padded.to(device, small)
+        row_index.int().to(device), other_index.int().to(device), counts.to(device, dtype)
     )
 
 
 class _Launch:
-    """What the kernels of one call have in common."""
+    """What the kernels of one call have in common: inputs, sizes and constants.
+
+    Attributes:
+        query, key, value: [batch, positions, heads, channels].
+        batch, heads, queries, keys: their sizes.
+        dim, channels: head_dim, and the channels of a value.
+        block: the configuration of the kernels.
+        constants: their compile-time arguments.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, area: Neighborhood):
         self.area = area
-        self.query, self.key, self.value = places(query), places(key), places(value)
+        self.query, self.key, self.value = map(flatten_positions, (query, key, value))
         self.batch, self.keys, self.heads, self.dim = self.key.shape
         self.queries, self.channels = self.query.shape[1], self.value.shape[3]
         padded = [power(n, 16) for n in (self.dim, self.channels)]
@@ -107,8 +136,15 @@ class _Launch:
     def __call__(
         self, name: str, side: str, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]
     ) -> None:
-        """Run the kernel of this name on the tiles of a side, from its first arguments and its
-        last: the tables and sizes stand between."""
+        """Launch a kernel on the tiles of a side.
+
+        Args:
+            name: the kernel.
+            side: "queries" or "keys".
+            tensors: its first arguments. The tables and the sizes, which are those of all kernels,
+                follow them.
+            numbers: its last arguments, after the sizes.
+        """
         from . import neighborhood_kernels
 
         block = self.block
@@ -130,13 +166,16 @@ def neighborhood_attention(
 
     Args:
         query: [batch, heads, out height, out width, head_dim].
-        key, value: [batch, heads, height, width, head_dim or value channels].
+        key: [batch, heads, height, width, head_dim].
+        value: [batch, heads, height, width, value channels].
+        area: the neighbourhood of each query.
+        scale: the factor on the scores.
 
     Returns:
         [batch, heads, out height, out width, value channels].
     """
     call = _Launch(query, key, value, area)
-    y = room(query, call.channels)
+    y = empty_positions(query, call.channels)
     tensors = call.query, call.key, call.value, y
     call("attend", "queries", tensors, (scale * LOG2E,))
     return as_map(y, area.out)
@@ -151,14 +190,22 @@ def neighborhood_attention_backward(
     area: Neighborhood,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value from that of y, what `neighborhood_attention` gave."""
+    """The gradients of query, key and value.
+
+    Args:
+        grad: the gradient of y.
+        y: what `neighborhood_attention` returned.
+        query, key, value, area, scale: its arguments.
+    """
     call = _Launch(query, key, value, area)
-    up, q, k, v = places(grad), call.query, call.key, call.value
-    gq, gk, gv = (room(x, x.shape[4]) for x in (query, key, value))
+    dy, q, k, v = flatten_positions(grad), call.query, call.key, call.value
+    dq, dk, dv = (empty_positions(x, x.shape[4]) for x in (query, key, value))
     shape = (call.batch, call.heads, call.queries)
-    # two of them: a half of one would begin where nothing is aligned, and be compiled for
-    logs, along = (query.new_empty(shape, dtype=wide(query.dtype)) for _ in range(2))
+    # Two tensors and not two halves of one: the second half might begin at an address that is not a
+    # multiple of 16 bytes, for which Triton would compile the kernels once more.
+    logs, dots = (query.new_empty(shape, dtype=sum_dtype(query.dtype)) for _ in range(2))
     numbers = scale * LOG2E, scale
-    call("attend_to_queries", "queries", (q, k, v, places(y), up, gq, logs, along), numbers)
-    call("attend_to_keys", "keys", (q, k, v, up, gk, gv, logs, along), numbers)
-    return as_map(gq, area.out), as_map(gk, area.size), as_map(gv, area.size)
+    tensors = (q, k, v, flatten_positions(y), dy, dq, logs, dots)
+    call("attend_to_queries", "queries", tensors, numbers)
+    call("attend_to_keys", "keys", (q, k, v, dy, dk, dv, logs, dots), numbers)
+    return as_map(dq, area.out), as_map(dk, area.size), as_map(dv, area.size)

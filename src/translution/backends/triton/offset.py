@@ -1,12 +1,14 @@
-"""The primitives and their gradients, made of the kernels.
+"""The two primitives of Translution and their gradients, made of launches of the kernels.
 
-Going forward, q, k and v of a pair never reach memory. Going back, what each pair passes on to its
-query, key or value is written as one row per pair and sample, for a few classes at a time (`MEMORY`
-in `launch` bounds it), and then summed by token and by class. With small tables nothing is written
-at all: see `small`. There are no atomics, so equal inputs give equal bits.
+In the forward pass, the projected q, k and v of a pair are never written to memory. In the backward
+pass, the gradient of each projected row is written once per pair and sample, for a few classes at a
+time (`launch.MEMORY` bounds how many), and is then summed twice: by token, for the gradients of
+tokens, and by class, for those of tables. With small tables no row is written at all:
+see `small`. Every sum is computed in one order, without atomics, so equal inputs give equal bits.
 
-Tables come in the dtype of the tokens or wider (under autocast); they are cast once per call.
-Gradients of tokens are summed wide over the chunks, those of tables are written once.
+A table has the dtype of the tokens, or is float32 beside half precision tokens (under autocast); it
+is cast once per call. Gradients of tokens are summed over the classes in `sum_dtype` and rounded at
+the end. Gradients of tables are written once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ...layouts import Layout
 from ...operands import Operand
-from ..torch.offset import wide
+from ..torch.offset import sum_dtype
 from .blocks import fits_small
 from .launch import Problem, Side
 from .small import SmallProblem
@@ -30,9 +32,9 @@ def scores(query: Operand, key: Operand, heads: int, scale: float, layout: Layou
     problem = _problem(layout, query.x, heads, query.inner, query.weight, key.weight)
     shape = (problem.batch, heads, problem.queries, problem.keys)
     if layout.full:
-        s = query.x.new_empty(shape, dtype=problem.wide)
+        s = query.x.new_empty(shape, dtype=problem.sum_dtype)
     else:
-        s = query.x.new_full(shape, float("-inf"), dtype=problem.wide)
+        s = query.x.new_full(shape, float("-inf"), dtype=problem.sum_dtype)
     if problem.empty:
         return s
     if isinstance(problem, SmallProblem):
@@ -48,7 +50,10 @@ def scores_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of both operands, in the order x, x, weight, weight, bias, bias.
 
-    `wanted` says which of the six are needed; an empty tensor stands for each of the others.
+    Args:
+        grad: the gradient of the scores.
+        query, key, heads, scale, layout: as in `scores`.
+        wanted: which of the six gradients are needed. An empty tensor is returned for the others.
     """
     tensors = query.x, key.x, query.weight, key.weight, query.bias, key.bias
     dxq, dxk, dwq, dwk, dbq, dbk = _empty_gradients(tensors, wanted, tokens=2)
@@ -82,7 +87,7 @@ def scores_backward(
 
 
 def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
-    """The values, projected and summed with the weights a, [batch, queries, heads · head_dim]."""
+    """The projected values, summed with the weights `a`: [batch, queries, heads · head_dim]."""
     a, value = _aligned(a), _prepared(value)
     problem = _problem(layout, value.x, a.shape[1], value.inner, value.weight)
     if problem.empty:
@@ -97,7 +102,10 @@ def mix_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of a, x, weight and bias.
 
-    `wanted` says which of the four are needed; an empty tensor stands for each of the others.
+    Args:
+        grad: the gradient of the output.
+        a, value, layout: as in `mix`.
+        wanted: which of the four gradients are needed. An empty tensor is returned for the others.
     """
     dx, dw, db = _empty_gradients(tuple(value), wanted[1:], tokens=1)
     grad, a, value = _aligned(grad.to(value.x.dtype)), _aligned(a), _prepared(value)
@@ -107,7 +115,7 @@ def mix_backward(
         written = layout.full and not problem.empty
         da = torch.empty_like(a) if written else torch.zeros_like(a)
     side, outer = Side(False, value.x, value.weight, dx, dw, db), Operand(grad)
-    # One set of products gives both: grad · v is the weights' gradient, a · grad the values'.
+    # One launch computes both da = grad · v and the gradients a · grad of the projected values.
     if problem.empty:
         _clear(dw, db)
     elif isinstance(problem, SmallProblem):
@@ -130,21 +138,23 @@ def mix_backward(
 
 
 def _problem(layout: Layout, x: Tensor, heads: int, inner: int, *tables: Tensor | None) -> Problem:
-    """The path that serves tables of this size."""
+    """A `SmallProblem` if the tables are small enough for it, else a `Problem`."""
     channels = max(w.shape[-2] for w in tables if w is not None)
     kind = SmallProblem if fits_small(channels, heads, inner // heads) else Problem
     return kind(layout, x, heads, inner)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, and beginning where vectors of 16 bytes may begin: kernels are compiled for
-    that, and a view that begins elsewhere would compile them once more."""
+    """Make a tensor contiguous, and let it begin at a multiple of 16 bytes.
+
+    Kernels are compiled for such addresses. For any other, Triton would compile them once more.
+    """
     x = x.contiguous()
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 
 
 def _prepared(operand: Operand) -> Operand:
-    """The operand as kernels read it: aligned, and its table in the dtype of its tokens."""
+    """Align the tensors of an operand, and cast its table to the dtype of its tokens."""
     x, *table = operand
     return Operand(_aligned(x), *(None if t is None else _aligned(t.to(x.dtype)) for t in table))
 
@@ -152,30 +162,34 @@ def _prepared(operand: Operand) -> Operand:
 def _empty_gradients(
     tensors: tuple[Tensor | None, ...], wanted: list[bool], tokens: int
 ) -> list[Tensor | None]:
-    """Memory for the gradients that are wanted, and None for the others.
+    """Allocate the gradients that are wanted; the others are None.
 
-    Gradients of the first `tokens` tensors are summed in a wide dtype and start at zero; those of
-    the tables are written once and start uninitialised.
+    The first `tokens` tensors are tokens: their gradients are summed, so they start at zero and are
+    of `sum_dtype`. The gradients of tables are written once, and start uninitialised.
     """
     gradients = list[Tensor | None]()
     for i, (t, want) in enumerate(zip(tensors, wanted, strict=True)):
         if not want or t is None:
             gradients.append(None)
         elif i < tokens:
-            gradients.append(t.new_zeros(t.shape, dtype=wide(t.dtype)))
+            gradients.append(t.new_zeros(t.shape, dtype=sum_dtype(t.dtype)))
         else:
             gradients.append(torch.empty_like(t, memory_format=torch.contiguous_format))
     return gradients
 
 
 def _clear(*tensors: Tensor | None) -> None:
+    """Set the tensors that are wanted to zero."""
     for t in tensors:
         if t is not None:
             t.zero_()
 
 
 def _results(x: Tensor, grads: tuple[Tensor | None, ...], first: int = 0) -> tuple[Tensor, ...]:
-    """Operators return tensors: an unwanted one is empty. Tokens' gradients stand from `first`."""
+    """What an operator returns: tensors only, so an unwanted gradient is an empty one.
+
+    The gradients of tokens begin at index `first`. They are rounded to the dtype of the tokens.
+    """
     last = first + (2 if len(grads) == 6 else 1)
     return tuple(
         x.new_empty(0) if t is None else t.to(x.dtype) if first <= i < last else t

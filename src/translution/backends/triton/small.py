@@ -1,6 +1,6 @@
-"""The primitives with small tables: launches of `small_kernels`.
+"""The primitives for small tables: launches of `small_kernels`.
 
-`offset` chooses between this path and the one for wide tables, by size (`blocks.fits_small`).
+`offset` chooses between this path and that for wide tables, by their size (`blocks.fits_small`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .support import interpreted, launch
 __all__ = ["SmallProblem"]
 
 ROWS = 64
-"""Rows of a tile: with 32 to 64 channels, little enough for many programs on a multiprocessor."""
+"""Rows of a tile. With 32 to 64 channels, a multiprocessor then has space for many programs."""
 
 
 class SmallProblem(Problem):
-    """One call with small tables. Arguments of the methods are those of the primitives.
+    """One call with small tables.
 
     Attributes:
-        head: columns of a head in a tile, head_dim rounded up to a power of two.
-        columns: columns of a tile, for all heads.
+        head: the columns of a head in a tile, head_dim rounded up to a power of two.
+        columns: the columns of a tile, which are those of all heads.
     """
 
     def __init__(self, layout: Layout, x: Tensor, heads: int, inner: int):
@@ -40,22 +40,31 @@ class SmallProblem(Problem):
         self.columns = power(heads * self.head, 16)
 
     def scores(self, query: Operand, key: Operand, scale: float, s: Tensor) -> None:
-        """Write the scores s of all pairs."""
+        """Write the scores of all pairs to s, [batch, heads, queries, keys]."""
         self._walk(True, query.x, query.weight, query.bias, key, scale, s, None)
 
     def sums(
         self, by_query: bool, w_near: Tensor | None, far: Operand, scale: float, numbers: Tensor
     ) -> Tensor:
-        """Sum over the pairs of each token, [batch, tokens, channels].
+        """Sum scale · number · (projected row of the other token) over the pairs of each token.
 
-        A pair adds scale · number · (projected row of its other token), taken back through the
-        table `w_near` of the token's own side where there is one. The tokens are the queries with
-        `by_query` and else the keys; `far` is the other side; `numbers` has one number per pair.
+        This is the mix. If there is `w_near`, the table of the token's own side, the sum is
+        multiplied by its transpose, class by class: this is a gradient of tokens.
+
+        Args:
+            by_query: whether the tokens are the queries. If not, they are the keys.
+            w_near: the table of the tokens' own side, or None.
+            far: the operand of the other side.
+            scale: a factor.
+            numbers: [batch, heads, queries, keys], one number per pair and head.
+
+        Returns:
+            [batch, tokens, channels].
         """
         tokens = self.queries if by_query else self.keys
         channels = self.columns if w_near is None else power(w_near.shape[-2], 16)
         split = self._parts(by_query)
-        sums = far.x.new_empty((split, self.batch, tokens, channels), dtype=self.wide)
+        sums = far.x.new_empty((split, self.batch, tokens, channels), dtype=self.sum_dtype)
         self._walk(by_query, None, w_near, None, far, scale, numbers, sums)
         total = sums.sum(0) if split > 1 else sums[0]
         whole = self._unpad(total) if w_near is None else total[..., : w_near.shape[-2]]
@@ -65,7 +74,14 @@ class SmallProblem(Problem):
         self, query: Operand, key: Operand, scale: float, ds: Tensor,
         wanted: dict[str, Tensor | None],
     ) -> None:  # fmt: skip
-        """Write the gradients dwq, dwk, dbq, dbk that `wanted` has room for."""
+        """Write the gradients of both tables.
+
+        Args:
+            query, key, scale: as in `scores`.
+            ds: the gradients of the scores.
+            wanted: where "dwq", "dwk", "dbq" and "dbk" are written; None for one that is not
+                wanted.
+        """
         if all(t is None for t in wanted.values()):
             return
         classes, parts, sides = self.layout.classes, self._table_parts(), self._sides()
@@ -73,35 +89,36 @@ class SmallProblem(Problem):
         xk, wk, bk = self._padded(*key)
         kq, kk, n = xq.shape[-1], xk.shape[-1], self.columns
         shapes = {"dwq": (kq, n), "dwk": (kk, n), "dbq": (n,), "dbk": (n,)}
-        rooms = {
+        partial = {
             name: None
             if wanted[name] is None
-            else ds.new_empty((parts, classes, *shape), dtype=self.wide)
+            else ds.new_empty((parts, classes, *shape), dtype=self.sum_dtype)
             for name, shape in shapes.items()
         }
         launch(
             class_tables, (classes, parts),
-            xq, xk, wq, wk, bq, bk, ds, *rooms.values(), sides.query, sides.key, sides.bounds,
+            xq, xk, wq, wk, bq, bk, ds, *partial.values(), sides.query, sides.key, sides.bounds,
             self.batch, *tables.divisor(self.batch), self.queries, self.keys, self.heads, classes,
             scale,
             HAS_WQ=wq is not None, HAS_WK=wk is not None,
             HAS_BQ=bq is not None, HAS_BK=bk is not None,
-            DWQ=rooms["dwq"] is not None, DWK=rooms["dwk"] is not None,
-            DBQ=rooms["dbq"] is not None, DBK=rooms["dbk"] is not None,
+            DWQ=partial["dwq"] is not None, DWK=partial["dwk"] is not None,
+            DBQ=partial["dbq"] is not None, DBK=partial["dbk"] is not None,
             LONG=long(xq, xk), BLOCK_R=self._table_rows(kq, kk, n), KQ=kq, KK=kk, N=n, D=self.head,
             num_warps=self._warps(), num_stages=2, **self.common,
         )  # fmt: skip
-        for name, room in rooms.items():
-            into = wanted[name]
-            if room is not None and into is not None:
-                total = self._unpad(room.sum(0))
-                into.copy_(total[:, : into.shape[1]] if into.ndim == 3 else total)
+        for name, part_sums in partial.items():
+            out = wanted[name]
+            if part_sums is not None and out is not None:
+                total = self._unpad(part_sums.sum(0))
+                out.copy_(total[:, : out.shape[1]] if out.ndim == 3 else total)
 
     def _walk(
         self, by_query: bool, near: Tensor | None, w_near: Tensor | None,
         bias_near: Tensor | None, far_side: Operand, scale: float, numbers: Tensor,
         sums: Tensor | None,
     ) -> None:  # fmt: skip
+        """Launch `small_kernels.pair_walk`. Without `sums` it writes `numbers` (SCORE)."""
         block = self._block()
         most, part_batch, parts = self._rows_of_tile(block)
         groups = self._groups(by_query, False, most, 0)
@@ -122,10 +139,10 @@ class SmallProblem(Problem):
             N=self.columns, D=self.head, num_warps=self._warps(), num_stages=3, **self.common,
         )  # fmt: skip
 
-    # -- sizes that are powers of two ------------------------------------------------------------
+    # -- Padding to powers of two -----------------------------------------------------------------
 
     def _padded(self, x: Any, w: Tensor | None, b: Tensor | None) -> Any:
-        """Tokens, table and bias of one side, with zeros up to the size of a tile."""
+        """Pad the tokens, table and bias of one side with zeros to the size of a tile."""
         if w is None:
             return (None if x is None else self._pad(x)), None, None
         more = power(w.shape[-2], 16) - w.shape[-2]
@@ -134,7 +151,7 @@ class SmallProblem(Problem):
         return x, w, None if b is None else self._pad(b)
 
     def _pad(self, t: Tensor) -> Tensor:
-        """[..., heads · head_dim] -> [..., columns]."""
+        """Pad [..., heads · head_dim] to [..., columns]."""
         if self.head > self.width:
             t = F.pad(t.unflatten(-1, (self.heads, self.width)), (0, self.head - self.width))
             t = t.flatten(-2)
@@ -148,10 +165,10 @@ class SmallProblem(Problem):
             return t
         return t.unflatten(-1, (self.heads, self.head))[..., : self.width].flatten(-2)
 
-    # -- how the work is divided -----------------------------------------------------------------
+    # -- How the work is divided ------------------------------------------------------------------
 
     def _parts(self, by_query: bool) -> int:
-        """In how many parts a token's pairs are walked."""
+        """The number of programs that the pairs of a group of tokens are divided over."""
         if self.dry:
             return 1
         most, _, parts = self._rows_of_tile(self._block())
@@ -159,19 +176,22 @@ class SmallProblem(Problem):
         return split_evenly(count * parts, 2 * self._slots(4), self.count // max(1, count) // 8)
 
     def _table_parts(self) -> int:
-        """In how many parts the rows of a class are summed: the largest class (the offset zero)
-        would otherwise still run when all others are done."""
+        """The number of programs that the rows of a class are divided over.
+
+        With one, the program of the largest class (on a grid: offset 0) would still run when all
+        others have finished.
+        """
         if self.dry:
             return 1
         largest = max(b - a for a, b in itertools.pairwise(self.layout.pairs_on("cpu").starts))
         return min(8, max(1, largest * self.batch // (8 * self._block())))
 
     def _block(self) -> int:
-        """Rows of a tile. float32 products, which no tensor core makes, need more registers."""
+        """Rows of a tile. In float32 they are fewer, since its products need more registers."""
         return 16 if interpreted() else ROWS if self._half else ROWS // 2
 
     def _table_rows(self, *widths: int) -> int:
-        """Rows that `class_tables` takes at a time, holding two gradients beside them."""
+        """Rows of a step of `class_tables`, which has two gradients in registers."""
         return self._block() if self._half or max(widths) <= 32 else 16
 
     def _warps(self) -> int:

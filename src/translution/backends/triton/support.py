@@ -1,4 +1,4 @@
-"""Where the Triton backend can compute, and how its kernels are run."""
+"""Where the Triton backend can compute, and how its kernels are launched."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot compute with `dtype` on `device`; None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if interpreted():  # every dtype and device, slowly: for tests
+    if interpreted():  # the interpreter takes any dtype on any device; it is slow, for tests
         return None if dtype.is_floating_point else f"it computes in floating point, not {dtype}"
     if device.type != "cuda":
         return f"it runs on cuda devices, not {device.type} (but in Triton's interpreter)"
@@ -30,14 +31,14 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter is on, as its own variable TRITON_INTERPRET says."""
+    """Whether Triton interprets kernels on the CPU (its environment variable TRITON_INTERPRET)."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """The constants SUMS, PRECISION and UPCAST of the kernels (see `tile_math`) for a dtype."""
+    """The compile-time arguments SUMS, PRECISION and UPCAST of kernels (see `tile_math`)."""
     import triton.language as tl
 
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
@@ -49,7 +50,14 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel; or only compile it, where its tensors are on the meta device."""
+    """Launch a kernel. If its tensors are on the meta device, compile it without launching it.
+
+    Args:
+        kernel: the kernel.
+        programs: the sizes of its grid.
+        arguments: its arguments in order.
+        constants: its compile-time arguments, and options such as `num_warps`.
+    """
     first = next(a for a in arguments if isinstance(a, Tensor))
     if first.device.type == "meta":
         kernel.warmup(*arguments, grid=programs, **constants)

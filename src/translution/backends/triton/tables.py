@@ -1,7 +1,7 @@
-"""The index tables that the kernels read: made once per layout, device and batch, then kept.
+"""The index tables that the kernels read, computed once per layout, device and batch.
 
-Everything that a call looks up lies on the device already when the same shape comes again, so that
-no call waits for the host and a step can be captured in a CUDA graph (`caches` keeps the tables).
+`caches` keeps them on the device. When the same shape comes again, a call therefore does not wait
+for the host, and a training step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,31 +30,42 @@ __all__ = [
 
 
 class Sides(NamedTuple):
-    """The tokens of the pairs in the order of their classes, on the device."""
+    """The tokens of the pairs in the order of their classes, on the device.
 
-    query: Tensor  # int32 [pairs]
-    key: Tensor  # int32 [pairs]
-    bounds: Tensor  # int32 [classes + 1]: the first pair of each class
+    Attributes:
+        query, key: int32 [pairs], the query token and the key token of each pair.
+        bounds: int32 [classes + 1], the first pair of each class; the last entry is the number of
+            pairs.
+    """
+
+    query: Tensor
+    key: Tensor
+    bounds: Tensor
 
 
 @cached
 def sides(layout: Layout, device: torch.device) -> Sides:
-    """The tokens of the pairs, and where each class begins."""
+    """The `Sides` of a layout."""
     pairs = layout.pairs_on("cpu")
     bounds = torch.tensor(pairs.starts, dtype=torch.int32)
     return Sides(pairs.query.to(device), pairs.key.to(device), bounds.to(device))
 
 
 class Tiles(NamedTuple):
-    """The tiles of rows that `pair_products` takes."""
+    """The tiles of rows that the programs of `pair_products` take.
 
-    table: Tensor  # int32 [tiles, 3]: class, first row, the row after the last of its class
-    first: tuple[int, ...]  # [classes + 1]: the first tile of each class
+    Attributes:
+        table: int32 [tiles, 3], the class, the first row, and one past the last row of the class.
+        first: [classes + 1], the first tile of each class; the last entry is the number of tiles.
+    """
+
+    table: Tensor
+    first: tuple[int, ...]
 
 
 @cached
 def tiles(layout: Layout, device: torch.device, batch: int, rows: int) -> Tiles:
-    """Tiles of at most so many rows, each of one class."""
+    """Divide the rows of each class into tiles of at most `rows` rows."""
     starts = torch.tensor(layout.pairs_on("cpu").starts) * batch
     counts = -(-(starts[1:] - starts[:-1]) // rows)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -65,31 +76,36 @@ def tiles(layout: Layout, device: torch.device, batch: int, rows: int) -> Tiles:
 
 
 class Chunks(NamedTuple):
-    """Runs of classes whose rows are in memory at the same time, going back."""
+    """Consecutive classes whose projected rows exist at the same time in the backward pass.
 
-    classes: tuple[tuple[int, int], ...]  # first class, and one past the last, of each chunk
-    pairs: tuple[tuple[int, int], ...]  # likewise their pairs
+    Attributes:
+        classes: for each chunk, its first class and one past its last.
+        pairs: for each chunk, its first pair and one past its last.
+        most: the number of pairs of the largest chunk.
+        limit: the argument of `chunks`. Other tables are looked up with it.
+    """
+
+    classes: tuple[tuple[int, int], ...]
+    pairs: tuple[tuple[int, int], ...]
     most: int
-    """pairs of the largest chunk"""
     limit: int
-    """what it was made for: names the chunks where other tables are made for them"""
 
 
 @cached
 def chunks(layout: Layout, device: torch.device, limit: int) -> Chunks:
-    """Classes that together have at most `limit` pairs (but at least one class)."""
-    starts, found, first = layout.pairs_on("cpu").starts, list[tuple[int, int]](), 0
+    """Divide the classes into chunks of at most `limit` pairs, but at least one class."""
+    starts, classes, first = layout.pairs_on("cpu").starts, list[tuple[int, int]](), 0
     for cls in range(1, len(starts)):
         if cls == len(starts) - 1 or starts[cls + 1] - starts[first] > limit:
-            found.append((first, cls))
+            classes.append((first, cls))
             first = cls
-    spans = tuple((starts[first], starts[stop]) for first, stop in found)
-    return Chunks(tuple(found), spans, max((b - a for a, b in spans), default=0), limit)
+    spans = tuple((starts[first], starts[stop]) for first, stop in classes)
+    return Chunks(tuple(classes), spans, max((b - a for a, b in spans), default=0), limit)
 
 
 @cached
 def largest_first(layout: Layout, device: torch.device, limit: int) -> Tensor:
-    """int32 [classes]: within each chunk of this limit the classes, the largest first."""
+    """The classes of each chunk of this limit, the largest first: int32 [classes]."""
     starts = torch.tensor(layout.pairs_on("cpu").starts)
     sizes = starts[1:] - starts[:-1]
     order = [
@@ -100,21 +116,28 @@ def largest_first(layout: Layout, device: torch.device, limit: int) -> Tensor:
 
 
 class Groups(NamedTuple):
-    """Tokens that a program sums for together, and the pairs that they have in each class.
+    """Groups of tokens that a program sums for, and the pairs that they have in each class.
 
-    A tile holds BLOCK_M rows. Where the batch has fewer samples, a program takes several tokens: a
-    block of neighbours on the grid, since neighbours have nearly the same offsets, so that a matrix
-    that was read serves all of them.
+    A program takes a tile of BLOCK_M rows. If the batch has fewer samples, it takes several tokens:
+    a block of neighbours on the grid, since neighbours have nearly the same offsets. A matrix that
+    has been loaded then serves all of them. An *entry* is one class for all tokens of a group.
+
+    Attributes:
+        members: int32 [groups, size], the tokens of each group; -1 for none.
+        classes: int32 [entries], the class of each entry.
+        links: int32 [entries, size], the pair (or the other token) that each token of the group has
+            in an entry; -1 for none.
+        spans: int32 [chunks, groups, 2], the first entry of each group and one past its last.
     """
 
-    members: Tensor  # int32 [groups, size]: tokens, -1 for none
-    classes: Tensor  # int32 [entries]: the class of each entry
-    links: Tensor  # int32 [entries, size]: the pair, or the other token, of each member; -1: none
-    spans: Tensor  # int32 [chunks, groups, 2]: first entry of each group, and one past its last
+    members: Tensor
+    classes: Tensor
+    links: Tensor
+    spans: Tensor
 
     @property
     def size(self) -> int:
-        """Tokens of a group at most."""
+        """The largest number of tokens of a group."""
         return self.members.shape[1]
 
 
@@ -122,12 +145,14 @@ class Groups(NamedTuple):
 def groups(
     layout: Layout, device: torch.device, by_query: bool, by_pair: bool, most: int, limit: int
 ) -> Groups:
-    """Groups of at most `most` tokens on one side.
+    """Divide the tokens of one side into groups.
 
     Args:
-        by_query: whether the tokens are the queries (else the keys).
-        by_pair: whether links are pairs (else the tokens of the other side).
-        limit: that of the chunks, whose entries then stand apart; 0 is no chunks.
+        layout, device: for which the tables are computed.
+        by_query: whether the tokens are the queries. If not, they are the keys.
+        by_pair: whether links are pairs. If not, they are tokens of the other side.
+        most: the largest number of tokens of a group.
+        limit: that of the chunks, each of which gets spans of its own; 0 for one span per group.
     """
     pairs = layout.pairs_on("cpu")
     starts = torch.tensor(pairs.starts)
@@ -139,7 +164,7 @@ def groups(
     walk = _walk(layout, token, cls, tokens, rotate=not limit)
     whole = _all_tokens(layout, by_query)
     best: tuple[Tensor, ...] | None = None
-    # the grouping that has the fewest entries; with very many pairs the first one will do
+    # Take the groups with the fewest entries. With very many pairs, trying all takes too long.
     options = _groupings(layout, tokens, whole, most)
     for members in options if count <= 1 << 18 else options[:1]:
         group, member = (torch.empty(tokens, dtype=torch.int64) for _ in range(2))
@@ -156,7 +181,9 @@ def groups(
     links = torch.full((max(1, len(keys)), size), -1)
     links[entry, member[token]] = torch.arange(count) if by_pair else other
     edges = [(0, walk.length)]
-    if limit:  # not rotated: a walk is then in the order of the classes, and a chunk a part of it
+    if (
+        limit
+    ):  # the walk is not rotated: it is in the order of the classes, and a chunk is a part of it
         parted = chunks(layout, device, limit).classes
         edges = [(first * walk.several, stop * walk.several) for first, stop in parted]
     heads = torch.arange(n) * walk.length
@@ -169,30 +196,46 @@ def groups(
 
 
 class _Walk(NamedTuple):
-    """The order in which a token walks its classes."""
+    """The order in which a program walks over the pairs of a token.
 
-    place: Tensor  # int64 [pairs]: where each pair stands in its token's walk
-    turn: int  # places in a circle
-    rounds: int  # classes at each place
-    several: int  # pairs that one token may have in one class
+    Attributes:
+        place: int64 [pairs], the index of each pair in the walk of its token.
+        turn: classes are taken modulo this number.
+        rounds: how many classes are equal modulo `turn`.
+        several: the largest number of pairs that one token has in one class.
+    """
+
+    place: Tensor
+    turn: int
+    rounds: int
+    several: int
 
     @property
     def length(self) -> int:
+        """The number of indices of a walk."""
         return self.turn * self.rounds * self.several
 
     def classes_at(self, place: Tensor) -> Tensor:
-        """The class at each place."""
+        """The class at each index of a walk."""
         place = place // self.several
-        found = place % self.rounds * self.turn + place // self.rounds
-        return found if len(found) else found.new_zeros(1)
+        classes = place % self.rounds * self.turn + place // self.rounds
+        return classes if len(classes) else classes.new_zeros(1)
 
 
 def _walk(layout: Layout, token: Tensor, cls: Tensor, tokens: int, rotate: bool) -> _Walk:
-    """The walk of every token, `token` and `cls` being those of the pairs.
+    """The walk of every token.
 
-    With `rotate` all tokens walk the table alike, so that what is read of it at a time fits in the
-    cache: on a grid the classes of a token are a stretch that begins elsewhere for each token;
-    taken modulo the longest stretch, all tokens read the same matrices at about the same time.
+    Without `rotate`, a token walks over its classes in order. On a grid these are an interval that
+    begins at another class for each token. Programs that run at the same time then read matrices
+    from all over the table, more than fit in the GPU's cache. With `rotate`, classes are taken
+    modulo the length of the longest interval, and all programs read the same matrices at about
+    the same time.
+
+    Args:
+        layout: the layout.
+        token, cls: int64 [pairs], the token and the class of each pair.
+        tokens: the number of tokens.
+        rotate: as described above.
     """
     turn = layout.classes
     placed = cls < layout.offset_classes
@@ -201,7 +244,7 @@ def _walk(layout: Layout, token: Tensor, cls: Tensor, tokens: int, rotate: bool)
         high = torch.full((tokens,), -1).scatter_reduce(0, token[placed], cls[placed], "amax")
         turn = max(1, int((high - low).max()) + 1)
     rounds = -(-layout.classes // max(turn, 1))
-    # the n-th pair of this token and class: with buckets there are several
+    # With buckets, a token has several pairs in a class. `nth` numbers them.
     line = cls * tokens + token
     order = torch.argsort(line, stable=True)
     ranked = line[order]
@@ -213,16 +256,17 @@ def _walk(layout: Layout, token: Tensor, cls: Tensor, tokens: int, rotate: bool)
 
 
 def _all_tokens(layout: Layout, by_query: bool) -> bool:
-    """Whether this side is every token, so that neighbours on the grid can be told."""
+    """Whether this side consists of all tokens, so that it is known which are neighbours."""
     if by_query:
         return layout.queries is None and not layout.prefix_queries
     return layout.keys is None
 
 
 def _groupings(layout: Layout, tokens: int, whole: bool, most: int) -> list[Tensor]:
-    """Ways to put the tokens into groups: int64 [groups, size] each, -1 for none.
+    """Ways to divide the tokens into groups: int64 [groups, size] each, -1 for none.
 
-    On two axes blocks of every shape of at most `most` tokens; elsewhere runs of tokens.
+    On a grid of several axes they are blocks on the last two, one way per shape of a block of at
+    most `most` tokens. Otherwise they are consecutive tokens.
     """
 
     def table(parts: list[Tensor]) -> Tensor:
@@ -236,12 +280,12 @@ def _groupings(layout: Layout, tokens: int, whole: bool, most: int) -> list[Tens
         return [every[:, None]]
     if not whole:
         return [table(list(every.split(most)))]
-    p, grid, found = layout.prefix, tuple(layout.input_grid), []
+    p, grid, ways = layout.prefix, tuple(layout.input_grid), []
     planes = every[p:].view(-1, *((1,) * (2 - len(grid)) + grid[-2:]))
     height = 1
     while height <= min(most, planes.shape[1]):
         width = min(most // height, planes.shape[2])
-        # blocks of nearly equal size, rather than full ones and a rest
+        # blocks of nearly equal size, and not full ones and a smaller one at the end
         down, across = (
             -(-n // -(-n // s)) for n, s in ((planes.shape[1], height), (planes.shape[2], width))
         )
@@ -251,18 +295,20 @@ def _groupings(layout: Layout, tokens: int, whole: bool, most: int) -> list[Tens
             for line in plane.split(down)
             for block in line.split(across, 1)
         ]
-        found.append(table([*(every[:p].split(most) if p else ()), *blocks]))
+        ways.append(table([*(every[:p].split(most) if p else ()), *blocks]))
         height *= 2
-    return found
+    return ways
 
 
 @functools.cache
 def divisor(batch: int) -> tuple[int, int]:
-    """(multiplier, shift) with row // batch = (row · multiplier) >> shift for all rows below 2³¹.
+    """Return (multiplier, shift) so that row // batch = (row · multiplier) >> shift.
 
-    With l the bits of batch - 1, the multiplier ⌈2^(31+l) / batch⌉ is at least 2³¹ and below 2³²;
-    rounding it up adds less than 2^l to batch · multiplier, which is too little to matter for a
-    numerator of 31 bits (Granlund and Montgomery, 1994).
+    This holds for all rows below 2³¹. Kernels divide this way (`class_kernels.divide`).
+
+    Let l be the number of bits of batch - 1. The multiplier ⌈2^(31+l) / batch⌉ is at least 2³¹ and
+    below 2³². Rounding it up adds less than 2^l to batch · multiplier, which does not change the
+    quotient of a numerator of 31 bits (Granlund and Montgomery, 1994).
     """
     shift = 31 + max(batch - 1, 0).bit_length()
     return -(-(1 << shift) // max(batch, 1)), shift

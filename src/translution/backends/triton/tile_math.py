@@ -1,24 +1,31 @@
-"""What the kernels share: masked loads, products of tiles, and columns that belong to heads.
+"""What all kernels share: masked loads, products of tiles, and columns that belong to heads.
 
-Vocabulary of all kernels:
+The kernels use these words and names:
 
-    pair      a (query token, key token) that the layout contains; pairs are numbered by class
-    row       one pair of one sample, row = pair · batch + sample: the batch is the fast axis
-    class     what the pairs that use the same matrix have in common (on a grid: their offset)
+    pair      a (query token, key token) that the layout contains; pairs are sorted by class
+    row       a pair of one sample; row = pair · batch + sample, so the sample is the fast axis
+    class     the set of pairs that use the same matrix of a table (on a grid: the same offset)
     columns   the heads · head_dim numbers that a row is projected to
+    cell      a (query, key) of one sample and head in a dense [batch, heads, queries, keys] tensor
 
-    BLOCK_M   rows of a tile
-    N1, N2    columns of a tile. Triton's blocks are powers of two; 128 + 64 columns hold the 192 of
-              three heads of 64 without waste, and the rows are then gathered once for all heads.
-              N2 = 0 is one block only, and what would belong to the second repeats the first.
-    D         columns that a head takes in a tile: head_dim rounded up to a power of two
-    TIGHT     head_dim = D, so that a tile's columns are consecutive in memory
-    BLOCK_K   channels that are multiplied at a time
-    EVEN_…    the blocks divide the size, so that no load along it needs a mask
-    SUMS      the dtype that sums are kept in: float32 (float64 for float64)
-    PRECISION of float32 products: "tf32" where torch allows it, else "ieee"
-    UPCAST    multiply in SUMS: for the interpreter, which cannot multiply bfloat16
-    LONG      offsets into the tensors do not fit in 32 bits
+    BLOCK_M   the number of rows of a tile
+    N1, N2    the number of columns of a tile, which is divided into two blocks (see below)
+    D         the columns that a head has in a tile: head_dim, rounded up to a power of two
+    TIGHT     whether D is head_dim, so that the columns of a tile are consecutive in memory
+    BLOCK_K   the number of channels that are multiplied at a time
+    EVEN_…    whether blocks divide the size, so that loads along it need no mask
+    SUMS      the dtype of sums: float32 (float64 for float64)
+    PRECISION how float32 is multiplied: "tf32" where torch allows it, else "ieee"
+    UPCAST    whether products are computed in SUMS, for the interpreter, which cannot multiply
+              bfloat16
+    LONG      whether offsets into the tensors need 64 bits
+
+Two blocks of columns. The size of a Triton block is a power of two. Three heads of 64 are 192
+columns: one block of 256 would waste a quarter of the multiplications, and blocks of 64 would
+gather the same rows three times. So a tile consists of two blocks, here of N1 = 128 and N2 = 64
+columns, and the rows are gathered once. N2 = 0 means that there is only one block; functions that
+return both then return the first one twice. Because a block is a variable and a loop over variables
+is not possible in Triton, the code for the second block repeats that for the first.
 """
 
 from __future__ import annotations
@@ -31,10 +38,10 @@ __all__ = ["columns_of_heads", "load", "multiply", "split_heads"]
 
 @triton.jit
 def load(pointers, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
-    """A tile of which only the cells in `rows` [., 1] and `columns` [1, .] exist; others are 0.
+    """Load a tile, with zeros outside of the masks `rows` [., 1] and `columns` [1, .].
 
-    A mask that is known to be full costs instructions and keeps loads narrow, so each of the two is
-    only applied where its flag says so.
+    Each mask is only applied if its flag is set. A mask costs instructions and makes the compiler
+    load fewer bytes at a time, even if it is true everywhere.
     """
     if MASK_ROWS and MASK_COLUMNS:
         return tl.load(pointers, mask=rows & columns, other=0.0)
@@ -48,7 +55,7 @@ def load(pointers, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.cons
 
 @triton.jit
 def multiply(a, b, total, SUMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """total + a b. A table may be wider than the tokens; it is multiplied in their dtype."""
+    """total + a b, computed in the dtype of a. (b may be a float32 table under autocast.)"""
     b = b.to(a.dtype)
     if UPCAST:
         a = a.to(SUMS)
@@ -58,7 +65,7 @@ def multiply(a, b, total, SUMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: t
 
 @triton.jit
 def columns_of_heads(head, heads, width, N: tl.constexpr, D: tl.constexpr, TIGHT: tl.constexpr):
-    """The columns in memory of a block of N that begins with `head`, and which of them exist."""
+    """Where the N columns of a block that begins with `head` are in memory, and which exist."""
     n = tl.arange(0, N)
     if TIGHT:
         column = head * D + n
@@ -71,5 +78,5 @@ def columns_of_heads(head, heads, width, N: tl.constexpr, D: tl.constexpr, TIGHT
 
 @triton.jit
 def split_heads(y, BLOCK_M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """[BLOCK_M, N] -> [BLOCK_M, heads of the block, D]."""
+    """Reshape [BLOCK_M, N] to [BLOCK_M, heads of the block, D]."""
     return tl.reshape(y, (BLOCK_M, N // D, D))

@@ -1,10 +1,27 @@
 """The kernels that sum over the pairs of a token: the mix, and the gradients of tokens.
 
-A program takes one group of tokens and a part of the batch, and walks the classes that the group's
-tokens have pairs in. The loop is flat: a step is one part of the channels of one class, so that the
-loads of the next class begin while this one is still being multiplied (two nested loops would drain
-the pipeline at every class). No atomics: one program makes each sum, in one order, so that equal
-inputs give equal bits. See `tile_math` for the vocabulary and `tables.Groups` for the tables.
+    y[i]  = Σ over the pairs (i, j) of a[i, j] · (x_j W[c] + b[c])   the mix (`token_sums`)
+    dx[t] = Σ over the pairs of token t of g W[c]ᵀ                   its gradient (`token_sums`)
+    dx[t] = Σ over the pairs of token t of g                         without a table (`pair_sums`)
+
+where g is the gradient of a projected row, which `pair_kernels` has written.
+
+A program takes a group of tokens and a part of the batch, and walks over the classes in which these
+tokens have pairs. Three properties make this fast:
+
+- *Groups.* A tile has BLOCK_M rows, which is more than a small batch has samples. So a program
+  takes several tokens that are neighbours on the grid. They have nearly the same classes, and a
+  matrix that has been loaded serves all of them (`tables.Groups`).
+- *A flat loop.* A step of the loop is one block of the channels of one class. The loads of the next
+  class then begin while the current one is still being multiplied. With two nested loops, the
+  pipeline of loads would run empty at every class.
+- *No atomics.* Each sum is computed by one program in one order, so equal inputs give equal bits.
+  Where there are too few programs to fill the GPU, the classes of a group are divided over several,
+  each of which writes a sum of its own; `launch` adds these up. An atomic addition would write as
+  much, in an order that differs from run to run.
+
+Shapes in comments: R rows (BLOCK_M), N columns (N1 or N2), k channels of a step (BLOCK_K). See
+`tile_math` for the names.
 """
 
 from __future__ import annotations
@@ -19,10 +36,10 @@ __all__ = ["pair_sums", "rows_of_group", "token_sums"]
 
 @triton.jit
 def rows_of_group(members, size, batch, part_batch, parts, program, BLOCK_M: tl.constexpr):
-    """The rows of a tile are (token of the group, sample of this part of the batch).
+    """Divide the rows of a tile into (token of the group, sample of the part of the batch).
 
-    Returns the group, and of each row its place in the group, its sample, its token, and whether it
-    exists.
+    Returns the group, and for each row: its index in the group, its sample, its token, and whether
+    it exists.
     """
     group = program // parts
     m = tl.arange(0, BLOCK_M)
@@ -37,7 +54,7 @@ def rows_of_group(members, size, batch, part_batch, parts, program, BLOCK_M: tl.
 def _weights_of(
     weight, link, head, heads, by_head, SUMS: tl.constexpr, N: tl.constexpr, D: tl.constexpr
 ):
-    """The attention weights [BLOCK_M, heads of the block] of an entry's pairs."""
+    """Load the attention weights of the pairs of an entry, [R, heads of the block]."""
     h = head + tl.arange(0, N // D)
     return tl.load(
         (weight + link)[:, None] + h[None, :] * by_head,
@@ -51,7 +68,7 @@ def _add_weighted(
     HAS_BIAS: tl.constexpr,
     SUMS: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """y + weights · (part + bias[class]), a weight for each head."""
+    """y + weights · (part + bias[class]), with one weight per row and head: [R, N]."""
     if HAS_BIAS:
         part += tl.load(bias + cls * columns + n, mask=exists, other=0.0).to(SUMS)[None, :]
     return y + tl.reshape(split_heads(part, BLOCK_M, N, D) * weights[:, :, None], (BLOCK_M, N))
@@ -86,19 +103,24 @@ def token_sums(
 ):  # fmt: skip
     """Programs: (group of tokens · part of the batch · part of the columns, part of the entries).
 
-    WEIGHTED, the mix: out[part, b, token] = Σ over the token's pairs of a · (row W[class] + bias),
-    the row being that of the pair's other token, a [batch, heads, tokens, n_keys].
+    An *entry* is one class for all tokens of a group. `spans` says which entries a group has,
+    `classes` their classes, and `links` the pair (or the other token) that each token of the group
+    has in an entry, -1 for none.
 
-    BY_PAIR, a gradient: out[b, token] += Σ of row W[class]ᵀ, the row being that of the pair, from
-    `first_row` on. With BOTH the second axis of the programs is the side (query, key) instead,
-    so that one launch fills the machine with both.
+    WEIGHTED computes the mix: out[part, b, token] = Σ over the token's pairs of
+    a · (row W[class] + bias), where `rows` are the other tokens of the pairs
+    [batch, others, channels] and a is [batch, heads, tokens, n_keys].
 
-    An entry is one class for all tokens of a group; `links` names the pair (or other token) that
-    each of them has there, -1 for none.
+    BY_PAIR computes a gradient: out[b, token] += Σ over the token's pairs of row W[class]ᵀ, where
+    `rows` has one row per pair and sample, beginning with `first_row`.
+
+    With BOTH, one launch computes the gradients of queries and keys (the arguments with _2): the
+    second axis of the programs is the side. Two launches would each leave part of the GPU idle
+    while their last programs run.
     """
     z = tl.program_id(1)
     splits = tl.num_programs(1)
-    across = tl.program_id(0) % column_parts
+    column_part = tl.program_id(0) % column_parts
     if BOTH:
         if z == 1:
             rows = rows_2
@@ -113,25 +135,25 @@ def token_sums(
     group, member, b, token, valid = rows_of_group(
         members, size, batch, part_batch, parts, tl.program_id(0) // column_parts, BLOCK_M
     )
-    head1 = across * ((N1 + N2) // D)
+    head1 = column_part * ((N1 + N2) // D)
     head2 = head1 + N1 // D
     if WEIGHTED:
-        n1, in1 = columns_of_heads(head1, heads, width, N1, D, TIGHT)
+        n1, mask1 = columns_of_heads(head1, heads, width, N1, D, TIGHT)
         if N2 > 0:
-            n2, in2 = columns_of_heads(head2, heads, width, N2, D, TIGHT)
+            n2, mask2 = columns_of_heads(head2, heads, width, N2, D, TIGHT)
         weight = a + ((b.to(tl.int64) * heads) * tokens + token) * n_keys
         by_head = (tokens * n_keys).to(tl.int64)
     else:
-        n1 = across * (N1 + N2) + tl.arange(0, N1)
-        in1 = n1 < columns
+        n1 = column_part * (N1 + N2) + tl.arange(0, N1)
+        mask1 = n1 < columns
         if N2 > 0:
-            n2 = across * (N1 + N2) + N1 + tl.arange(0, N2)
-            in2 = n2 < columns
+            n2 = column_part * (N1 + N2) + N1 + tl.arange(0, N2)
+            mask2 = n2 < columns
     begin = tl.load(spans + 2 * group)
     count = tl.load(spans + 2 * group + 1) - begin
-    each = tl.cdiv(count, splits)
-    begin += z * each
-    count = tl.minimum(each, count - z * each)
+    per_part = tl.cdiv(count, splits)
+    begin += z * per_part
+    count = tl.minimum(per_part, count - z * per_part)
     if LONG:
         stride = (channels + 0).to(tl.int64)
     else:
@@ -142,7 +164,8 @@ def token_sums(
         y2 = tl.zeros((BLOCK_M, N2), SUMS)
         part2 = tl.zeros((BLOCK_M, N2), SUMS)
     if WEIGHTED:
-        # the weights of an entry, and the links of the next, are read an entry ahead of their use
+        # Weights are loaded one entry before they are used, and the links that say where they are
+        # one entry before that. Otherwise each entry would wait for two loads in turn.
         end = begin + count
         next_link = tl.load(
             links + begin * size + member, mask=valid & (begin + 0 * member < end), other=-1
@@ -158,41 +181,56 @@ def token_sums(
     for step in range(0, count * STEPS):
         entry = begin + step // STEPS
         k = (step % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
-        there = k < channels
+        k_mask = k < channels
         cls = tl.load(classes + entry)
         link = tl.load(links + entry * size + member, mask=valid, other=-1)
-        here = link >= 0
+        present = link >= 0
         if BY_PAIR:
             offset = (link * batch + (b - first_row)) * stride
         else:
             offset = (b * others + link) * stride
+        # r [R, k]
         r = load(
-            rows + offset[:, None] + k[None, :], here[:, None], there[None, :], True, not EVEN_K
+            rows + offset[:, None] + k[None, :], present[:, None], k_mask[None, :], True, not EVEN_K
         )
         matrix = w + cls.to(tl.int64) * channels * columns
-        if BY_PAIR:  # the transpose: the table is [classes, columns, channels] of this product
+        # m [k, N]. BY_PAIR multiplies by the transpose: the table is [classes, columns, channels],
+        # in terms of this product.
+        if BY_PAIR:
             p1 = matrix + k[:, None] + n1[None, :] * channels
         else:
             p1 = matrix + k[:, None] * columns + n1[None, :]
-        m = load(p1, there[:, None], in1[None, :], not EVEN_K, not EVEN_N)
+        m = load(p1, k_mask[:, None], mask1[None, :], not EVEN_K, not EVEN_N)
         part1 = multiply(r, m, part1, SUMS, PRECISION, UPCAST)
         if N2 > 0:
             if BY_PAIR:
                 p2 = matrix + k[:, None] + n2[None, :] * channels
             else:
                 p2 = matrix + k[:, None] * columns + n2[None, :]
-            m = load(p2, there[:, None], in2[None, :], not EVEN_K, not EVEN_N)
+            m = load(p2, k_mask[:, None], mask2[None, :], not EVEN_K, not EVEN_N)
             part2 = multiply(r, m, part2, SUMS, PRECISION, UPCAST)
         if WEIGHTED:
-            if step % STEPS == STEPS - 1:  # this class is done
+            if step % STEPS == STEPS - 1:  # the last step of this class
                 y1 = _add_weighted(
-                    y1, part1, bias, weights1, cls, n1, in1, columns, HAS_BIAS, SUMS, BLOCK_M, N1, D
+                    y1,
+                    part1,
+                    bias,
+                    weights1,
+                    cls,
+                    n1,
+                    mask1,
+                    columns,
+                    HAS_BIAS,
+                    SUMS,
+                    BLOCK_M,
+                    N1,
+                    D,
                 )
                 part1 = tl.zeros((BLOCK_M, N1), SUMS)
                 weights1 = _weights_of(weight, next_link, head1, heads, by_head, SUMS, N1, D)
                 if N2 > 0:
                     y2 = _add_weighted(
-                        y2, part2, bias, weights2, cls, n2, in2, columns, HAS_BIAS, SUMS, BLOCK_M,
+                        y2, part2, bias, weights2, cls, n2, mask2, columns, HAS_BIAS, SUMS, BLOCK_M,
                         N2, D,
                     )  # fmt: skip
                     part2 = tl.zeros((BLOCK_M, N2), SUMS)
@@ -207,12 +245,12 @@ def token_sums(
         if N2 > 0:
             y2 = part2
     cell = out + ((z * batch + b).to(tl.int64) * tokens + token) * columns
-    mask = valid[:, None] & in1[None, :]
+    mask = valid[:, None] & mask1[None, :]
     if BY_PAIR:
         y1 += tl.load(cell[:, None] + n1[None, :], mask=mask, other=0.0).to(SUMS)
     tl.store(cell[:, None] + n1[None, :], y1.to(out.dtype.element_ty), mask=mask)
     if N2 > 0:
-        mask = valid[:, None] & in2[None, :]
+        mask = valid[:, None] & mask2[None, :]
         if BY_PAIR:
             y2 += tl.load(cell[:, None] + n2[None, :], mask=mask, other=0.0).to(SUMS)
         tl.store(cell[:, None] + n2[None, :], y2.to(out.dtype.element_ty), mask=mask)
@@ -235,7 +273,7 @@ def pair_sums(
     column_parts,
     SUMS: tl.constexpr, LONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[b, token] += Σ of the rows of its pairs: the gradient of a side without a table.
+    """Add to out[b, token] the rows of its pairs: the gradient of a side without a table.
 
     Programs: group of tokens · part of the batch · part of the columns.
     """
