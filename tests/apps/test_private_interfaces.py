@@ -20,7 +20,7 @@ import translution
 from translution.apps.data.documents import fingerprint
 
 ROOT = Path(translution.__file__).parent
-FOLDERS = ("apps/data", "apps/training", "interop/parallel", "interop/export/quantise.py")
+FOLDERS = ("apps/data", "apps/training", "interop/parallel", "interop/export/quantization.py")
 # file -> the private names of others in it
 KNOWN = {
     "apps/data/documents.py": {"_fingerprint"},

@@ -33,7 +33,7 @@ from translution.interop.export import (
     save_program,
     stored_bytes,
 )
-from translution.interop.export.quantise import quantised
+from translution.interop.export.quantization import quantised
 from translution.neighborhoods import Neighborhood
 
 VIT = {"image_size": 12, "patch_size": 4, "in_channels": 1, "num_classes": 5}

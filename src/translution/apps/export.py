@@ -51,8 +51,8 @@ def export(
 
     from ..interop.export.files import check_kind, open_program, save_program
     from ..interop.export.programs import difference, example, portable
-    from ..interop.export.quantise import quantise as quantised
-    from ..interop.export.quantise import stored_bytes
+    from ..interop.export.quantization import quantise as quantised
+    from ..interop.export.quantization import stored_bytes
     from ..models import create_model
     from ..models.pretrained import CONFIG, Pretrained
 

@@ -6,7 +6,7 @@ AOTInductor), `open_program` runs the file; `quantise` makes its weights int8.
 
 from .files import KINDS, open_program, save_program
 from .programs import Difference, difference, example, portable
-from .quantise import quantise, stored_bytes
+from .quantization import quantise, stored_bytes
 
 __all__ = [
     "KINDS",
