@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 $(VENV)/.compare-ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) for compare: some 55 packages; a minute or two"
 	@echo "this takes 1.4 GB with a CPU build of PyTorch, about 5 GB with pip's default on Linux, a build for CUDA;"
-	@echo "for the CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make compare"
+	@echo "(pytorch.org names the index of CPU builds; set PIP_EXTRA_INDEX_URL to it to use them)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[compare]'
 	touch $@

@@ -184,15 +184,18 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = Fal
     return s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x. (torch raises an error for the meta device.)"""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor) -> Tensor:
     """The tokens in autocast's dtype.
 
     Tables keep their dtype here; a backend casts the part of a table that it is about to use.
     """
-    kind = x.device.type
-    known = torch.amp.autocast_mode.is_autocast_available(kind)
-    if known and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype != torch.float64 and autocast_enabled(x):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 

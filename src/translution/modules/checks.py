@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..functional.offset import autocast_enabled
 
 __all__ = ["check_dtype", "check_image", "check_int"]
 
@@ -18,9 +19,7 @@ def check_int(name: str, value: Any, least: int) -> None:
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
     """Check that an input has the dtype of the weights, unless autocast is on and converts it."""
-    kind = x.device.type
-    known = torch.amp.autocast_mode.is_autocast_available(kind)
-    if x.dtype != weight.dtype and not (known and torch.is_autocast_enabled(kind)):
+    if x.dtype != weight.dtype and not autocast_enabled(x):
         raise ValueError(
             f"{name}: got {x.dtype}, want that of the weights, {weight.dtype} (or use autocast)"
         )
