@@ -287,7 +287,7 @@ def test_pictures_are_drawn(tmp_path):
 MODULES = [
     "translution",
     *(f"translution.{part}" for part in ("functional", "modules", "models", "models.generation")),
-    *(f"translution.interop.{part}" for part in ("convert", "published", "export", "parallel")),
+    *(f"translution.interop.{part}" for part in ("conversion", "published", "export", "parallel")),
     "translution.apps.config",
     *(f"translution.apps.training.{part}" for part in ("config", "tasks", "run", "predict")),
     *(f"translution.apps.data.{part}" for part in ("images", "text", "digits")),
