@@ -1,8 +1,8 @@
-"""Compiling the Triton kernels for an H100 on a machine that has none.
+"""Compiling the Triton kernels for an H100 on a machine without a GPU.
 
-Triton asks its driver which device to compile for; `pretend` answers in its place. A process that
-pretends must not use the interpreter (TRITON_INTERPRET=0), so the tests run `python
-tests/without_gpu.py TASK` and read the JSON that it prints.
+Triton asks its driver for which device it should compile. `Driver` answers in place of the real
+one. Triton's interpreter must be off in such a process, while the tests use it, so a test calls
+`run`: it starts `python tests/without_gpu.py TASK` and returns what the task prints as JSON.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from translution import Layout
-from translution.backends.triton import ahead, blocks, offset
-from translution.backends.triton import launch as launching
-from translution.backends.triton import small as small_path
+from translution.backends.triton import ahead, blocks, neighborhood, offset
+from translution.neighborhoods import Neighborhood
 from translution.operands import Operand
 
 HALF = torch.bfloat16
 
 
 class Driver:
-    """What Triton asks of a driver before it launches."""
+    """The part of a Triton driver that is used before a launch."""
 
     launcher_cls = utils = None
 
@@ -58,7 +57,7 @@ class Driver:
 
 
 def run(task: str, *arguments: str, timeout: float = 600) -> Any:
-    """What a task prints, run in a process of its own."""
+    """Run a task in a process of its own, and return what it prints as JSON."""
     root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache,
@@ -73,32 +72,32 @@ def run(task: str, *arguments: str, timeout: float = 600) -> Any:
 
 
 class Compiled:
-    """The distinct kernels asked for, which are not compiled."""
+    """Records which kernels would be compiled, and compiles none of them."""
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
         triton.knobs.runtime.jit_cache_hook = self
 
     def __call__(self, *, key, repr, **_):
-        self.keys.setdefault(str(key), repr)
+        self.keys.setdefault(f"{repr} {key}", repr)  # the key alone lacks the kernel's name
         return True  # Triton then neither compiles nor launches
 
     def new(self) -> list[str]:
-        """Those since the last time."""
-        found, self.keys = sorted(self.keys.values()), {}
-        return found
+        """The kernels since the last call of this method."""
+        names, self.keys = sorted(self.keys.values()), {}
+        return names
 
 
 class Once(Compiled):
-    """Each kernel counts only the first time that it is asked for."""
+    """Records each kernel only the first time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.all: set[str] = set()
+        self.all: set[tuple[str, str]] = set()
 
     def __call__(self, *, key, repr, **more):
-        if str(key) not in self.all:
-            self.all.add(str(key))
+        if (repr, str(key)) not in self.all:
+            self.all.add((repr, str(key)))
             super().__call__(key=key, repr=repr, **more)
         return True
 
@@ -106,12 +105,12 @@ class Once(Compiled):
 def step(
     layout, batch=4, channels=192, heads=3, dtype=HALF, device="cpu", tables=HALF, strided=False
 ):
-    """Both primitives in both directions; nothing is launched where nothing is compiled."""
+    """Call both primitives of Translution and their gradients."""
     with torch.no_grad():
         many = 2 * channels if strided else channels
         x = torch.zeros(batch, layout.n_keys, many, dtype=dtype, device=device)[..., :channels]
         q = torch.zeros(batch, layout.n_queries, many, dtype=dtype, device=device)[..., :channels]
-        if strided:  # a view that begins between two vectors of 16 bytes
+        if strided:  # a view that begins at an address that is not a multiple of 16
             x, q = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, q))
         w = torch.zeros(layout.classes, channels, channels, dtype=tables, device=device)
         query, key = Operand(q, w), Operand(x, w)
@@ -119,6 +118,14 @@ def step(
         y = offset.mix(s, key, layout)
         offset.mix_backward(y, s, key, layout, [True] * 4)
         offset.scores_backward(s, query, key, heads, 0.3, layout, [True] * 6)
+
+
+def local_step(batch=2, heads=2, width=64, dtype=HALF, size=(6, 5), device="cpu"):
+    """Call neighbourhood attention and its gradients."""
+    area = Neighborhood.of(size, 3)
+    q, k, v = torch.zeros(3, batch, heads, *size, width, dtype=dtype, device=device)
+    y = neighborhood.neighborhood_attention(q, k, v, area, 0.3)
+    neighborhood.neighborhood_attention_backward(y, y, q, k, v, area, 0.3)
 
 
 LAYOUTS = {
@@ -134,7 +141,7 @@ LAYOUTS = {
 
 
 def recompilations() -> dict[str, list[str]]:
-    """Which kernels each change of the input compiles anew, after one step."""
+    """The kernels that each change of the input compiles, after a first step."""
     counted, found = Once(), {}
     for name, channels, heads in (("wide", 192, 3), ("small", 24, 3)):
         step(Layout((3, 4)), channels=channels, heads=heads)
@@ -147,11 +154,16 @@ def recompilations() -> dict[str, list[str]]:
             found[f"{name}: {kind}"] = counted.new()
         step(Layout((3, 4)), 4, channels, heads, strided=True)
         found[f"{name}: strides"] = counted.new()
+    local_step()
+    found["local: first"] = counted.new()
+    for change in ({"batch": 5}, {"heads": 3}, {"size": (16, 16)}, {"size": (9, 40)}):
+        local_step(**change)
+        found[f"local: {change}"] = counted.new()
     return found
 
 
 def ahead_of_time() -> dict[str, list[str]]:
-    """What is compiled ahead, and what a step then still compiles."""
+    """The kernels that are compiled ahead, and those that a step compiles after that."""
     counted, found = Once(), {}
     ahead._is_new = lambda x, key: True
     torch.cuda.device = lambda device: contextlib.nullcontext()
@@ -173,54 +185,68 @@ def ahead_of_time() -> dict[str, list[str]]:
     return found
 
 
-def resources(which: str) -> list[dict[str, Any]]:
-    """Registers, spilled bytes and shared memory of the kernels of a step, compiled for an H100."""
-    rows = []
+def resources() -> dict[str, list[dict[str, Any]]]:
+    """Registers, spilled bytes and shared memory of all kernels, for each of the `sizes`."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    compiled: dict[int, Any] = {}
+    warmup = triton.JITFunction.warmup
 
-    def compile_only(kernel, programs, *arguments, **constants):
-        compiled = kernel.warmup(*arguments, grid=programs, **constants)
-        if id(compiled) in seen:
-            return
-        seen[id(compiled)] = compiled
-        found = assembler(compiled.asm["ptx"])
-        modes = [n for n, v in constants.items() if v is True and n.isupper()]
-        rows.append(
-            {"kernel": kernel.__name__, "modes": modes, "shared": compiled.metadata.shared, **found}
-        )
+    def record(kernel, *arguments, **constants):
+        made = warmup(kernel, *arguments, **constants)
+        if id(made) not in compiled:
+            compiled[id(made)] = made
+            modes = [n for n, v in constants.items() if v is True and n.isupper()]
+            rows[name].append(
+                {"kernel": kernel.__name__, "modes": modes, "shared": made.metadata.shared}
+            )
+            jobs.append((rows[name][-1], made.asm["ptx"]))
+        return made
 
-    seen: dict[int, Any] = {}
-    launching.launch = small_path.launch = compile_only
-    layout, (channels, heads, dtype) = Layout((14, 14)), json.loads(which)
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    dtype = dtype.replace("tf32", "float32")
-    step(layout, 64, channels, heads, getattr(torch, dtype), "meta", getattr(torch, dtype))
+    triton.JITFunction.warmup = record  # `support.launch` calls it for tensors on the meta device
+    jobs: list[tuple[dict[str, Any], str]] = []
+    for name, (channels, heads, kind) in {str(size): size for size in sizes()}.items():
+        rows[name] = []
+        compiled.clear()
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        dtype = getattr(torch, kind.replace("tf32", "float32"))
+        if heads:
+            step(Layout((14, 14)), 64, channels, heads, dtype, "meta", dtype)
+        else:
+            local_step(width=channels, dtype=dtype, device="meta")
+    for row, ptx in jobs:
+        row.update(assemble(ptx))
     return rows
 
 
-def assembler(ptx: str) -> dict[str, int]:
-    """What NVIDIA's assembler says of a kernel."""
+def assemble(ptx: str) -> dict[str, int]:
+    """Assemble a kernel with NVIDIA's assembler, and return the registers and spilled bytes."""
     import triton.backends.nvidia as nvidia
 
     folder = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
-        # newer programs are written for the assembler of newer devices, which knows older ones
+        # Newer code needs the assembler for newer devices, which assembles for older ones, too.
         for name in ("ptxas", "ptxas-blackwell"):
             command = [str(folder / name), "-v", "-arch=sm_90a", file.name, "-o", os.devnull]
-            told = subprocess.run(command, capture_output=True, text=True).stderr
-            used = re.search(r"Used (\d+) registers", told)
-            spilled = re.search(r"(\d+) bytes spill stores", told)
+            log = subprocess.run(command, capture_output=True, text=True).stderr
+            used = re.search(r"Used (\d+) registers", log)
+            spilled = re.search(r"(\d+) bytes spill stores", log)
             if used and spilled:
                 return {"registers": int(used[1]), "spilled": int(spilled[1])}
-    raise RuntimeError(told)
+    raise RuntimeError(log)
 
 
 def sizes() -> list[list[Any]]:
-    """The sizes that have block sizes of their own."""
+    """[channels, heads, dtype] with block sizes of their own.
+
+    Without heads, it is neighbourhood attention with heads of that many channels.
+    """
     wide = [[channels, channels // 64, "bfloat16"] for channels in blocks.MEASURED]
     small = [[c, h, kind] for c, h in ((24, 3), (64, 8)) for kind in ("bfloat16", "float32")]
-    return [*wide, *small, [192, 3, "float32"], [192, 3, "tf32"], [256, 2, "bfloat16"]]
+    local = [[c, 0, kind] for c in (16, 32, 64, 128) for kind in ("bfloat16", "float32")]
+    between = [[192, 3, "float32"], [192, 3, "tf32"], [256, 2, "bfloat16"]]
+    return [*wide, *small, *between, *local]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def layouts(draw, most=4, axes=None):
 
 
 @given(layouts())
-def test_index_is_the_oracles(case):
+def test_index_is_that_of_the_oracle(case):
     keywords, input_grid = case
     layout = Layout(**keywords)
     assert torch.equal(layout.index, oracle.index(**keywords))
@@ -67,7 +67,7 @@ def test_pairs_are_the_index_sorted_by_class(case):
 
 
 @given(layouts())
-def test_key_rebuilds_the_layout(case):
+def test_spec_rebuilds_the_layout(case):
     keywords, input_grid = case
     layout = Layout(**keywords).at(input_grid)
     part = layout.select(queries=[layout.n_queries - 1], keys=range(layout.tokens))
@@ -104,16 +104,20 @@ def test_published_row_order():
 @given(st.integers(1, 300), st.integers(1, 12))
 def test_buckets_are_exact_near_and_logarithmic_far(size, buckets):
     layout = Layout(size, buckets=buckets, causal=True).at(size + 50)
-    classes = layout.index[-1].flip(0)  # by growing offset
+    classes = layout.index[-1].flip(0)  # from the nearest key to the farthest
     steps = classes.diff()
-    assert ((steps == 0) | (steps == 1)).all(), "monotone, none skipped"
+    assert ((steps == 0) | (steps == 1)).all(), (
+        "each offset has the class of the one before it, or the next one"
+    )
     assert layout.classes == min(buckets, size - 1) + 1
     exact = (buckets + 1) // 2 + 1
     near = classes[: min(exact, size)]
     assert torch.equal(near, torch.arange(len(near)))
     widths = torch.bincount(classes[:size])[exact:-1]
     assert (widths.diff() >= -1).all(), "far buckets grow"
-    assert (classes[size:] == layout.classes - 1).all(), "beyond the grid shares the last"
+    assert (classes[size:] == layout.classes - 1).all(), (
+        "offsets beyond the grid have the last class"
+    )
 
 
 def test_buckets_keep_tables_small_and_sequences_unbounded():

@@ -1,7 +1,7 @@
-"""The Triton backend, in the interpreter where there is no GPU.
+"""The Triton backend: what it does differently from plain torch. Without a GPU it is interpreted.
 
-`test_functional.py` runs it against the oracle over random layouts, `test_gpu.py` on a GPU, and
-`test_triton_compiled.py` compiles it for one; here is what is its own.
+`test_functional.py` compares all backends with the oracle over random layouts, `test_gpu.py` runs
+on a GPU, and `test_triton_compiled.py` compiles the kernels for one.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def agree(layout, tensors, path, heads=2, tolerance=1e-5):
         assert error < tolerance
 
 
-# -- right ----------------------------------------------------------------------------------------
+# -- Results -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -103,7 +103,7 @@ def test_every_kind_of_layout(name, path):
 @pytest.mark.parametrize("name", ["prefix", "causal", "window"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_worse_than_plain_torch(name, dtype, path):
-    """Both backends beside float64, on the same rounded inputs."""
+    """The error of both backends against float64, for the same rounded inputs."""
     layout = CASES[name]
     tensors = leaves(layout, dtype)
     exact = [t.detach().double().cpu().requires_grad_() for t in tensors]
@@ -190,7 +190,7 @@ def test_equal_bits_on_every_run(path):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# -- however the work is divided ------------------------------------------------------------------
+# -- How the work is divided ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bytes_held", [1, 300, 1 << 40])
@@ -198,7 +198,7 @@ def test_chunks_of_every_size(bytes_held, monkeypatch):
     """Class by class, a few classes at a time, all at once."""
     layout = Layout((2, 3))
 
-    def held(problem, row_bytes):  # the scores, which are allowed in any case, left out
+    def held(problem, row_bytes):  # without the bytes of the scores, which are always allowed
         limit = max(1, bytes_held // (row_bytes * problem.batch))
         made = tables.chunks(layout, torch.device("cpu"), limit)
         seen.append(len(made.classes))
@@ -288,8 +288,8 @@ def test_groups_hold_every_pair_once(case, by_query, by_pair, most, limit):
         assert sorted(found) == sorted(want)
 
 
-def test_neighbours_share_a_group():
-    """Four tokens in a square have more offsets in common than four in a row."""
+def test_neighbors_share_a_group():
+    """A group is a square of four tokens, which have more offsets in common than four in a row."""
     layout = Layout((6, 6))
     groups = tables.groups(layout, torch.device("cpu"), True, False, 4, 0)
     rows, columns = groups.members // 6, groups.members % 6
@@ -303,7 +303,9 @@ def test_division_by_multiplying(batch, row):
     multiplier, shift = tables.divisor(batch)
     assert 1 << 31 <= multiplier < 1 << 32
     assert (row * multiplier) >> shift == row // batch
-    last = (1 << 31) - 1 - ((1 << 31) - 1) % batch  # the hardest: just below and at a multiple
+    last = (
+        (1 << 31) - 1 - ((1 << 31) - 1) % batch
+    )  # the hardest cases: a multiple of the batch and the row before it
     for hard in (last, last - 1):
         assert (hard * multiplier) >> shift == hard // batch
 
@@ -314,7 +316,7 @@ def test_too_many_rows_are_refused():
         launch.Problem(Layout(4), x, 1, 1)
 
 
-# -- block sizes ----------------------------------------------------------------------------------
+# -- Block sizes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -361,11 +363,11 @@ def test_which_tables_are_small():
     assert path(96, 12, 8) is path(192, 3, 64) is path(32, 5, 17) is launch.Problem
 
 
-# -- tables in memory -----------------------------------------------------------------------------
+# -- Index tables ---------------------------------------------------------------------------------
 
 
 class Calls(TorchDispatchMode):
-    """The operators of torch that are called."""
+    """Records the operators of torch that are called."""
 
     def __init__(self):
         super().__init__()
@@ -377,7 +379,7 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_second_call_makes_no_tables_and_asks_for_no_number(path, monkeypatch):
+def test_a_second_call_computes_no_tables_and_does_not_synchronize(path, monkeypatch):
     """So that a step can be captured in a CUDA graph: nothing passes between host and device."""
     layout = CASES["blocks of tokens"]
     xq, xk, wq, wk, wv, bq, bk, bv = (t.detach() for t in leaves(layout, torch.float32, bias=True))
@@ -407,7 +409,7 @@ def test_a_second_call_makes_no_tables_and_asks_for_no_number(path, monkeypatch)
     assert set(calls.names) <= on_device
 
 
-# -- who serves -----------------------------------------------------------------------------------
+# -- Which backend is chosen -----------------------------------------------------------------------
 
 
 def test_modules_run_on_it(monkeypatch):
@@ -421,7 +423,7 @@ def test_modules_run_on_it(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_who_can_serve():
+def test_which_backends_are_available():
     code = """
 import sys
 import torch
@@ -444,7 +446,7 @@ except ValueError as error:
     assert "want 'auto' or one of ['torch'] (known: ['torch', 'triton'])" in done.stdout
 
 
-def test_why_a_gpu_is_passed_over(monkeypatch):
+def test_why_a_gpu_is_not_used(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(support, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
