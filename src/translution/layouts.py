@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -135,8 +136,11 @@ class Layout:
         put("window", _sizes("window", self.window, axes, 0, optional=True))
         put("dilation", _sizes("dilation", 1 if self.dilation == () else self.dilation, axes, 1))
         put("buckets", _sizes("buckets", self.buckets, axes, 1, optional=True))
-        if not isinstance(self.prefix, int) or self.prefix < 0:
+        if type(self.prefix) is not int or self.prefix < 0:
             raise ValueError(f"prefix: got {self.prefix!r}, want an int of at least 0")
+        for name in ("causal", "prefix_queries"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, want True or False")
         if self.causal and axes > 1:
             raise ValueError(f"causal: needs a grid of one axis, got grid {grid}")
         if self.prefix_queries and not self.prefix:
@@ -262,7 +266,10 @@ class Layout:
     def _tokens(self, name: str, value: Any) -> tuple[int, ...] | None:
         if value is None:
             return None
-        value = tuple(int(v) for v in value)
+        try:
+            value = tuple(operator.index(v) for v in value)
+        except TypeError:
+            raise ValueError(f"{name}: got {value!r}, want ints, or None for all tokens") from None
         most = self.prefix if name == "queries" and self.prefix_queries else self.tokens
         for v in value:
             if not 0 <= v < most:

@@ -76,6 +76,6 @@ def test_hooks_are_gone_after_an_error():
 
 
 def test_models_of_other_kinds_are_refused():
-    model = create_model("resnet26", width=8, num_classes=10, in_channels=1)
+    model = create_model("resnet26", dim=8, num_classes=10, in_channels=1)
     with pytest.raises(ValueError, match="model: got ResNet, want a ViT or a GPT"):
         attention_weights(model, torch.randn(1, 1, 32, 32))

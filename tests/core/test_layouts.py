@@ -158,7 +158,12 @@ def test_index_is_cached_and_safe_to_write():
         ({"grid": 4, "prefix": -1}, "prefix: got -1"),
         ({"grid": 4, "prefix_queries": True}, "prefix_queries: needs"),
         ({"grid": 4, "input_grid": (5,)}, "grid: got 5 tokens on axis 0"),
+        ({"grid": 4, "prefix": True}, "prefix: got True"),
+        ({"grid": 4, "causal": "no"}, "causal: got 'no', want True or False"),
+        ({"grid": 4, "prefix": 1, "prefix_queries": 1}, "prefix_queries: got 1"),
         ({"grid": 4, "queries": (4,)}, "queries: got token 4, want 0 to 3"),
+        ({"grid": 4, "queries": (1.7,)}, r"queries: got \(1.7,\), want ints"),
+        ({"grid": 4, "keys": "12"}, "keys: got '12', want ints"),
     ],
 )
 def test_bad_arguments_are_named(keywords, message):

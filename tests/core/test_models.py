@@ -184,7 +184,7 @@ def test_checkpointing_forgets_and_gives_the_same(mixer):
         torch.manual_seed(0)
         model = vit(
             mixer=mixer, image_size=24, patch_size=4, num_classes=5, in_channels=1, depth=4, dim=32,
-            heads=2, head_dim=16, checkpoint=checkpoint, pool="mean",
+            heads=2, head_dim=16, activation_checkpointing=checkpoint, pool="mean",
         )  # fmt: skip
 
         def step(model=model):
@@ -277,3 +277,40 @@ def test_head_dim_is_a_heads_share_unless_given():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+USED_BY = {
+    "relative": ("kv", {"translution", "alpha"}),
+    "rank": (4, {"alpha"}),
+    "init": ("independent", {"translution", "alpha"}),
+    "window": (1, {"translution", "alpha", "attention", "rotary", "bias"}),
+    "dilation": (2, {"translution", "alpha", "attention", "rotary", "bias"}),
+    "buckets": (2, {"translution", "alpha", "attention", "rotary", "bias"}),
+    "conv_kernel_size": (5, {"convolution", "acmix"}),
+    "relative_depth": (1, set(MIXERS)),
+    "dropout": (0.1, set(MIXERS)),
+    "activation_checkpointing": ("full", set(MIXERS)),
+    "learned_positions": (True, set(MIXERS)),
+}
+
+
+@pytest.mark.parametrize("option", sorted(USED_BY))
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_an_option_that_the_mixer_does_not_use_is_refused(mixer, option):
+    value, mixers = USED_BY[option]
+    if mixer in mixers:
+        assert getattr(tiny_vit(mixer, **{option: value}).config, option) == value
+    else:
+        with pytest.raises(ValueError, match=rf"{option}: got .* {mixer!r} does not use it"):
+            tiny_vit(mixer, **{option: value})
+
+
+def test_learned_positions_beside_any_mixer():
+    for make in (tiny_vit, tiny_gpt):
+        plain, with_positions = make("translution"), make("translution", learned_positions=True)
+        assert plain.positions is None
+        assert with_positions.positions is not None
+        with_positions(inputs(with_positions)).sum().backward()
+        assert with_positions.positions.grad.abs().sum() > 0
+    assert tiny_vit("attention", learned_positions=False).positions is None
+    assert tiny_vit("attention", position="rotary").positions is None

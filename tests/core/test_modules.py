@@ -115,7 +115,7 @@ def same(got, want, tol=1e-10):
 def test_equals_the_oracle(family, relative, case, masked, bias):
     if family == "Alpha" and len(case[0]["grid"]) == 3:
         return
-    module, layout, x, grid = build(family, case, relative, bias=bias and family != "Alpha")
+    module, layout, x, grid = build(family, case, relative, qkv_bias=bias and family != "Alpha")
     mask = torch.rand(2, 1, layout.n_queries, layout.n_keys) > 0.4 if masked else None
     y, a = module(x, grid=grid, mask=mask, return_weights=True)
     want_y, want_a = SLOW[family](module, layout, x, mask)

@@ -278,7 +278,7 @@ def test_maps(mixer, size):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_compiles(mixer):
     torch._dynamo.reset()
-    model = small(mixer, layers=(1, 1, 1, 1, 1)).eval()
+    model = small(mixer, depths=(1, 1, 1, 1, 1)).eval()
     x = torch.randn(2, 3, 17, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)

@@ -48,18 +48,18 @@ MODELS = {
     "gpt alpha": ("gpt", GPT | TINY | {"mixer": "alpha", "depth": 1}),
     "gpt bias": ("gpt", GPT | TINY | {"mixer": "bias", "depth": 1}),
     "gpt rotary": ("gpt", GPT | TINY | {"mixer": "rotary", "depth": 1}),
-    "resnet acmix": ("resnet", STAGES | {"layers": (1, 1, 1, 1), "width": 8, "heads": 2}),
+    "resnet acmix": ("resnet", STAGES | {"depths": (1, 1, 1, 1), "dim": 8, "heads": 2}),
     "san acmix": (
         "san",
-        STAGES | {"layers": (1,) * 5, "width": 16, "share": 4, "kernels": (3, 3, 5, 3, 3)},
+        STAGES | {"depths": (1,) * 5, "dim": 16, "group_size": 4, "kernel_sizes": (3, 3, 5, 3, 3)},
     ),
     "pvt acmix": (
         "pvt",
-        STAGES | {"layers": (1,) * 4, "widths": (8,) * 4, "heads": (1, 1, 2, 2), "image_size": 32},
+        STAGES | {"depths": (1,) * 4, "dims": (8,) * 4, "heads": (1, 1, 2, 2), "image_size": 32},
     ),
     "swin acmix": (
         "swin",
-        STAGES | {"layers": (2, 1, 1, 1), "width": 8, "heads": (2,) * 4, "window": 3},
+        STAGES | {"depths": (2, 1, 1, 1), "dim": 8, "heads": (2,) * 4, "window_size": 3},
     ),
 }
 

@@ -25,11 +25,11 @@ SMALL = {
     "vit": {"image_size": (8, 12), "patch_size": 4, "dim": 12, "depth": 2, "heads": 2,
             "num_classes": 3, "window": (1, 2)},
     "gpt": {"context": 6, "vocab_size": 11, "dim": 12, "depth": 1, "heads": 2},
-    "resnet": {"layers": (1,) * 4, "width": 8, "heads": 2, "num_classes": 3, "features_only": True},
-    "san": {"layers": (1,) * 5, "width": 16, "share": 2, "num_classes": 3},
-    "pvt": {"layers": (1,) * 4, "widths": (8,) * 4, "heads": (1, 1, 2, 2), "num_classes": 3,
+    "resnet": {"depths": (1,) * 4, "dim": 8, "heads": 2, "num_classes": 3, "features_only": True},
+    "san": {"depths": (1,) * 5, "dim": 16, "group_size": 2, "num_classes": 3},
+    "pvt": {"depths": (1,) * 4, "dims": (8,) * 4, "heads": (1, 1, 2, 2), "num_classes": 3,
             "image_size": (64, 32)},
-    "swin": {"layers": (1,) * 4, "width": 8, "heads": (1, 1, 2, 2), "num_classes": 3},
+    "swin": {"depths": (1,) * 4, "dim": 8, "heads": (1, 1, 2, 2), "num_classes": 3},
 }  # fmt: skip
 
 

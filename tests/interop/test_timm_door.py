@@ -34,10 +34,10 @@ torch.manual_seed(0)
 x = torch.randn(2, 3, 64, 64)
 SMALL = {
     "translution_alpha_vit_tiny_patch16_224": dict(img_size=64, dim=12, depth=3, heads=2),
-    "translution_acmix_resnet26": dict(width=8, heads=2),
-    "translution_san10": dict(width=16, share=2),
-    "translution_acmix_pvt_tiny": dict(widths=(8, 8, 16, 16), heads=(1, 1, 2, 2), img_size=64),
-    "translution_swin_tiny": dict(width=8, heads=(1, 1, 2, 2), layers=(1, 1, 1, 1)),
+    "translution_acmix_resnet26": dict(dim=8, heads=2),
+    "translution_san10": dict(dim=16, group_size=2),
+    "translution_acmix_pvt_tiny": dict(dims=(8, 8, 16, 16), heads=(1, 1, 2, 2), img_size=64),
+    "translution_swin_tiny": dict(dim=8, heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)),
 }
 
 def make(name="translution_alpha_vit_tiny_patch16_224", **more):

@@ -33,8 +33,8 @@ transformers.utils.logging.disable_progress_bar()
 VIT = {"image_size": 8, "patch_size": 4, "dim": 12, "depth": 2, "heads": 2}
 GPT = {"context": 16, "vocab_size": 13, "dim": 12, "depth": 2, "heads": 2}
 BACKBONES = {
-    "acmix_resnet26": {"width": 8, "heads": 2},
-    "acmix_pvt_tiny": {"layers": (1,) * 4, "widths": (8,) * 4, "heads": (1,) * 4, "image_size": 32},
+    "acmix_resnet26": {"dim": 8, "heads": 2},
+    "acmix_pvt_tiny": {"depths": (1,) * 4, "dims": (8,) * 4, "heads": (1,) * 4, "image_size": 32},
 }
 
 

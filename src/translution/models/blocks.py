@@ -30,6 +30,7 @@ __all__ = [
     "IMAGE_MIXERS",
     "MIXERS",
     "SIZES",
+    "TABLE_MIXERS",
     "Block",
     "Mixing",
     "Size",
@@ -42,7 +43,13 @@ MIXERS = ("attention", "rotary", "bias", "convolution", "acmix", "translution", 
 IMAGE_MIXERS = ("convolution", "acmix")
 """The mixers that cannot be causal, and so mix images only."""
 
+TABLE_MIXERS = ("translution", "alpha")
+"""The mixers with projections that depend on the offset."""
+
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+
+GEOMETRY = ("window", "dilation", "buckets")
+"""The options of `Mixing` that belong to a `Layout`."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,23 @@ class Mixing:
     def check_mixing(self, mixers: Sequence[str]) -> None:
         """Check the options that are not checked by the modules themselves.
 
+        An option that the mixer does not use must have its default.
+
         Raises:
             ValueError: naming the option, what came and what is wanted.
         """
         check_choice("mixer", self.mixer, mixers)
         check_choice("position", self.position, self._positions())
+        unused = {"conv_kernel_size"} if self.mixer not in IMAGE_MIXERS else set(GEOMETRY)
+        unused |= {"rank"} if self.mixer != "alpha" else set()
+        unused |= {"relative", "init"} if self.mixer not in TABLE_MIXERS else set()
+        for name in sorted(unused):
+            value, default = getattr(self, name), getattr(Mixing, name)
+            if value != default:
+                raise ValueError(
+                    f"{name}: got {value!r}, but the mixer {self.mixer!r} does not use it; want "
+                    f"{default!r}"
+                )
         name = "activation_checkpointing"
         check_choice(name, self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..utils.measuring import multiply_adds
 from .configuration import input_shape
 
 __all__ = ["model_card"]
@@ -81,6 +80,8 @@ def model_card(
 
 def _cost(plain: Any) -> tuple[str, int]:
     """A description of the input that is counted, and the multiply-adds of its forward pass."""
+    from ..utils.measuring import multiply_adds  # which imports Triton, slowly
+
     shape = input_shape(plain.config)
     with torch.device("meta"), torch.no_grad():
         if len(shape) == 1:

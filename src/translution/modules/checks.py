@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..functional.offset import autocast_enabled
 
-__all__ = ["check_dtype", "check_image", "check_int"]
+__all__ = ["check_dtype", "check_grid", "check_image", "check_int"]
 
 
 def check_int(name: str, value: Any, least: int) -> None:
@@ -33,3 +35,18 @@ def check_image(x: Tensor, channels: int, weight: Tensor) -> None:
             f"(batch, {channels}, height, width)"
         )
     check_dtype("x", x, weight)
+
+
+def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns from one int for both, or from two.
+
+    Raises:
+        ValueError: they are not ints of at least 1.
+    """
+    sizes = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    # The sizes must be numbers here, so tracing specialises on them.
+    if len(sizes) == 2 and all(hasattr(n, "__index__") for n in sizes):
+        height, width = (operator.index(n) for n in sizes)
+        if height >= 1 and width >= 1:
+            return height, width
+    raise ValueError(f"grid: got {grid!r}, want two ints of at least 1 (or one for both)")

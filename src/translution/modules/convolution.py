@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import Sizes
+from .checks import check_grid, check_int
 
 __all__ = ["Convolution2d"]
 
@@ -40,10 +41,11 @@ class Convolution2d(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_int("dim", dim, 1)
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: got {kernel_size!r}, want an odd int of at least 1")
         self.dim = dim
-        self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        self.grid = check_grid(grid)
         self.conv = nn.Conv2d(
             dim, dim, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
         )
@@ -55,7 +57,7 @@ class Convolution2d(nn.Module):
         Raises:
             ValueError: x has another number of tokens or channels.
         """
-        height, width = self.grid if grid is None else tuple(grid)
+        height, width = self.grid if grid is None else check_grid(grid)
         if x.ndim != 3 or x.shape[1] != height * width or x.shape[2] != self.dim:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, want (batch, {height * width} tokens, "

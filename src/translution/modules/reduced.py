@@ -5,7 +5,6 @@ With a reduction of 1 it is ordinary self-attention, and its ACmix the one that 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
 from ..layouts import Sizes
-from .checks import check_dtype, check_int
+from .checks import check_dtype, check_grid, check_int
 from .convolution_path import ConvolutionPath, pad_to_multiple
 
 __all__ = ["ReducedACmix2d", "ReducedAttention2d"]
@@ -83,7 +82,7 @@ class ReducedAttention2d(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: got {dropout}, want at least 0 and less than 1")
         self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
-        self.grid = _grid(grid)
+        self.grid = check_grid(grid)
         self.reduction, self.prefix, self.prefix_queries = reduction, prefix, prefix_queries
         self.dropout = dropout
         inner = self.heads * self.head_dim
@@ -126,7 +125,7 @@ class ReducedAttention2d(nn.Module):
         return (q * self.head_dim**-0.5 @ k.transpose(-1, -2)).softmax(-1)
 
     def _checked(self, x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
-        height, width = self.grid if grid is None else _grid(grid)
+        height, width = self.grid if grid is None else check_grid(grid)
         tokens = self.prefix + height * width
         fits = x.ndim == 3 and x.shape[1] == tokens and x.shape[2] == self.dim
         if not fits or not x.dtype.is_floating_point:
@@ -145,16 +144,6 @@ class ReducedAttention2d(nn.Module):
             f"reduction={self.reduction}, prefix={self.prefix}, "
             f"prefix_queries={self.prefix_queries}"
         )
-
-
-def _grid(grid: int | Sequence[int]) -> tuple[int, int]:
-    sizes = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    # The sizes must be numbers here, so tracing specialises on them.
-    if len(sizes) == 2 and all(hasattr(n, "__index__") for n in sizes):
-        height, width = (operator.index(n) for n in sizes)
-        if height >= 1 and width >= 1:
-            return height, width
-    raise ValueError(f"grid: got {grid!r}, want two ints of at least 1 (or one for both)")
 
 
 @renamed_arguments(conv_kernel="conv_kernel_size")

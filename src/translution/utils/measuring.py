@@ -9,7 +9,6 @@ the first also makes two calls to warm up before each timed one, and the second 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
 import statistics
@@ -23,10 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
-from .. import functional  # noqa: F401  (registers the operators)
-from ..layouts import Layout
+from .. import functional  # noqa: F401  (registers the operators and their counts)
 
 __all__ = [
     "TrainingStep",
@@ -155,40 +153,6 @@ def multiply_adds(function: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() // 2
-
-
-def _flops_of_scores(xq, xk, wq, wk, bq, bk, heads, scale, layout, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    pairs = _pairs(layout)
-    inner = xq[2] if wq is None else wq[2]
-    relative = [x[2] for x, w in ((xq, wq), (xk, wk)) if w is not None]
-    return 2 * xq[0] * pairs * inner * (1 + sum(relative))
-
-
-def _flops_of_mix(a, x, w, b, layout, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return 2 * x[0] * _pairs(layout) * w[2] * (1 + x[2])
-
-
-@functools.lru_cache
-def _pairs(layout: str) -> int:
-    return int((Layout.parse(layout).index >= 0).sum())
-
-
-def _flops_of_attention(query, key, value, kernel, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    pairs = math.prod(query[:4]) * math.prod(kernel)
-    return 2 * pairs * (key[4] + value[4])
-
-
-def _flops_of_neighborhood_mix(weights, value, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return 2 * math.prod(weights) * (value[1] // weights[1])
-
-
-for _name, _formula in (
-    ("offset_scores", _flops_of_scores),
-    ("offset_mix", _flops_of_mix),
-    ("neighborhood_attention", _flops_of_attention),
-    ("neighborhood_mix", _flops_of_neighborhood_mix),
-):
-    register_flop_formula(getattr(torch.ops.translution, _name))(_formula)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

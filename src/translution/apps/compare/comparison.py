@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...models import create_model
-from ...models.blocks import MIXERS
+from ...models.blocks import MIXERS, TABLE_MIXERS
 from ...models.configuration import check_choice
 from ...utils.words import MIXER_TITLES
 from ..config import parse, read
@@ -28,7 +28,7 @@ KEYS = {
     "seeds": "seeds", "seed": "seed", "steps": "base.train.steps",
     "batch_size": "base.train.batch_size", "canvas": "base.data.canvas",
     "patch": "base.model.patch_size", "dim": "base.model.dim", "depth": "base.model.depth",
-    "heads": "base.model.heads", "init": "base.model.init",
+    "heads": "base.model.heads",
     "train_limit": "base.data.train_limit", "test_limit": "base.data.test_limit",
     "device": "base.train.device",
 }  # fmt: skip
@@ -39,11 +39,13 @@ def comparison(
     data: str = "digits",
     mixers: Sequence[str] = DEFAULT_MIXERS,
     learning_rate: float | None = None,
+    init: str | None = None,
     data_dir: str | None = None,
     **options: Any,
 ) -> Experiment:
     """Each mixer as a row, trained on centred and on moved digits, and tested on both.
 
+    init: how tables start, for the mixers that have tables.
     options: of the command, by the names in KEYS; None leaves what the file has.
 
     Raises:
@@ -60,6 +62,9 @@ def comparison(
         raise ValueError(f"learning_rate: got {learning_rate}, want more than 0 and less than 1")
     content = read(Path(__file__).with_name(f"{data}.yaml"))
     rows = {MIXER_TITLES.get(mixer, mixer): {"model.mixer": mixer} for mixer in mixers}
+    for changes_of_row in rows.values():
+        if init is not None and changes_of_row["model.mixer"] in TABLE_MIXERS:
+            changes_of_row["model.init"] = init
     changes: dict[str, Any] = {
         KEYS[name]: value for name, value in options.items() if value is not None
     }
