@@ -39,8 +39,8 @@ def comparison(
     data: str = "digits",
     mixers: Sequence[str] = DEFAULT_MIXERS,
     learning_rate: float | None = None,
-    init: str | None = None,
     data_dir: str | None = None,
+    init: str | None = None,
     **options: Any,
 ) -> Experiment:
     """Each mixer as a row, trained on centred and on moved digits, and tested on both.
