@@ -27,6 +27,7 @@ RENAMED = {
     "apps.training.telling": "apps.training.messages",
     "convert": "interop.conversion",
     "interop.convert": "interop.conversion",
+    "interop.published.entries": "interop.published.entry",
     "interop.export.quantise": "interop.export.quantization",
     "functional.row": "functional.single_query",
     "models.attention_weights": "models.inspection",

@@ -108,8 +108,8 @@ EARLIER = {
         lambda: models.vit(mixer="alpha", dim=8, heads=2, depth=1),
     ),
     "published GPT": (
-        lambda: models.gpt(dim=8, heads=2, depth=1, published=True, kernel_size=5),
-        lambda: models.gpt(dim=8, heads=2, depth=1, double_final_norm=True, conv_kernel_size=5),
+        lambda: models.gpt(dim=8, heads=2, depth=1, published=True),
+        lambda: models.gpt(dim=8, heads=2, depth=1, double_final_norm=True),
     ),
     "Swin": (
         lambda: models.swin(layers=(1, 1, 1, 1), width=12, window=4, drop_path=0.1),

@@ -713,7 +713,7 @@ model = VisionTransformer(**small, qk_norm=True)
 try:
     convert(model, relative="q")
 except ValueError as error:
-    assert "blocks.0.attn (Attention): relative: 'q' has a norm" in str(error), error
+    assert "blocks.0.attn (Attention): relative: 'q' is followed by a norm" in str(error), error
 else:
     raise AssertionError
 for wrong in dict(prefix=0), dict(grid=3), dict(grid=(4, 2)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import acmix, layers, models  # noqa: F401  (each registers its modules with `entries`)
-from .entries import Entry, Options, entries
+from .entry import Entry, Options, entries
 from .source import read
 
 __all__ = ["export_published", "load_published"]

@@ -15,7 +15,7 @@ from ...models.residual_network import Bottleneck, ResNet
 from ...models.swin_transformer import Block, Swin
 from ...modules.acmix import ACmix2d
 from ...modules.window import WindowACmix2d, WindowAttention2d
-from .entries import (
+from .entry import (
     Entry,
     Options,
     concatenated,

@@ -13,7 +13,7 @@ from ...models.blocks import Block
 from ...modules.alpha import AlphaTranslution1d, AlphaTranslution2d
 from ...modules.attention import Attention
 from ...modules.positions import rotary_angles
-from .entries import Entry, Options, concatenated, constant, entries, same_names, table, with_prefix
+from .entry import Entry, Options, concatenated, constant, entries, same_names, table, with_prefix
 
 __all__: list[str] = []
 

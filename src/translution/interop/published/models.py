@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...models import GPT, ViT
 from ...modules.attention import SelfAttention
-from .entries import Entry, Options, concatenated, entries, same_names, with_prefix
+from .entry import Entry, Options, concatenated, entries, same_names, with_prefix
 
 __all__: list[str] = []
 
