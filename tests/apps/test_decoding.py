@@ -19,6 +19,7 @@ from translution.apps.bench.decoding import (
     mixers_named,
 )
 from translution.models import GPT
+from translution.models.blocks import TABLE_MIXERS
 from translution.modules import RelativeLinear
 from translution.modules.positions import RelativeBias
 
@@ -38,7 +39,8 @@ def names(cases):
 def test_rows_of_tables_that_are_not_counted_are_not_read(mixer, relative, geometry):
     """And those that are counted are."""
     sizes = {"context": 12, "vocab_size": 11, "dim": 8, "depth": 1, "heads": 2}
-    model = gpt(mixer=mixer, relative=relative, **sizes, **geometry).eval()
+    tables = {"relative": relative} if mixer in TABLE_MIXERS else {}
+    model = gpt(mixer=mixer, **tables, **sizes, **geometry).eval()
     tables = [m for m in model.modules() if isinstance(m, RelativeLinear | RelativeBias)]
     size = sum(4 * p.numel() // m.classes for m in tables for p in m.parameters())
     ids = torch.zeros(1, 6, dtype=torch.int64)

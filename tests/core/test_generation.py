@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from translution import Layout, SelfAttention, Translution1d, Translution2d, gpt
 from translution.functional import offset, single_query
-from translution.models.blocks import IMAGE_MIXERS, MIXERS
+from translution.models.blocks import IMAGE_MIXERS, MIXERS, TABLE_MIXERS
 from translution.models.generation import generate, probabilities
 from translution.modules.cache import Cache
 from translution.operands import Operand
@@ -55,9 +55,11 @@ def sizes_of(draw, total):
 @settings(max_examples=8)
 @given(data=st.data())
 def test_parts_equal_the_whole(mixer, geometry, data):
-    relative = data.draw(st.sampled_from(SUBSETS))
-    hybrid = data.draw(st.sampled_from([None, 1])) if mixer in ("translution", "alpha") else None
-    model = model_of(mixer, relative=relative, relative_depth=hybrid, **geometry)
+    tables = {}
+    if mixer in TABLE_MIXERS:
+        tables["relative"] = data.draw(st.sampled_from(SUBSETS))
+        tables["relative_depth"] = data.draw(st.sampled_from([None, 1]))
+    model = model_of(mixer, **tables, **geometry)
     length = data.draw(st.integers(1, 20 if model.unbounded else 12))
     ids = torch.randint(0, VOCAB, (data.draw(st.integers(1, 3)), length))
     y, caches = in_parts(model, ids, data.draw(sizes_of(length)))

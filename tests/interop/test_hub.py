@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import translution
 from translution.models import GPT, ResNet, ViT, create_model, pretrained
+from translution.models.blocks import TABLE_MIXERS
 from translution.models.card import model_card
 from translution.models.pretrained import MARK, Pretrained, find_checkpoint, read_weights
 
@@ -71,7 +72,8 @@ def test_every_family_makes_the_round_trip(tmp_path, family):
 )
 def test_any_options_and_dtype(tmp_path_factory, mixer, depth, relative, buckets, dtype):
     folder = tmp_path_factory.mktemp("any")
-    options = {"depth": depth, "relative": relative, "buckets": buckets}
+    options = {"depth": depth, "buckets": buckets}
+    options |= {"relative": relative} if mixer in TABLE_MIXERS else {}
     model = make("gpt", mixer=mixer, **options).to(dtype).eval()
     model.save_pretrained(folder)
     again = Pretrained.from_pretrained(folder)  # any class
@@ -79,6 +81,18 @@ def test_any_options_and_dtype(tmp_path_factory, mixer, depth, relative, buckets
     assert again.config == model.config
     assert again.head.weight.dtype == dtype
     assert torch.equal(model(ids), again(ids))
+
+
+def test_options_that_the_mixer_does_not_use_are_left_out_of_earlier_files(tmp_path):
+    model = make("gpt", mixer="attention")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["options"] |= {"relative": "kv", "rank": 3, "relative_layers": None, "rotary": True}
+    del config["options"]["position"], config["options"]["relative_depth"]
+    path.write_text(json.dumps(config))
+    again = Pretrained.from_pretrained(tmp_path)
+    assert (again.config.relative, again.config.rank, again.config.position) == ("qkv", 8, "none")
 
 
 def test_the_configuration_alone_is_enough(tmp_path):

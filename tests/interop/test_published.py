@@ -419,7 +419,7 @@ def make_vit(mixer, **more) -> nn.Module:
     size = tuple(n * p for n, p in zip(GRID, PATCH, strict=True))
     return vit(
         mixer=mixer, image_size=size, patch_size=PATCH, num_classes=CLASSES, dim=DIM, depth=2,
-        heads=HEADS, head_dim=HEAD_DIM, rank=RANK, **more,
+        heads=HEADS, head_dim=HEAD_DIM, **({"rank": RANK} if mixer == "alpha" else {}), **more,
     ).double()  # fmt: skip
 
 
@@ -531,7 +531,8 @@ def gpt_twin(w, ids, stem, **how) -> Tensor:
 def make_gpt(mixer, double_final_norm=True, **more) -> nn.Module:
     return gpt(
         mixer=mixer, context=CONTEXT, vocab_size=WORDS, dim=DIM, depth=2, heads=HEADS,
-        head_dim=HEAD_DIM, rank=RANK, double_final_norm=double_final_norm, **more,
+        head_dim=HEAD_DIM, double_final_norm=double_final_norm,
+        **({"rank": RANK} if mixer == "alpha" else {}), **more,
     ).double()  # fmt: skip
 
 
@@ -543,7 +544,7 @@ def test_gpt(mixer, relative):
     stem = "transformer" if mixer == "attention" else "translution"
     low_rank = mixer == "alpha"
     weights = gpt_weights(stem, relative, low_rank, positions=mixer == "attention")
-    model = loaded(make_gpt(mixer, relative=relative or "qkv"), weights)
+    model = loaded(make_gpt(mixer, **({"relative": relative} if relative else {})), weights)
     ids = torch.randint(WORDS, (2, CONTEXT))
     close(model(ids), gpt_twin(weights, ids, stem, relative=relative, low_rank=low_rank))
     same(export_published(model), weights)

@@ -50,7 +50,7 @@ M = TypeVar("M", bound="_Wrapped")
 def _resolve(architecture: str, options: dict[str, Any]) -> Pretrained:
     """The model that they say, on the meta device: it checks them, and has all the options."""
     with torch.device("meta"):
-        model = create_model(architecture, **current_options(architecture, options, warn=False))
+        model = create_model(architecture, **current_options(architecture, options, saved=True))
     if not isinstance(model, Pretrained):
         raise ValueError(f"architecture: got {architecture!r}, want a model of this library")
     return model
@@ -152,7 +152,7 @@ class _Wrapped(PreTrainedModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        options = current_options(config.architecture, dict(config.options), warn=False)
+        options = current_options(config.architecture, dict(config.options), saved=True)
         if self._classes_option:
             options[self._classes_option] = config.num_labels
         self.model = create_model(config.architecture, **options)

@@ -35,6 +35,7 @@ __all__ = [
     "Mixing",
     "Size",
     "mixers_of_blocks",
+    "unused_options",
 ]
 
 MIXERS = ("attention", "rotary", "bias", "convolution", "acmix", "translution", "alpha")
@@ -70,9 +71,22 @@ SIZES = {
 }
 
 
+def unused_options(mixer: str) -> set[str]:
+    """The options of `Mixing` that a mixer does not use, and that must have their defaults."""
+    unused = {"conv_kernel_size"} if mixer not in IMAGE_MIXERS else set(GEOMETRY)
+    unused |= {"rank"} if mixer != "alpha" else set()
+    return unused | ({"relative", "init"} if mixer not in TABLE_MIXERS else set())
+
+
+def _position_of(rotary: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """The earlier option `rotary` had an effect on mixers with tables only."""
+    has_tables = given.get("mixer", Mixing.mixer) in TABLE_MIXERS
+    return position_of(rotary) if has_tables else {}
+
+
 @renamed_arguments(
     relative_layers="relative_depth",
-    rotary=position_of,
+    rotary=_position_of,
     kernel_size="conv_kernel_size",
     checkpoint="activation_checkpointing",
 )
@@ -122,10 +136,7 @@ class Mixing:
         """
         check_choice("mixer", self.mixer, mixers)
         check_choice("position", self.position, self._positions())
-        unused = {"conv_kernel_size"} if self.mixer not in IMAGE_MIXERS else set(GEOMETRY)
-        unused |= {"rank"} if self.mixer != "alpha" else set()
-        unused |= {"relative", "init"} if self.mixer not in TABLE_MIXERS else set()
-        for name in sorted(unused):
+        for name in sorted(unused_options(self.mixer)):
             value, default = getattr(self, name), getattr(Mixing, name)
             if value != default:
                 raise ValueError(
@@ -134,6 +145,12 @@ class Mixing:
                 )
         name = "activation_checkpointing"
         check_choice(name, self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
+
+    @classmethod
+    def without_unused(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options without those that their mixer does not use."""
+        unused = unused_options(options.get("mixer", cls.mixer))
+        return {name: value for name, value in options.items() if name not in unused}
 
     def _positions(self) -> list[str]:
         """The values of `position` that fit the mixer."""

@@ -221,7 +221,7 @@ class Pretrained(nn.Module):
             source, about = folder / ABOUT, read_about(folder)["model"]
             name, options = about["name"], about["options"]
         try:
-            model = create_model(name, **current_options(name, options, warn=False))
+            model = create_model(name, **current_options(name, options, saved=True))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {name!r}: {error}") from None
         if not isinstance(model, cls) and issubclass(cls, type(model)):

@@ -85,20 +85,26 @@ def model_options(name: str) -> dict[str, Any]:
     return own | {option: hint for option, hint in configured.items() if option not in own}
 
 
-def current_options(name: str, options: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+def current_options(name: str, options: dict[str, Any], saved: bool = False) -> dict[str, Any]:
     """Options of the model of this name, with option names of earlier versions replaced.
 
     Args:
         name: one of `list_models`.
         options: by name.
-        warn: whether each earlier name gives a DeprecationWarning.
+        saved: whether they come from a file. Earlier names then give no DeprecationWarning, and
+            options that earlier versions stored although the model does not use them are left out.
 
     Raises:
         ValueError: an unknown model, or an option that is given by both of its names.
     """
     make, _ = _find(name)
-    config = dict(_FAMILIES.values()).get(make)
-    return options if config is None else current_arguments(config, options, warn, stacklevel=3)
+    config: Any = dict(_FAMILIES.values()).get(make)
+    if config is None:
+        return options
+    options = current_arguments(config, options, warn=not saved, stacklevel=3)
+    return (
+        config.without_unused(options) if saved and hasattr(config, "without_unused") else options
+    )
 
 
 def list_models(pattern: str = "*") -> list[str]:

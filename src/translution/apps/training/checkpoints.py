@@ -146,7 +146,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = find_checkpoint(path)
     about = read_about(path)
     name, options = about["model"]["name"], about["model"]["options"]
-    model = create_model(name, **current_options(name, options, warn=False))
+    model = create_model(name, **current_options(name, options, saved=True))
     if (path / PARTS).is_dir():
         parallel.load(model, path / PARTS)
     else:
