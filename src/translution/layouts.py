@@ -114,9 +114,10 @@ class Layout:
     n_queries: int = field(init=False, compare=False, repr=False, default=0)
     n_keys: int = field(init=False, compare=False, repr=False, default=0)
     full: bool = field(init=False, compare=False, repr=False, default=False)
-    """Whether every query sees every key."""
+    """True only if every query sees every key."""
     plain_causal: bool = field(init=False, compare=False, repr=False, default=False)
-    """Whether every token sees exactly the tokens at or before it (ordinary causal attention)."""
+    """True only if every token sees exactly the tokens at or before it. It may be False although
+    that is so, as for a causal layout with a window that is wider than the input."""
     may_be_empty: bool = field(init=False, compare=False, repr=False, default=False)
     """Whether some query may see no key at all."""
     single_query: tuple[int, int] | None = field(
@@ -156,9 +157,10 @@ class Layout:
         sides = [len(self.bucket_starts(axis)) for axis in range(axes)]
         put("axis_classes", tuple(n + 1 if self.causal else 2 * n + 1 for n in sides))
         put("offset_classes", 0 if self.prefix_queries else math.prod(self.axis_classes))
-        outward = 0 if self.causal else self.prefix
-        inward = 0 if self.prefix_queries else self.prefix
-        put("classes", self.offset_classes + self.prefix**2 + outward + inward)
+        outward_classes = 0 if self.causal else self.prefix
+        inward_classes = 0 if self.prefix_queries else self.prefix
+        prefix_classes = self.prefix**2 + outward_classes + inward_classes
+        put("classes", self.offset_classes + prefix_classes)
         if self.shard is not None:
             rank, world_size = _check_shard(self.shard)
             put("offset_classes", len(range(rank, self.offset_classes, world_size)))
@@ -319,12 +321,13 @@ class Layout:
             index, present = index * count + cls[place], present & here[place]
         index = index.masked_fill(~present, -1)
         if p:
-            inner, outward = self.offset_classes, self.offset_classes + p * p
+            # the first class of each kind of pair: within the prefix, from it, and to it
+            within, outward = self.offset_classes, self.offset_classes + p * p
             inward = outward if self.causal else outward + p
-            away = torch.full_like(query, -1) if self.causal else outward + query
-            index = torch.where(query < p, away, index)
+            from_prefix = torch.full_like(query, -1) if self.causal else outward + query
+            index = torch.where(query < p, from_prefix, index)
             index = torch.where(key < p, inward + key, index)
-            index = torch.where((query < p) & (key < p), inner + query * p + key, index)
+            index = torch.where((query < p) & (key < p), within + query * p + key, index)
         return index
 
     def _axis_class(self, axis: int, offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .caches import cached
+from .layouts import Sizes
 
-__all__ = ["Blocks", "Neighborhood", "Sizes", "Tiles", "pair", "reflect"]
+__all__ = ["Blocks", "Neighborhood", "Tiles", "pair", "reflect"]
 
-Sizes = int | Sequence[int]
 """One int for both axes, or (rows, columns)."""
 
 TILE = 7

@@ -18,6 +18,7 @@ class Operand(NamedTuple):
     Attributes:
         x: tokens [batch, tokens, channels].
         weight: a table [classes, channels, heads · head_dim]; None where `x` is projected already.
+            (`functional.offset` also takes one matrix [channels, heads · head_dim] for all pairs.)
         bias: [classes, heads · head_dim] beside a table, or None.
     """
 

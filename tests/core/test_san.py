@@ -311,8 +311,8 @@ def as_san_counts(model, x):
             # per weight of the product, which is itself multiplied out once
             path, places = module.convolution, y.shape[2] * y.shape[3]
             slices, taps, r = path.slices, path.kernel_size**2, path.channels
-            apart = slices * taps + taps * taps * path.each
-            numbers.append((apart - slices * taps * path.each) * r * places)
+            apart = slices * taps + taps * taps * path.outputs_per_group
+            numbers.append((apart - slices * taps * path.outputs_per_group) * r * places)
             numbers.append(-path.out_channels * taps * taps * slices)
 
     # those without a bias in SAN's code, too: between stages, and between the weights' batch norms

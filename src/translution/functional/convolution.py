@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..neighborhoods import Sizes, pair
+from ..layouts import Sizes
+from ..neighborhoods import pair
 
 __all__ = ["convolution_by_shifts", "shift_and_sum", "shift_kernels"]
 

@@ -12,9 +12,15 @@ which backends compute:
     the gradient of ⟨w, B(g, x)⟩    with respect to g: T(x; w); with respect to x: H(g, x, w)
     the tangent of B along (h, u)   B(h, x) + H(g, x, u)
 
-with H(g, x, u) = ∂/∂x ⟨g, T(x; u)⟩ = Σ_t B(g, t), of which only the arguments count that t has in
-common with x. So second derivatives need no dense intermediate either, and as both classes below
-are made of each other, neither does any higher one.
+with H(g, x, u) = ∂/∂x ⟨g, T(x; u)⟩ = Σ_t B(g, t), where each B(g, t) keeps only the gradients for
+the arguments that were not replaced in t.
+
+For example, the scores s(q, k) = q · k have the tangent s(u_q, k) + s(q, u_k): two terms, each with
+one argument replaced. Their gradient is B = (g k, g q). The tangent of the first part, g k, along
+u_k is g u_k: that is B(g, (q, u_k)) for q, the argument that the second term did not replace.
+
+So second derivatives need no dense intermediate either. The two classes below are made of each
+other, and so the same is true of every higher derivative.
 
 torch.compile and torch.export do not trace autograd functions with forward mode. There the
 registered operators are called directly; these have their gradient and no more.
@@ -37,7 +43,7 @@ are still those of the operator itself."""
 
 
 class Constants:
-    """Arguments that are no tensors. One object, as function transforms look inside of lists."""
+    """Arguments that are not tensors, wrapped because function transforms look inside lists."""
 
     def __init__(self, *values: Any):
         self.values = values
@@ -133,9 +139,9 @@ def multilinear(
             ctx.save_for_forward(*tensors)
 
         @staticmethod
-        def backward(ctx: Any, *weights: Any) -> Any:
+        def backward(ctx: Any, *cotangents: Any) -> Any:
             g, *tensors = ctx.saved_tensors
-            pairs = zip(weights, ctx.wanted.values, strict=True)
+            pairs = zip(cotangents, ctx.wanted.values, strict=True)
             along = [w if want else None for w, want in pairs]
             to_g = tangent(tensors, along, ctx.constants) if ctx.needs_input_grad[0] else None
             needed = ctx.needs_input_grad[1 : count + 1]
@@ -171,7 +177,7 @@ def multilinear(
     return call
 
 
-def batched(operator: Any, tokens: Sequence[int]) -> None:
+def batched(operator: Any, batch_arguments: Sequence[int]) -> None:
     """Register a vmap rule for an operator.
 
     Where all the tensors with a batch axis are mapped, and no other is, the mapped axis joins their
@@ -179,13 +185,13 @@ def batched(operator: Any, tokens: Sequence[int]) -> None:
 
     Args:
         operator: a registered operator that returns a tensor, or several.
-        tokens: the positions of the tensors whose first axis is the batch. None are given where a
-            result is a sum over the batch, as the gradient of a table is.
+        batch_arguments: the positions of the tensors whose first axis is the batch. None are given
+            where a result is a sum over the batch, as the gradient of a table is.
     """
 
     def rule(info: Any, in_dims: Sequence[Any], *given: Any) -> Any:
         mapped = {i for i, dim in enumerate(in_dims) if isinstance(dim, int)}
-        if tokens and mapped == {i for i in tokens if given[i] is not None}:
+        if batch_arguments and mapped == {i for i in batch_arguments if given[i] is not None}:
             folded = [
                 t.movedim(in_dims[i], 0).flatten(0, 1) if i in mapped else t
                 for i, t in enumerate(given)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.torch.neighborhood import as_map, empty_positions
-from ..neighborhoods import Neighborhood, Sizes
+from ..layouts import Sizes
+from ..neighborhoods import Neighborhood
 from .offset import autocast, check_backend
 from .offset_operators import HALF
 

@@ -111,10 +111,10 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_forward(*inputs[:5])
 
     @staticmethod
-    def backward(ctx: Any, *weights: Any) -> Any:
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         g, _, *tensors = ctx.saved_tensors
-        to_g = _tangent(tensors, weights, ctx.options)
-        parts = _second(g, tensors, weights, ctx.options)
+        to_g = _tangent(tensors, cotangents, ctx.options)
+        parts = _second(g, tensors, cotangents, ctx.options)
         # y, the second input, is a function of the others: they have its part of the gradient
         return to_g, None, *parts, None
 
@@ -141,10 +141,10 @@ def _mix_gradient(*given: Any) -> Any:
     return _ops.neighborhood_mix_backward(*rest)
 
 
-batched(_ops.neighborhood_attention.default, tokens=(0, 1, 2))
-batched(_ops.neighborhood_attention_backward.default, tokens=(0, 1, 2, 3, 4))
-batched(_ops.neighborhood_mix.default, tokens=(0, 1))
-batched(_ops.neighborhood_mix_backward.default, tokens=(0, 1, 2))
+batched(_ops.neighborhood_attention.default, batch_arguments=(0, 1, 2))
+batched(_ops.neighborhood_attention_backward.default, batch_arguments=(0, 1, 2, 3, 4))
+batched(_ops.neighborhood_mix.default, batch_arguments=(0, 1))
+batched(_ops.neighborhood_mix_backward.default, batch_arguments=(0, 1, 2))
 
 mix = multilinear(_ops.neighborhood_mix, _mix_gradient, 2, _mix_terms)
 

@@ -57,7 +57,9 @@ def offset_scores(
 
     Returns:
         [batch, heads, queries, keys], -inf where the pair is absent. The dtype is float32 for half
-        precision tokens (sums are taken in it), and else that of the tokens.
+        precision tokens, and else that of the tokens. With a table, sums are taken in that dtype;
+        without any, the product is torch's own in the dtype of the tokens, which in float16 can
+        overflow as that of ordinary attention can.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -117,8 +119,8 @@ def scores(
         raise ValueError(
             f"x_key: got a batch of {key.x.shape[0]}, want that of x_query, {query.x.shape[0]}"
         )
-    query = _without_shared("query", query, layout)
-    key = _without_shared("key", key, layout)
+    query = _apply_shared_projection("query", query, layout)
+    key = _apply_shared_projection("key", key, layout)
     if query.x.dtype != key.x.dtype:
         raise ValueError(f"x_key: got {key.x.dtype}, want that of x_query, {query.x.dtype}")
     if query.inner != key.inner:
@@ -150,7 +152,7 @@ def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> 
             f"a: got shape {tuple(a.shape)}, want (batch {want[0]}, heads, queries {want[1]}, "
             f"keys {want[2]})"
         )
-    value = _without_shared("value", value, layout)
+    value = _apply_shared_projection("value", value, layout)
     heads = a.shape[1]
     if heads < 1 or value.inner % heads:
         raise ValueError(f"a: got {heads} heads, want a divisor of the {value.inner} channels of v")
@@ -166,7 +168,8 @@ def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> 
 
 
 def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
-    """Softmax over the keys. A query that sees no key gets zeros, not NaN.
+    """Softmax over the keys. A query that sees no key gets zeros if there is a mask, or with
+    `empty_rows`; otherwise NaN, as in torch's softmax.
 
     Args:
         s: scores [batch, heads, queries, keys], -inf where a pair is absent.
@@ -218,25 +221,25 @@ def _check_tokens(name: str, x: Tensor, tokens: int) -> None:
         raise ValueError(f"{name}: got {x.dtype}, want a floating point dtype")
 
 
-def _without_shared(side: str, operand: Operand, layout: Layout) -> Operand:
-    """Apply a projection that all pairs share, so that only a table remains to be applied."""
+def _apply_shared_projection(side: str, operand: Operand, layout: Layout) -> Operand:
+    """Apply a projection that all pairs share. What is left to apply is a table, or nothing."""
     x, weight, bias = operand
     if weight is None:
         if bias is not None:
             raise ValueError(f"bias_{side}: needs w_{side}")
         return operand
     classes = layout.classes if weight.ndim == 3 else None
-    head = "(" if classes is None else f"(classes {classes}, "
+    shape_start = "(" if classes is None else f"(classes {classes}, "
     if weight.ndim not in (2, 3) or (
         weight.shape[-2] != x.shape[-1] or (classes is not None and len(weight) != classes)
     ):
         raise ValueError(
-            f"w_{side}: got shape {tuple(weight.shape)}, want {head}channels {x.shape[-1]}, "
+            f"w_{side}: got shape {tuple(weight.shape)}, want {shape_start}channels {x.shape[-1]}, "
             "heads * head_dim)"
         )
     if bias is not None and bias.shape != (*weight.shape[:-2], weight.shape[-1]):
         raise ValueError(
-            f"bias_{side}: got shape {tuple(bias.shape)}, want {head}{weight.shape[-1]})"
+            f"bias_{side}: got shape {tuple(bias.shape)}, want {shape_start}{weight.shape[-1]})"
         )
     if classes is not None:
         return operand

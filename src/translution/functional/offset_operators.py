@@ -196,7 +196,8 @@ _mix.register_autograd(_backward_mix, setup_context=_save_mix)
 def _projection_terms(
     x: Any, w: Any, b: Any, ux: Any, uw: Any, ub: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """The tangents of x w + b as operands, and which of their three tensors are not replaced."""
+    """Yield each term of the tangent of x w + b, with a flag for each of its three tensors: whether
+    it is still the original one."""
     if ux is not None:
         yield (ux, w, None), (False, True, False)
     if uw is not None or ub is not None:
@@ -225,10 +226,10 @@ def _absent_scores(s: Tensor, heads: int, scale: float, layout: str, backend: st
 
 
 _ops = torch.ops.translution
-batched(_scores, tokens=(0, 1))
-batched(_scores_backward, tokens=())
-batched(_mix, tokens=(0, 1))
-batched(_mix_backward, tokens=())
+batched(_scores, batch_arguments=(0, 1))
+batched(_scores_backward, batch_arguments=())
+batched(_mix, batch_arguments=(0, 1))
+batched(_mix_backward, batch_arguments=())
 scores = multilinear(
     _ops.offset_scores, _ops.offset_scores_backward, 6, _score_terms, _absent_scores
 )

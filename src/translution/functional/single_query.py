@@ -24,12 +24,12 @@ def scores(
     query: Operand, key: Operand, layout: Layout, *, heads: int, scale: float = 1.0
 ) -> Tensor:
     """The scores of all pairs, [batch, heads, queries, keys], as `functional.offset.scores`."""
-    if layout.single_query is None or (query.weight is None and key.weight is None):
+    if layout.single_query is None or not (_has_table(query) or _has_table(key)):
         return offset.scores(query, key, layout, heads=heads, scale=scale)
     count = layout.single_query[0]
     x_key = _nearest_first(autocast(key.x), layout, 1)
     q = _projected(query._replace(x=autocast(query.x).transpose(0, 1)), count)
-    k = _projected(key._replace(x=x_key.transpose(0, 1)), count)  # [keys, batch, channels]
+    k = _projected(key._replace(x=x_key.transpose(0, 1)), count)  # [keys, batch, inner]
     if q.dtype in HALF:
         q, k = q.float(), k.float()
     near = (q * k).unflatten(-1, (heads, -1)).sum(-1).permute(1, 2, 0) * scale
@@ -40,13 +40,17 @@ def scores(
 
 def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
     """The mixed values, [batch, queries, heads · head_dim], as `functional.offset.mix`."""
-    if layout.single_query is None or value.weight is None:
+    if layout.single_query is None or not _has_table(value):
         return offset.mix(a, value, layout)
     x = autocast(value.x)
     rows = value._replace(x=_nearest_first(x, layout, 1).transpose(0, 1))
     v = _projected(rows, layout.single_query[0]).unflatten(-1, (a.shape[1], -1))
     near = _nearest_first(a, layout, 3)[:, :, 0].permute(2, 0, 1)  # [keys, batch, heads]
     return (v.to(near.dtype) * near[..., None]).sum(0).flatten(1)[:, None].to(x.dtype)
+
+
+def _has_table(operand: Operand) -> bool:
+    return operand.weight is not None and operand.weight.ndim == 3
 
 
 def _seen_keys(layout: Layout) -> slice:
@@ -64,7 +68,8 @@ def _nearest_first(x: Tensor, layout: Layout, dim: int) -> Tensor:
 def _projected(operand: Operand, count: int) -> Tensor:
     """Multiply row i of the tokens [rows, batch, channels] by the table's matrix i, i < count.
 
-    The result is [count, batch, heads · head_dim]; a single row is multiplied by every matrix.
+    The result is [count, batch, heads · head_dim]; a single row is multiplied by every matrix. With
+    no table, it is x.
     """
     x, weight, bias = operand
     if weight is None:

@@ -216,6 +216,7 @@ class Mixing:
         one_axis = len(grid) == 1
         if mixer == "translution":
             return (Translution1d if one_axis else Translution2d)(dim, grid, **options)
+        check_choice("mixer", mixer, ["alpha"])
         options["rank"] = self.rank
         return (AlphaTranslution1d if one_axis else AlphaTranslution2d)(dim, grid, **options)
 

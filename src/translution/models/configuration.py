@@ -7,7 +7,14 @@ from typing import Any, TypeVar
 
 from .._renamed import current_arguments
 
-__all__ = ["check_choice", "check_positive", "configure", "head_dim_of", "input_shape", "pair"]
+__all__ = [
+    "check_choice",
+    "check_positive",
+    "configure",
+    "head_dim_of",
+    "height_width",
+    "input_shape",
+]
 
 C = TypeVar("C")
 
@@ -48,7 +55,7 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}: got {getattr(config, name)}, want at least 1")
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, ...]:
+def height_width(value: int | Sequence[int]) -> tuple[int, ...]:
     """(height, width) from one int for both or from a sequence."""
     return (value, value) if isinstance(value, int) else tuple(value)
 

@@ -92,7 +92,7 @@ class GPT(Pretrained):
         Args:
             ids: int64 [batch, length], at most `context` tokens long.
             caches: the result of `make_caches`. `ids` then continues the sequences of earlier calls
-                with the same caches, and sees their tokens. It works without gradients only.
+                with the same caches, and sees their tokens. It requires `torch.no_grad()`.
 
         Raises:
             ValueError: ids of another dtype or shape, more tokens than the context, or caches that

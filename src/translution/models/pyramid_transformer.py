@@ -16,7 +16,7 @@ from ..layouts import Sizes
 from ..modules.convolution_path import pad_to_multiple
 from ..modules.reduced import ReducedACmix2d, ReducedAttention2d
 from .backbone import Backbone, DropPath, drop_path_rates, init_truncated_normal
-from .configuration import check_choice, check_positive, configure, pair
+from .configuration import check_choice, check_positive, configure, height_width
 from .registry import register_family, register_model
 
 __all__ = ["PVT", "PVTS", "PVTConfig", "pvt"]
@@ -82,7 +82,7 @@ class PVTConfig:
     def __post_init__(self) -> None:
         check_choice("mixer", self.mixer, ["attention", "acmix"])
         size = self.image_size
-        self.image_size = pair(size)
+        self.image_size = height_width(size)
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             raise ValueError(f"image_size: got {size}, want one or two numbers of at least 1")
         for name in ("depths", "dims", "heads", "mlp_ratios", "reductions", "patch_sizes"):
@@ -194,7 +194,7 @@ class PVT(Backbone):
         self.channels = tuple(c.dims)
         self.strides = tuple(math.prod(c.patch_sizes[: i + 1]) for i in range(4))
         rates = iter(drop_path_rates(c.drop_path_rate, sum(c.depths)))
-        before, grid, stages = c.in_channels, pair(c.image_size), []
+        before, grid, stages = c.in_channels, height_width(c.image_size), []
         for i, (dim, depth) in enumerate(zip(c.dims, c.depths, strict=True)):
             grid = (-(-grid[0] // c.patch_sizes[i]), -(-grid[1] // c.patch_sizes[i]))
             prefix = 1 if i == 3 and not c.features_only else 0

@@ -74,8 +74,9 @@ def model_options(name: str) -> dict[str, Any]:
         ValueError: an unknown name.
     """
     make, _ = _find(name)
-    configs = dict(_FAMILIES.values())
-    configured = typing.get_type_hints(configs[make]) if make in configs else {}
+    config_of_maker = dict(_FAMILIES.values())
+    config = config_of_maker.get(make)
+    configured = {} if config is None else typing.get_type_hints(config)
     hints = typing.get_type_hints(make)
     own = {
         parameter.name: hints.get(parameter.name, Any)
@@ -98,7 +99,8 @@ def current_options(name: str, options: dict[str, Any], saved: bool = False) -> 
         ValueError: an unknown model, or an option that is given by both of its names.
     """
     make, _ = _find(name)
-    config: Any = dict(_FAMILIES.values()).get(make)
+    config_of_maker: dict[Any, Any] = dict(_FAMILIES.values())
+    config = config_of_maker.get(make)
     if config is None:
         return options
     options = current_arguments(config, options, warn=not saved, stacklevel=3)

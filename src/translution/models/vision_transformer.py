@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._renamed import renamed_arguments
 from ..layouts import Sizes
 from .blocks import MIXERS, SIZES, Block, Mixing, mixers_of_blocks
-from .configuration import check_choice, check_positive, configure, head_dim_of, pair
+from .configuration import check_choice, check_positive, configure, head_dim_of, height_width
 from .pretrained import Pretrained
 from .registry import register_family, register_model
 
@@ -65,7 +65,10 @@ class ViTConfig(Mixing):
         if self.pool is None:
             self.pool = "mean" if self.mixer == "convolution" else "cls"
         check_choice("pool", self.pool, ["cls", "mean"])
-        self.image_size, self.patch_size = pair(self.image_size), pair(self.patch_size)
+        self.image_size, self.patch_size = (
+            height_width(self.image_size),
+            height_width(self.patch_size),
+        )
         for pixels, patch in zip(self.image_size, self.patch_size, strict=True):
             if patch < 1 or pixels < 1 or pixels % patch:
                 raise ValueError(
@@ -78,7 +81,7 @@ class ViTConfig(Mixing):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches per axis."""
-        (height, width), (ph, pw) = pair(self.image_size), pair(self.patch_size)
+        (height, width), (ph, pw) = height_width(self.image_size), height_width(self.patch_size)
         return height // ph, width // pw
 
 
@@ -114,7 +117,7 @@ class ViT(Pretrained):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = c = config
-        self.embed = PatchEmbedding(c.in_channels, pair(c.patch_size), c.dim)
+        self.embed = PatchEmbedding(c.in_channels, height_width(c.patch_size), c.dim)
         self.prefix = 1 if c.pool == "cls" else 0
         self.cls_token: nn.Parameter | None = None
         if self.prefix:
@@ -125,11 +128,13 @@ class ViT(Pretrained):
         blocks = []
         for i, mixer in enumerate(mixers_of_blocks(c, c.depth, after="rotary")):
             last = i == c.depth - 1 and bool(self.prefix) and not c.full_last_block
-            mixing = c.make(
+            mixer_module = c.make(
                 mixer, c.dim, c.grid, c.heads, c.head_dim,
                 prefix=self.prefix, prefix_queries=last,
             )  # fmt: skip
-            blocks.append(Block(c.dim, mixing, c.mlp_ratio, c.dropout, c.activation_checkpointing))
+            blocks.append(
+                Block(c.dim, mixer_module, c.mlp_ratio, c.dropout, c.activation_checkpointing)
+            )
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.dim)
         self.head = nn.Linear(c.dim, c.num_classes)
@@ -138,7 +143,9 @@ class ViT(Pretrained):
         """Logits [batch, num_classes].
 
         Args:
-            image: [batch, in_channels, height, width], of the configured size or smaller.
+            image: [batch, in_channels, height, width], made of whole patches, of the configured
+                size or smaller. With a window or buckets, and without learned positions, it may
+                also be larger.
 
         Raises:
             ValueError: the image has other channels, is too large, or is not made of whole patches.
@@ -181,7 +188,7 @@ class ViT(Pretrained):
             ValueError: as in `forward`.
         """
         c = self.config
-        (ph, pw), most = pair(c.patch_size), pair(c.image_size)
+        (ph, pw), most = height_width(c.patch_size), height_width(c.image_size)
         fits = image.ndim == 4 and image.shape[1] == c.in_channels
         if fits:
             height, width = int(image.shape[2]), int(image.shape[3])

@@ -20,12 +20,12 @@ __all__ = ["ACmix2d", "LocalAttention2d"]
 
 @renamed_arguments(attention_kernel="kernel_size")
 class LocalAttention2d(ImageAttention):
-    """Attention of each place over its k×k neighbourhood, with a relative position term.
+    """Attention of each position over its k×k neighbourhood, with a relative position term.
 
-    s_ij = q_i · (k_j + p_i - p_j) / sqrt(head_dim), where p projects the two coordinates of a
-    position, in [-1, 1], and is the same for all heads. The term q_i · p_i is equal for all j and
-    cancels in the softmax, so the scores are computed as q_i · (k - p)_j, and p needs no bias. At
-    the borders the map is continued by reflection.
+    s_ij = q_i · (k_j + e_i - e_j) / sqrt(head_dim), where e_i is a linear projection of the two
+    coordinates of position i, in [-1, 1], and is the same for all heads. The term q_i · e_i is
+    equal for all j and cancels in the softmax, so the scores are computed as q_i · (k_j - e_j), and
+    the projection needs no bias. At the borders the map is continued by reflection.
 
     Args:
         in_channels, out_channels: channels in and out; out_channels is a multiple of heads.

@@ -22,8 +22,9 @@ class _AlphaTranslution(Attention):
 
     The branch first projects the tokens to heads · rank channels, and has tables between those
     channels only. With relative queries or keys, s = (q·k + q'·k') / (2 sqrt(head_dim)), where q'
-    and k' are those of the branch. With relative values, y = (A v + (A ∘ v') W) / 2, where W
-    projects the branch's values v' up to heads · head_dim channels. Where q, k or v is not in
+    and k' are those of the branch. With relative values, y_i = (Σ_j a_ij v_j +
+    (Σ_j a_ij v'_ij) W) / 2, where W projects the mixed values v' of the branch up to
+    heads · head_dim channels. Where q, k or v is not in
     `relative`, the branch uses its first projection without a table.
 
     Args:

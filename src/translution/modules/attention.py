@@ -31,9 +31,10 @@ __all__ = ["RENAMED", "Attention", "Primitives", "SelfAttention", "check_relativ
 
 
 class Primitives:
-    """The three steps that attention with tables computes its pairs with.
+    """The functions that a layer with tables calls for scores, softmax and mix.
 
-    `translution.interop.parallel` replaces them where the classes are divided over processes.
+    `translution.interop.parallel` and eight-bit layers put their own in their place.
+    `SelfAttention` has no tables, and calls torch's scaled_dot_product_attention instead.
     """
 
     scores = staticmethod(single_query.scores)
@@ -136,7 +137,7 @@ class Attention(nn.Module):
             return_weights: also return the attention weights.
             cache: the result of `make_cache`. `x` then holds only the tokens that follow those of
                 earlier calls; they see the cached tokens and each other, and are appended to the
-                cache. It works without gradients and without a mask only.
+                cache. It requires `torch.no_grad()` and no mask.
 
         Returns:
             [batch, queries, dim]. The queries are all tokens, or with `prefix_queries` the prefix

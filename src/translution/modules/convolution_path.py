@@ -101,7 +101,7 @@ class ConvolutionPath(nn.Module):
         self.slices, self.channels, self.out_channels = slices, channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.grouped_order = grouped_order
-        taps, self.each = kernel_size**2, out_channels // channels
+        taps, self.outputs_per_group = kernel_size**2, out_channels // channels
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc = nn.Linear(slices, taps, bias=fc_bias, **factory)
         self.shifts: nn.Parameter | None = None
@@ -110,15 +110,15 @@ class ConvolutionPath(nn.Module):
             self.shifts = nn.Parameter(kernels.repeat(out_channels, 1, 1, 1))
         self.bias = nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None
         # multiplications per position and channel, as one convolution and as two steps
-        at_once = slices * self.each * taps
-        self.at_once = learned and at_once <= slices * taps + taps * self.each * taps
+        at_once = slices * self.outputs_per_group * taps
+        self.at_once = learned and at_once <= slices * taps + taps * self.outputs_per_group * taps
 
     def forward(
         self,
         *maps: Tensor,
         coarse: tuple[Tensor, ...] = (),
         factor: int = 1,
-        times: Tensor | None = None,
+        multiplier: Tensor | None = None,
     ) -> Tensor:
         """The convolution path of some maps, [batch, out_channels, out height, out width].
 
@@ -127,12 +127,12 @@ class ConvolutionPath(nn.Module):
             coarse: the maps of the last slices where these are `factor` times smaller (rounded
                 up). They are upsampled: each position is repeated factor × factor times.
             factor: as `coarse` says.
-            times: a number that the result is multiplied by. It is applied to the kernels, which
-                are small, instead of the maps.
+            multiplier: a number that the result is multiplied by. It is applied to the kernels,
+                which are small, instead of the maps.
 
         All maps together have `slices` slices.
         """
-        scale = 1.0 if times is None else times
+        scale = 1.0 if multiplier is None else multiplier
         shifts = None if self.shifts is None else self.shifts * scale
         bias = None if self.bias is None else self.bias * scale
         if shifts is not None and self.at_once:
@@ -142,18 +142,19 @@ class ConvolutionPath(nn.Module):
         elif shifts is not None:
             mapped = self._mapped(maps, coarse, factor).flatten(3).permute(0, 3, 1, 2)
             y = F.conv2d(
-                mapped, shifts.to(mapped.dtype), None, *self._along(), groups=self.channels
+                mapped, shifts.to(mapped.dtype), None, *self._conv_arguments(), groups=self.channels
             )
         else:
             mapped = self._mapped(maps, coarse, factor).permute(0, 4, 3, 1, 2)
             y = shift_and_sum(mapped, self.kernel_size, self.stride, dilation=self.dilation)
-            y = y.repeat_interleave(self.each, 1) * scale
-        if not self.grouped_order and self.each > 1:
-            y = y.permute(0, 2, 3, 1).unflatten(3, (self.channels, self.each))
+            y = y.repeat_interleave(self.outputs_per_group, 1) * scale
+        if not self.grouped_order and self.outputs_per_group > 1:
+            y = y.permute(0, 2, 3, 1).unflatten(3, (self.channels, self.outputs_per_group))
             y = y.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
-    def _along(self) -> tuple[int, int, int]:
+    def _conv_arguments(self) -> tuple[int, int, int]:
+        """Stride, padding and dilation of the convolution."""
         return self.stride, self.dilation * (self.kernel_size - 1) // 2, self.dilation
 
     def _slices(self, maps: tuple[Tensor, ...]) -> Tensor:
@@ -177,13 +178,15 @@ class ConvolutionPath(nn.Module):
         # The two weights are multiplied in their own dtype, which autocast would change.
         weight = torch.einsum("otij,ts->osij", shifts, self.fc.weight.to(shifts.dtype))
         folded = x.flatten(3).permute(0, 3, 1, 2)
-        y = F.conv2d(folded, weight.to(x.dtype), None, *self._along(), groups=self.channels)
+        y = F.conv2d(
+            folded, weight.to(x.dtype), None, *self._conv_arguments(), groups=self.channels
+        )
         if self.fc.bias is None:
             return y
         # fc's bias is a constant map per tap; at the borders the shifts bring in zeros.
         ones = x.new_ones(1, 1, *x.shape[1:3])
         constant = torch.einsum("otij,t->oij", shifts, self.fc.bias.to(shifts.dtype))[:, None]
-        return y + F.conv2d(ones, constant.to(x.dtype), None, *self._along())
+        return y + F.conv2d(ones, constant.to(x.dtype), None, *self._conv_arguments())
 
     def extra_repr(self) -> str:
         return (
@@ -216,14 +219,14 @@ class ACmixBase(ImageAttention):
     def forward(self, x: Tensor) -> Tensor:
         """α · attention + β · convolution of an image [batch, channels, height, width]."""
         maps = self.project(x)
-        y, z = self.attend(*maps), self.convolve(*maps, times=self.beta)
+        y, z = self.attend(*maps), self.convolve(*maps, multiplier=self.beta)
         return torch.addcmul(z, y, self.alpha.to(y.dtype))
 
     def convolve(
-        self, query: Tensor, key: Tensor, value: Tensor, times: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, multiplier: Tensor | None = None
     ) -> Tensor:
-        """The output of the convolution path alone, multiplied by `times`."""
-        return self.convolution(query, key, value, times=times)
+        """The output of the convolution path alone, multiplied by `multiplier`."""
+        return self.convolution(query, key, value, multiplier=multiplier)
 
 
 def pad_to_multiple(x: Tensor, rows: int, columns: int) -> Tensor:

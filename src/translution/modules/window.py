@@ -231,10 +231,10 @@ class WindowACmix2d(ACmixBase, WindowAttention2d):
         )
 
     def convolve(
-        self, query: Tensor, key: Tensor, value: Tensor, times: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, multiplier: Tensor | None = None
     ) -> Tensor:
         if not self.published:
-            return self.convolution(query, key, value, times=times)
+            return self.convolution(query, key, value, multiplier=multiplier)
         shifts = [self._axis(n)[1] for n in query.shape[2:]]
         maps = [m.roll([-s for s in shifts], (2, 3)) for m in (query, key, value)]
-        return self.convolution(*maps, times=times).roll(shifts, (2, 3))
+        return self.convolution(*maps, multiplier=multiplier).roll(shifts, (2, 3))
