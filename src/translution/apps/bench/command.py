@@ -19,7 +19,7 @@ from ...modules.attention import check_relative
 from ...utils.tables import console_table
 from ..training.engine import pick_device
 from .cases import OPERATORS, Case
-from .common import DTYPES, check_file, header, ints, keep, parse_grid, told_machine
+from .common import DTYPES, check_file, header, ints, keep, machine_line, parse_grid
 from .measure import Measured, chosen, measure
 
 __all__ = ["bench"]
@@ -126,11 +126,11 @@ def bench(
         chosen(cases[-1], where)
         cases[-1].check()
     console = Console()
-    told = header(where)
-    about, rows = told["machine"], told["rows"]
-    console.print(f"{told_machine(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
-    if earlier and told_machine(earlier["machine"]) != told_machine(about):
-        console.print(f"earlier: {told_machine(earlier['machine'])}", highlight=False)
+    record = header(where)
+    about, rows = record["machine"], record["rows"]
+    console.print(f"{machine_line(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
+    if earlier and machine_line(earlier["machine"]) != machine_line(about):
+        console.print(f"earlier: {machine_line(earlier['machine'])}", highlight=False)
     done: Measured = {}
     with Live(console=console) as live:
         for case in cases:
@@ -138,7 +138,7 @@ def bench(
                 allowed = dense_limit * 1e9 if dense else 0.0
                 rows.append(measure(case, where, backward, repeats, allowed, done))
                 live.update(table(rows, earlier["rows"] if earlier else []))
-                keep(told, json_file)
+                keep(record, json_file)
     if not console.is_terminal:
         console.print()  # a live table ends its last line on a terminal alone
     if json_file:
@@ -220,11 +220,11 @@ def _earlier(file: str) -> dict[str, Any]:
     if not file:
         return {}
     try:
-        told = json.loads(Path(file).read_text("utf-8"))
-        told_machine(told["machine"])
-        for row in told["rows"]:
-            row.setdefault("device", told["machine"]["device"])
+        record = json.loads(Path(file).read_text("utf-8"))
+        machine_line(record["machine"])
+        for row in record["rows"]:
+            row.setdefault("device", record["machine"]["device"])
             float(row["seconds"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"against: {file} is not a --json file of this command: {error}") from None
-    return told
+    return record

@@ -16,12 +16,12 @@ from ...utils.measuring import commit_here, machine
 __all__ = [
     "DTYPES",
     "check_file",
+    "grid_text",
     "header",
     "ints",
     "keep",
+    "machine_line",
     "parse_grid",
-    "told_grid",
-    "told_machine",
 ]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
@@ -37,7 +37,7 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
     return tuple(int(part) for part in parts), causal
 
 
-def told_grid(grid: tuple[int, ...] | list[int], causal: bool = False) -> str:
+def grid_text(grid: tuple[int, ...] | list[int], causal: bool = False) -> str:
     """Sizes as a table tells them: "7×7", "256 causal"."""
     return "×".join(map(str, grid)) + (" causal" if causal else "")
 
@@ -67,16 +67,16 @@ def header(device: torch.device, command: str = "") -> dict[str, Any]:
     }
 
 
-def told_machine(about: dict[str, Any]) -> str:
+def machine_line(about: dict[str, Any]) -> str:
     """The machine in a line."""
-    told = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
+    text = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
     commit = about.get("commit")
-    return f"{told}, translution {about['translution']}" + (f" ({commit})" if commit else "")
+    return f"{text}, translution {about['translution']}" + (f" ({commit})" if commit else "")
 
 
-def keep(told: dict[str, Any], file: str) -> None:
+def keep(record: dict[str, Any], file: str) -> None:
     """Write what is measured so far, if asked to: after each row, so that an interrupted run keeps
     what is finished."""
     if file:
-        text = json.dumps(told, indent=1)
+        text = json.dumps(record, indent=1)
         write_whole(Path(file), lambda path: path.write_text(text, "utf-8"))

@@ -29,7 +29,7 @@ from ...modules.positions import RelativeBias
 from ...utils.measuring import copy_rate, seconds_in_turn
 from ...utils.tables import console_table
 from ..training.engine import pick_device
-from .common import check_file, header, keep, told_machine
+from .common import check_file, header, keep, machine_line
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]
 
@@ -258,13 +258,13 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(given.threads)
     console = Console()
     asked = sys.argv[1:] if arguments is None else arguments
-    told = header(device, " ".join([prog, *asked]))
-    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
-    told["rows"] = rows = measure_decoding(cases, device, given.repeats)
+    record = header(device, " ".join([prog, *asked]))
+    console.print(f"{machine_line(record['machine'])}, {datetime.date.today()}", highlight=False)
+    record["rows"] = rows = measure_decoding(cases, device, given.repeats)
     console.print(table(rows))
     rate = rows[0]["copy_rate"] / 1e9
     console.print(f"a plain copy reads and writes {rate:.1f} GB/s", highlight=False)
-    keep(told, given.json)
+    keep(record, given.json)
     if given.json:
         console.print(f"written to {given.json}")
 

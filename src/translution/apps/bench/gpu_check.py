@@ -13,7 +13,7 @@ from torch import Tensor
 from ...functional import neighborhood_attention, offset_mix, offset_scores
 from ...layouts import Layout
 from ...neighborhoods import Neighborhood
-from .common import told_grid
+from .common import grid_text
 from .gpu_rows import Row, Setting, dtype_name
 from .measure import serving
 
@@ -38,11 +38,11 @@ class OffsetCheck:
     @property
     def name(self) -> str:
         layout = self.layout
-        told = told_grid(layout.grid, layout.causal)
-        told += f", prefix {layout.prefix}" * bool(layout.prefix)
-        told += f", window {layout.window[0]}" if layout.window else ""
-        told += ", biases" * self.biases
-        return f"{told}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
+        text = grid_text(layout.grid, layout.causal)
+        text += f", prefix {layout.prefix}" * bool(layout.prefix)
+        text += f", window {layout.window[0]}" if layout.window else ""
+        text += ", biases" * self.biases
+        return f"{text}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         draw = _Draw(device, seed)
@@ -103,9 +103,9 @@ class NeighborhoodCheck:
 
     @property
     def name(self) -> str:
-        told = f"neighbourhood {self.kernel}×{self.kernel} of {told_grid(self.size)}"
-        told += f", stride {self.stride}" * (self.stride > 1)
-        return f"{told}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
+        text = f"neighbourhood {self.kernel}×{self.kernel} of {grid_text(self.size)}"
+        text += f", stride {self.stride}" * (self.stride > 1)
+        return f"{text}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         draw = _Draw(device, seed)

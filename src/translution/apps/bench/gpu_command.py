@@ -11,12 +11,12 @@ import torch
 import typer
 from rich.console import Console
 
-from ...utils.words import some
+from ...utils.words import shortened
 from ..training.engine import pick_device
-from .common import check_file, keep, told_machine
+from .common import check_file, keep, machine_line
 from .gpu_page import check_page, write_page
 from .gpu_parts import PARTS, parts_named, summary
-from .gpu_rows import DeviceLost, Row, Setting, Told, begin, in_order, measured, same
+from .gpu_rows import DeviceLost, Record, Row, Setting, begin, in_order, measured, same
 
 __all__ = ["bench_gpu"]
 
@@ -69,31 +69,31 @@ def bench_gpu(
         where = torch.device(_gpu(device, dry))
         setting = Setting.of_dry(end) if dry else Setting(where, end, repeats=repeats)
         _run(console, setting, wanted, out, budget, again)
-    told = read(out)
+    record = read(out)
     if not wanted and not docs:
         raise ValueError(
             "docs: got nothing, want a page where only is none, as nothing is measured"
         )
     if docs:
-        write_page(docs, told)
+        write_page(docs, record)
         console.print(f"the section on GPUs of {docs} is written from {out}")
 
 
-def read(file: str) -> Told:
+def read(file: str) -> Record:
     """What an earlier run wrote.
 
     Raises:
         ValueError: it is not a file of this command, or there is none.
     """
     try:
-        told = json.loads(Path(file).read_text("utf-8"))
-        _ = told["program"], told["machine"]["torch"], told["date"]
-        _ = [(row["part"], row["name"]) for row in told["rows"]]
+        record = json.loads(Path(file).read_text("utf-8"))
+        _ = record["program"], record["machine"]["torch"], record["date"]
+        _ = [(row["part"], row["name"]) for row in record["rows"]]
     except FileNotFoundError:
         raise ValueError(f"out: got {file}, want a file that exists where only is none") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"out: {file} is not a file of this command: {error!r}") from None
-    return dict(told)
+    return dict(record)
 
 
 def _run(
@@ -101,19 +101,19 @@ def _run(
 ) -> None:
     """Measure the rows of the parts wanted, and tell of each."""
     start = time.monotonic()
-    told = begin(setting, budget)
+    record = begin(setting, budget)
     earlier = read(out) if Path(out).exists() else None
-    if earlier is not None and same(told, earlier):
+    if earlier is not None and same(record, earlier):
         setting.rows += [row for row in earlier["rows"] if "error" not in row]
     elif earlier is not None:
         console.print(f"{out} is of another version or device, and is written anew")
-    console.print(f"{told_machine(told['machine'])}, {budget:g} s")
+    console.print(f"{machine_line(record['machine'])}, {budget:g} s")
     rows = in_order([PARTS[name](setting.dry) for name in wanted])
     if not again:
         kept = {(row["part"], row["name"]) for row in setting.rows}
         rows = [row for row in rows if (row.part, row.name) not in kept]
     # what failed before comes last, as it may take the device with it
-    bad = {(row["part"], row["name"]) for row in (earlier or told)["rows"] if "error" in row}
+    bad = {(row["part"], row["name"]) for row in (earlier or record)["rows"] if "error" in row}
     rows.sort(key=lambda row: (row.part, row.name) in bad)
     skipped: list[Row] = []
     try:
@@ -124,10 +124,10 @@ def _run(
             at = f"{time.monotonic() - start:.0f} s"
             console.print(f"{number}/{len(rows)}  {at}  {row.part}: {row.name}: ", end="")
             found = measured(row, setting)
-            keep(told, out)
+            keep(record, out)
             console.print(summary(found))
     except DeviceLost as error:
-        keep(told, out)
+        keep(record, out)
         raise ValueError(
             f"device: it answers nothing more after {row.part}: {row.name} ({error}); the rows so "
             f"far are in {out}, and the same command goes on with the rest"
@@ -137,11 +137,11 @@ def _run(
         if over:
             console.print(
                 f"{name}: {len(over)} rows skipped, they want more than what is left of the budget "
-                f"of {budget:g} s: {some(over, '; ', 3)}"
+                f"of {budget:g} s: {shortened(over, '; ', 3)}"
             )
     done = len(rows) - len(skipped)
     if done or earlier is None:
-        keep(told, out)
+        keep(record, out)
     failed = sum("error" in row or row.get("passed") is False for row in setting.rows)
     console.print(
         f"{done} rows measured, {failed} failed, {len(skipped)} skipped; all are in {out}"

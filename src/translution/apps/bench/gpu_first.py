@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...models import create_model
 from ...utils.measuring import TrainingStep, now, seconds
 from .cases import OPERATORS, Case
-from .gpu_rows import Row, Setting, Told
+from .gpu_rows import Record, Row, Setting
 
 __all__ = ["captured", "compilations", "compiled", "first_calls", "main", "new_shape"]
 
@@ -50,13 +50,13 @@ def compilations() -> Iterator[list[str]]:
 # -- first calls -----------------------------------------------------------------------------------
 
 
-def new_shape(device: torch.device, dry: bool = False, backend: str = "auto") -> Told:
+def new_shape(device: torch.device, dry: bool = False, backend: str = "auto") -> Record:
     """Seconds of the first forward and the first backward pass of Translution's operator, of the
     same at a second batch size, and the kernels that each compiled."""
     grid, width, batches = ((2, 2), 16, (2, 3)) if dry else ((14, 14), 192, (64, 48))
     dtype = torch.float32 if dry else torch.bfloat16
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # starts the device
-    found: Told = {}
+    found: Record = {}
     for which, batch in zip(("first", "second_batch"), batches, strict=True):
         case = Case("translution", grid, False, width, width // 64 or 2, batch, dtype)
         built = OPERATORS["translution"](Case(**{**vars(case), "backend": backend}), device)
@@ -89,7 +89,7 @@ def _step(device: torch.device, dry: bool = False) -> TrainingStep:
     return TrainingStep(model, images, labels, optimizer, torch.bfloat16)
 
 
-def captured(device: torch.device, dry: bool = False) -> Told:
+def captured(device: torch.device, dry: bool = False) -> Record:
     """A training step captured in a CUDA graph after one call, and replayed three times: whether
     losses and weights are those of three steps without it, and the time of both."""
     call = _step(device, dry)
@@ -134,7 +134,7 @@ def _set(model: nn.Module, values: list[Tensor]) -> None:
             p.copy_(value)
 
 
-def compiled(device: torch.device, dry: bool = False) -> Told:
+def compiled(device: torch.device, dry: bool = False) -> Record:
     """The same step with `torch.compile(model, mode="reduce-overhead")`: seconds until the first is
     done, the difference of its first loss to that without, and the time of a later one."""
     call = _step(device, dry)
@@ -156,7 +156,7 @@ def compiled(device: torch.device, dry: bool = False) -> Told:
 
 # -- the part --------------------------------------------------------------------------------------
 
-KINDS: dict[str, Callable[..., Told]] = {
+KINDS: dict[str, Callable[..., Record]] = {
     "new shape": new_shape,
     "CUDA graph": captured,
     "torch.compile": compiled,
@@ -173,7 +173,7 @@ def first_calls(dry: bool) -> list[Row]:
     ]
 
 
-def _row(kind: str, setting: Setting) -> Told:
+def _row(kind: str, setting: Setting) -> Record:
     """In a process of its own, with an empty cache of kernels, but for a dry run."""
     if setting.dry:
         more = {"backend": setting.backend} if kind == "new shape" else {}
@@ -182,7 +182,7 @@ def _row(kind: str, setting: Setting) -> Told:
         return _elsewhere(kind, setting, cache)
 
 
-def _kept(setting: Setting) -> Told:
+def _kept(setting: Setting) -> Record:
     """The first calls of a second process, which finds the kernels of the first one compiled."""
     if setting.dry:
         return _row("new shape", setting)
@@ -191,7 +191,7 @@ def _kept(setting: Setting) -> Told:
         return _elsewhere("new shape", setting, cache)
 
 
-def _elsewhere(kind: str, setting: Setting, cache: str) -> Told:
+def _elsewhere(kind: str, setting: Setting, cache: str) -> Record:
     """The numbers that a process of its own prints."""
     command = [sys.executable, "-m", "translution.apps.bench.gpu_first", kind, str(setting.device)]
     command += ["dry"] * setting.dry

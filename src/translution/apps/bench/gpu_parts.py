@@ -17,10 +17,10 @@ from ...modules import acmix as acmix_module
 from ...neighborhoods import Neighborhood
 from ...utils.measuring import seconds
 from .cases import OPERATORS, Built, Case
-from .common import told_grid
+from .common import grid_text
 from .gpu_check import checks
 from .gpu_first import first_calls
-from .gpu_rows import Row, Setting, Told, dtype_name, in_a_line
+from .gpu_rows import Record, Row, Setting, dtype_name, in_a_line
 from .measure import chosen, measure, serving, step, timed
 from .steps import Step, measure_step
 
@@ -73,12 +73,12 @@ def _case(
 
 
 def _operator_name(case: Case, backward: bool) -> str:
-    told = f"{case.operator} {told_grid(case.grid, case.causal)}, width {case.width}"
-    told += f", batch {case.batch}, {dtype_name(case.dtype)}"
-    return told + (", forward + backward" if backward else ", forward")
+    text = f"{case.operator} {grid_text(case.grid, case.causal)}, width {case.width}"
+    text += f", batch {case.batch}, {dtype_name(case.dtype)}"
+    return text + (", forward + backward" if backward else ", forward")
 
 
-def _operator(case: Case, backward: bool, setting: Setting) -> Told:
+def _operator(case: Case, backward: bool, setting: Setting) -> Record:
     backend = setting.backend if case.operator == "translution" else "auto"
     case = Case(**{**vars(case), "backend": backend})
     rates = setting.rates("operator", case.dtype)
@@ -115,21 +115,21 @@ def acmix(dry: bool) -> list[Row]:
     rows = []
     for rank, case in cases:
         for backward in (False, True):
-            name = f"{told_grid(case.grid)}, {case.width} channels, batch {case.batch}"
+            name = f"{grid_text(case.grid)}, {case.width} channels, batch {case.batch}"
             name += f", {dtype_name(case.dtype)}"
             name += ", forward + backward" if backward else ", forward"
             rows.append(Row("acmix", name, functools.partial(_acmix, case, backward), rank, 30))
     return rows
 
 
-def _acmix(case: Case, backward: bool, setting: Setting) -> Told:
+def _acmix(case: Case, backward: bool, setting: Setting) -> Record:
     """ "ways": seconds, peak bytes and the difference to the tiling's answer of each, or its error;
     "best", and "by": how many times the time of the best the next one takes."""
     torch.compiler.reset()  # it gives up on a function that was compiled for many sizes
     built = OPERATORS["acmix"](case, setting.device)
     rates = setting.rates("acmix", case.dtype)
     flops = built.flops * (3 if backward else 1)
-    ways: dict[str, Told] = {}
+    ways: dict[str, Record] = {}
     answer = None
     for name, forward in _ways(built, setting.backend, case.grid[1] >= 28).items():
         try:
@@ -148,7 +148,7 @@ def _acmix(case: Case, backward: bool, setting: Setting) -> Told:
             }
         except Exception as error:  # a way that fails is no reason to lose the others
             ways[name] = {"error": in_a_line(error)}
-    told: Told = {
+    record: Record = {
         "grid": list(case.grid), "width": case.width, "heads": case.heads, "batch": case.batch,
         "kernel": case.kernel, "dtype": dtype_name(case.dtype), "backward": backward,
         "flops": flops, "matmul_rate": rates.matmul, "ways": ways,
@@ -156,10 +156,10 @@ def _acmix(case: Case, backward: bool, setting: Setting) -> Told:
     order = sorted((way["seconds"], name) for name, way in ways.items() if "seconds" in way)
     if not order:
         raise RuntimeError(f"no way went: {ways}")
-    told["best"] = order[0][1]
+    record["best"] = order[0][1]
     if len(order) > 1:
-        told["by"] = order[1][0] / order[0][0]
-    return told
+        record["by"] = order[1][0] / order[0][0]
+    return record
 
 
 def _difference(y: Tensor, want: Tensor) -> float:
@@ -244,7 +244,7 @@ def steps(dry: bool) -> list[Row]:
     return rows
 
 
-def _step(case: Step, setting: Setting) -> Told:
+def _step(case: Step, setting: Setting) -> Record:
     """`measure_step`, and "attention_ratio": the time over that of attention's model as large."""
     found = measure_step(case, setting.device, setting.repeats)
     mixer, rest = case.model.split("_", 1)
@@ -283,14 +283,14 @@ def parts_named(text: str) -> list[str]:
     return [name for name in PARTS if name in names]
 
 
-def summary(row: Told) -> str:
+def summary(row: Record) -> str:
     """A finished row in a few words."""
     if "error" in row:
         return f"failed: {row['error']}"
     if row["part"] == "check":
-        told = f"largest error {row['largest']:.1e} of {row['tolerance']:.0e}"
+        text = f"largest error {row['largest']:.1e} of {row['tolerance']:.0e}"
         equal = "equal bits" if row["equal_bits"] else "UNEQUAL BITS"
-        return f"{'passed' if row['passed'] else 'FAILED'}, {told}, {equal}"
+        return f"{'passed' if row['passed'] else 'FAILED'}, {text}, {equal}"
     if row["part"] == "acmix":
         ways = [
             f"{name} {way['seconds'] * 1e3:.2f} ms" if "seconds" in way else f"{name} failed"
@@ -299,8 +299,8 @@ def summary(row: Told) -> str:
         return ", ".join(ways)
     if row["part"] == "steps":
         ratio = row.get("attention_ratio")
-        told = f"{row['images_per_second']:,.0f} images/s, {row['peak_bytes'] / 1e9:.1f} GB"
-        return told + (f", ×{ratio:.1f} of attention's time" if ratio else "")
+        text = f"{row['images_per_second']:,.0f} images/s, {row['peak_bytes'] / 1e9:.1f} GB"
+        return text + (f", ×{ratio:.1f} of attention's time" if ratio else "")
     if row["part"] == "first":
         return ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else

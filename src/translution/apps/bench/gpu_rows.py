@@ -26,9 +26,9 @@ from .measure import Rates
 __all__ = [
     "PROGRAM",
     "DeviceLost",
+    "Record",
     "Row",
     "Setting",
-    "Told",
     "begin",
     "dtype_name",
     "in_a_line",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 PROGRAM = "translution bench-gpu"
-Told = dict[str, Any]
+Record = dict[str, Any]
 """What is known of a row, or of a run: what a file of JSON holds."""
 
 
@@ -57,7 +57,7 @@ class Row:
 
     part: str
     name: str
-    measure: Callable[[Setting], Told]
+    measure: Callable[[Setting], Record]
     rank: int = 0
     needs: float = 5.0
 
@@ -76,7 +76,7 @@ class Setting:
     repeats: int = 5
     backend: str = "auto"
     patience: float = 0.5
-    rows: list[Told] = field(default_factory=list)
+    rows: list[Record] = field(default_factory=list)
 
     @staticmethod
     def of_dry(deadline: float) -> Setting:
@@ -96,7 +96,7 @@ class Setting:
         """Of the device, measured once for each part and dtype."""
         return _rates(part, self.device, dtype, self.dry)
 
-    def find(self, part: str, **wanted: Any) -> Told | None:
+    def find(self, part: str, **wanted: Any) -> Record | None:
         """A finished row with these values."""
         for row in self.rows:
             same = all(row.get(name) == value for name, value in wanted.items())
@@ -117,7 +117,7 @@ def in_order(parts: Sequence[Sequence[Row]]) -> list[Row]:
     return sorted((row for part in parts for row in part), key=lambda row: row.rank)
 
 
-def measured(row: Row, setting: Setting) -> Told:
+def measured(row: Row, setting: Setting) -> Record:
     """The row as it is kept; "error", in a line, in the place of its numbers where it failed.
 
     Raises:
@@ -136,11 +136,11 @@ def measured(row: Row, setting: Setting) -> Told:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             lost = DeviceLost(in_a_line(error))
-    told = {**found, "part": row.part, "name": row.name, "took": time.monotonic() - start}
-    setting.rows[:] = [one for one in setting.rows if not _is(one, row)] + [told]
+    record = {**found, "part": row.part, "name": row.name, "took": time.monotonic() - start}
+    setting.rows[:] = [one for one in setting.rows if not _is(one, row)] + [record]
     if lost:
         raise lost
-    return told
+    return record
 
 
 def in_a_line(error: BaseException) -> str:
@@ -151,32 +151,32 @@ def in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:240]
 
 
-def _is(told: Told, row: Row) -> bool:
-    return bool(told["part"] == row.part and told["name"] == row.name)
+def _is(record: Record, row: Row) -> bool:
+    return bool(record["part"] == row.part and record["name"] == row.name)
 
 
-def begin(setting: Setting, budget: float) -> Told:
+def begin(setting: Setting, budget: float) -> Record:
     """What a file begins with. The machine's "source" tells versions of this library apart, also
     where there is no checkout."""
-    told = header(setting.device)
-    about = told["machine"]
+    record = header(setting.device)
+    about = record["machine"]
     about["source"] = _source()
     try:
         about["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         about["triton"] = None
-    started = {"program": PROGRAM, "dry": setting.dry, "budget": budget, **told}
+    started = {"program": PROGRAM, "dry": setting.dry, "budget": budget, **record}
     started["rows"] = setting.rows
     return started
 
 
-def same(told: Told, earlier: Told) -> bool:
+def same(record: Record, earlier: Record) -> bool:
     """Whether an earlier file is of this library, on this device."""
     names = ["source", "device", "gpu", "torch", "triton"]
-    if "gpu" not in told["machine"]:
+    if "gpu" not in record["machine"]:
         names.append("cpu")
-    alike = all(told["machine"].get(name) == earlier["machine"].get(name) for name in names)
-    return alike and told["dry"] == earlier.get("dry", False)
+    alike = all(record["machine"].get(name) == earlier["machine"].get(name) for name in names)
+    return alike and record["dry"] == earlier.get("dry", False)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from ...utils.tables import console_table
 from ..training.engine import pick_device
-from .common import DTYPES, check_file, header, ints, keep, told_machine
+from .common import DTYPES, check_file, header, ints, keep, machine_line
 from .steps import Step, measure_step
 
 __all__ = ["bench_step"]
@@ -94,14 +94,14 @@ def bench_step(
         for case in cases:
             case.build()  # unknown names are refused before anything runs
     console = Console()
-    told = header(where)
-    rows = told["rows"]
-    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
+    record = header(where)
+    rows = record["rows"]
+    console.print(f"{machine_line(record['machine'])}, {datetime.date.today()}", highlight=False)
     with Live(console=console) as live:
         for case in cases:
             rows.append(measure_step(case, where, repeats))
             live.update(_table(rows))
-            keep(told, json_file)
+            keep(record, json_file)
     if not console.is_terminal:
         console.print()
     if json_file:

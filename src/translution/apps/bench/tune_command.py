@@ -12,7 +12,7 @@ from rich.console import Console
 from ...models.configuration import check_choice
 from ...utils.measuring import matmul_rate
 from ..training.engine import pick_device
-from .common import DTYPES, check_file, header, keep, parse_grid, told_machine
+from .common import DTYPES, check_file, header, keep, machine_line, parse_grid
 from .tune import KINDS, Work, tried
 
 __all__ = ["bench_tune"]
@@ -58,9 +58,9 @@ def bench_tune(
     work = Work(shape, causal, width, n, batch, kind, where)
     end = time.monotonic() + budget
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    told = header(where)
+    record = header(where)
     rate = matmul_rate(kind, where)
-    console.print(f"{told_machine(told['machine'])}, matmul {rate / 1e12:.3g} TFLOP/s")
+    console.print(f"{machine_line(record['machine'])}, matmul {rate / 1e12:.3g} TFLOP/s")
     for name in kinds:
         best: tuple[float, Any] | None = None
         for blocks, taken, count in tried(work, name, repeats):
@@ -69,8 +69,8 @@ def bench_tune(
                 row["matmul_share"] = 2 * count / taken / rate
                 console.print(f"{name}  {taken * 1e3:.3f} ms  {row['matmul_share']:.2f}  {blocks}")
                 best = min(best or (taken, blocks), (taken, blocks))
-            told["rows"].append(row)
-            keep(told, json_file)
+            record["rows"].append(row)
+            keep(record, json_file)
             if time.monotonic() > end:
                 break
         if best is not None:
