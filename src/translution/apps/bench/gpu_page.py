@@ -21,10 +21,16 @@ Columns = Sequence[tuple[str, Callable[[Record], str]]]
 
 
 def check_page(file: str) -> tuple[str, str]:
-    """What stands before the section, and what after it.
+    """Split a page at the two marks of the section.
+
+    Args:
+        file: the path of the page.
+
+    Returns:
+        The text before the section and the text after it.
 
     Raises:
-        ValueError: a page without the two marks, each once and in a line of its own.
+        ValueError: the page does not exist, or does not have each mark once, on its own line.
     """
     try:
         text = Path(file).read_text("utf-8")
@@ -38,14 +44,22 @@ def check_page(file: str) -> tuple[str, str]:
 
 
 def write_page(file: str, record: Record) -> None:
-    """Put the section between the marks of a page; nothing else of it changes."""
+    """Write the section between the marks of a page; the rest of the page stays as it is.
+
+    Args:
+        file: the path of the page.
+        record: the record of a run.
+
+    Raises:
+        ValueError: the page does not have the two marks.
+    """
     before, after = check_page(file)
     text = f"{before}{BEGIN}\n\n{section(record)}\n{END}\n{after}"
     write_whole(Path(file), lambda path: path.write_text(text, "utf-8"))
 
 
 def section(record: Record) -> str:
-    """The section in Markdown, without its heading."""
+    """Return the section of a run in Markdown, without its heading."""
     parts = [_wrapped(text) for text in [*record.get("notes", []), _head(record)]]
     for name, title, make in (
         ("check", "Correctness", _checks),
@@ -56,9 +70,9 @@ def section(record: Record) -> str:
     ):
         rows = [row for row in record["rows"] if row["part"] == name]
         if rows:
-            fine = [row for row in rows if "error" not in row]
+            measured = [row for row in rows if "error" not in row]
             failed = [f"- Failed: {row['name']}: {row['error']}" for row in rows if "error" in row]
-            body = [make(fine)] if fine else []
+            body = [make(measured)] if measured else []
             parts.append("\n\n".join([f"### {title}", *body, *["\n".join(failed)] * bool(failed)]))
     lacking = "" if record.get("dry") else _lacking(record)
     return "\n\n".join([*parts, *[lacking] * bool(lacking)]) + "\n"
@@ -81,11 +95,11 @@ def _head(record: Record) -> str:
 
 
 def _lacking(record: Record) -> str:
-    """What of the command's plan the file does not hold, by the command that measures it."""
+    """List the rows that the file does not have, under the command that measures them."""
     lines = []
     for name, plan in PARTS.items():
         held = {_case(row["name"]) for row in record["rows"] if "error" not in row}
-        kinds: dict[str, list[str]] = {}  # cases by dtype, where they have one
+        kinds: dict[str, list[str]] = {}  # cases by dtype; "" for those without one
         for row in plan(False):
             kind = _case(row.name).rpartition(", ")[2]
             kinds.setdefault(kind if kind in DTYPES else "", []).append(_case(row.name))
@@ -100,12 +114,12 @@ def _lacking(record: Record) -> str:
             lines.append(f"- `translution bench-gpu --only {name}`: {'; '.join(found)}.")
     if not lines:
         return ""
-    head = "### What has no figure here\n\nThe commands that give it, with `--out` and `--docs`:"
+    head = "### What was not measured\n\nThese commands measure it, with `--out` and `--docs`:"
     return "\n\n".join([head, "\n".join(lines)])
 
 
 def _case(name: str) -> str:
-    """A row's name without its direction."""
+    """Return the name of a row without its direction (forward, or forward + backward)."""
     return name.removesuffix(" + backward").removesuffix(", forward")
 
 
@@ -113,7 +127,7 @@ def _case(name: str) -> str:
 
 
 def _table(rows: Sequence[Record], columns: Columns) -> str:
-    """In Markdown; a column that says nothing of any row is left out."""
+    """Make a table in Markdown; columns whose cells are all empty are left out."""
     cells = [(title, [make(row) for row in rows]) for title, make in columns]
     cells = [(title, column) for title, column in cells if any(column)]
     return markdown_table(
@@ -123,7 +137,7 @@ def _table(rows: Sequence[Record], columns: Columns) -> str:
 
 
 def _number(name: str, form: str, factor: float = 1.0, sign: str = "") -> Callable[[Record], str]:
-    """A value of a row, "" where there is none."""
+    """Return a function that formats a number of a row, or returns "" if the row lacks it."""
 
     def cell(row: Record) -> str:
         value = row.get(name)
@@ -133,7 +147,7 @@ def _number(name: str, form: str, factor: float = 1.0, sign: str = "") -> Callab
 
 
 def _times(above: str, below: str) -> Callable[[Record], str]:
-    """A ratio of two values."""
+    """Return a function that formats the ratio of two numbers of a row."""
 
     def cell(row: Record) -> str:
         if not row.get(above) or not row.get(below):
@@ -157,7 +171,7 @@ def _grid(row: Record) -> str:
 
 
 def _rates(rows: Sequence[Record]) -> str:
-    """The rate that shares are of, by dtype."""
+    """Describe the rates of matrix products on which the shares are based, by dtype."""
     rates: dict[str, list[float]] = {}
     for row in rows:
         if row.get("matmul_rate"):
@@ -171,16 +185,17 @@ def _checks(rows: Sequence[Record]) -> str:
         return max(row["errors"], key=row["errors"].get)
 
     intro = (
-        "Values and gradients beside plain torch on the same rounded inputs, by the relative error "
-        "of the tensor that is furthest off (*dwq* is the gradient of the queries' table), and "
-        "whether a second run gave the same bits."
+        "Values and gradients are compared with plain torch on the same rounded inputs. *Largest "
+        "error* is the largest relative error of a tensor, and the next column names that tensor "
+        "(*dwq* is the gradient of the table of the queries). *Equal bits* says whether a second "
+        "run gave the same bits."
     )
     columns: Columns = [
         ("what", _text("name")),
         ("backend", _text("backend")),
-        ("beside", _text("exact")),
+        ("reference", _text("exact")),
         ("largest error", _number("largest", ".1e")),
-        ("of", worst),
+        ("tensor", worst),
         ("allowed", _number("tolerance", ".0e")),
         ("equal bits", lambda row: {True: "yes", False: "no"}.get(row.get("equal_bits"), "")),  # type: ignore[arg-type]
         ("passed", lambda row: "yes" if row["passed"] else "**no**"),
@@ -190,15 +205,15 @@ def _checks(rows: Sequence[Record]) -> str:
 
 def _operators(rows: Sequence[Record]) -> str:
     intro = (
-        "*Matmul share* is counted as above, over the rate of a plain 8192³ product there: "
-        f"{_rates(rows)}. Peak memory is beyond the inputs, gradients included. *Plain torch* is "
-        "its time over this one, *attention* this time over that of projections and "
-        "`scaled_dot_product_attention`."
+        "*Matmul share* is computed as above, with the rate of an 8192³ matrix product on the GPU: "
+        f"{_rates(rows)}. *Peak GB* is the memory that a call takes beyond its inputs, including "
+        "gradients. *Plain torch* is the time of plain torch divided by this time. *Attention* is "
+        "this time divided by that of q, k and v projections and `scaled_dot_product_attention`."
     )
     if any("wide_seconds" in row for row in rows):
         intro += (
-            " *As wide tables* is the time of α's tables in the kernels for wide ones over that of "
-            "the kernels for small ones, which the library takes."
+            " *As wide tables* is the time of α with the kernels for wide tables, divided by that "
+            "with the kernels for small tables, which the library uses."
         )
     if any("before_seconds" in row for row in rows):
         intro += " *Before* is the time of an earlier version on the same machine."
@@ -222,10 +237,11 @@ def _operators(rows: Sequence[Record]) -> str:
 
 def _acmix(rows: Sequence[Record]) -> str:
     intro = (
-        "The whole `ACmix2d`, attention kernel 7, with each way of computing its attention: what "
-        '`backend="auto"` takes, the tiling in plain torch, a copy per neighbour (*unfold*), '
-        "torch's flex attention (on places row by row, or tile by tile). *Best* says how many "
-        "times its time the next one takes."
+        "The whole `ACmix2d` with an attention window of 7×7 pixels is measured with each way of "
+        'computing its attention: with the backend that `backend="auto"` chooses, in plain torch '
+        "tile by tile (*torch*), with a copy for every neighbour (*unfold*), and with torch's flex "
+        "attention on pixels row by row (*flex*) or tile by tile. *Best* is the fastest way, and "
+        "the time of the second fastest divided by its time."
     )
 
     def way(name: str) -> Callable[[Record], str]:
@@ -259,9 +275,10 @@ def _acmix(rows: Sequence[Record]) -> str:
 
 def _steps(rows: Sequence[Record]) -> str:
     intro = (
-        "AdamW, products in bfloat16 (autocast), weights in float32. *Published* is what the "
-        "published algorithm would take by its shapes, as above; *attention* the time over that of "
-        "the attention model of the same size and batch."
+        "The optimizer is AdamW; matrix products are in bfloat16 (autocast), weights in float32. "
+        "*Published* is the memory that the published algorithm would take, computed from its "
+        "shapes as above. *Attention* is the time divided by that of the attention model of the "
+        "same size and batch."
     )
     columns: Columns = [
         ("model", lambda row: row["model"] + (f" ({row['relative']})" if row["relative"] else "")),
@@ -288,12 +305,12 @@ LABELS = {
     "equal_bits": "equal bits: {}",
     "largest_difference": "largest relative difference {:.1e}",
     "graph_seconds": "a replayed step {:.4f} s",
-    "eager_seconds": "one without {:.4f} s",
+    "eager_seconds": "a step without a graph {:.4f} s",
     "first_seconds": "the first step {:.1f} s",
     "difference": "relative difference of its loss {:.1e}",
-    "compiled_seconds": "a later one {:.4f} s",
+    "compiled_seconds": "a later step {:.4f} s",
 }
-"""How the values of the part "first" are told."""
+"""The words for each number of the part "first"."""
 
 
 def _first(rows: Sequence[Record]) -> str:
