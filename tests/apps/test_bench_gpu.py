@@ -259,7 +259,7 @@ def test_another_version_is_measured_anew(run, tmp_path, monkeypatch):
     told["machine"]["source"] = "another"
     file.write_text(json.dumps(told))
     _, out, _ = run(*FIRST)
-    assert "is of another version or device, and is written anew" in out
+    assert "was measured with another version or device, and is replaced" in out
     assert rows.calls == ["a", "b", "c"] * 2
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from translution import create_model, list_models
 from translution.apps.catalogue import counts
 from translution.apps.catalogue.command import models, parameters, short
-from translution.apps.catalogue.table import read_table, row
+from translution.apps.catalogue.table import counted, read_table
 from translution.utils.measuring import multiply_adds, peak_bytes
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
@@ -50,9 +50,9 @@ def test_by_hand():
     found, entry = bare(Known)
     assert (entry.parameters, entry.input, entry.mixer) == (392, (3, 4, 4), "attention")
     assert found.multiply_adds == 48 * 8
-    assert (found.weights, found.trained) == (1608, 1568)
-    assert found.passing == 96  # x, x * x and its relu
-    assert found.kept == 192 + 32 + 32  # the image for the weight, x for x * x, relu's result
+    assert (found.weights, found.parameter_bytes) == (1608, 1568)
+    assert found.activations == 96  # x, x * x and its relu
+    assert found.saved == 192 + 32 + 32  # the image for the weight, x for x * x, relu's result
     assert found.inference(3) == 1608 + 3 * 96
     assert found.training(2) == 1608 + 3 * 1568 + 2 * 256
 
@@ -72,10 +72,10 @@ def test_against_real_runs(family):
     out = []
     with torch.no_grad():
         real = peak_bytes(lambda: out.append(model(x)), torch.device("cpu"))
-    assert 0.7 * real < 4 * found.passing < 1.3 * real
+    assert 0.7 * real < 4 * found.activations < 1.3 * real
     model.train()
     real = peak_bytes(lambda: out.append(model(x)), torch.device("cpu"))
-    assert 0.7 * real < 4 * found.kept < 1.3 * real
+    assert 0.7 * real < 4 * found.saved < 1.3 * real
 
 
 def test_multiply_adds_are_those_of_a_real_run():
@@ -99,7 +99,7 @@ def test_the_stored_table_is_what_is_counted():
     stored = read_table()
     assert sorted(stored) == list_models()
     for name in ("acmix_resnet26", "gpt", "bias_vit_tiny_patch56_224"):
-        assert stored[name] == row(name)
+        assert stored[name] == counted(name)
 
 
 @pytest.fixture

@@ -218,6 +218,12 @@ def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
     assert "moved → moved" not in head
     assert attention.startswith("| attention | 50.0 | 50.0 |")
     assert translution.startswith("| Translution | – | – |")
+    assert results(runs).about().startswith("Test part, one seed, ")
+    others = [r for r in of(runs, Arm("attention", "centred", "steps")) if runs.result(r) is None]
+    for run in [*others, *of(runs, Arm("Translution", "centred", "steps"))]:
+        finish(runs, run, run.rate)
+    said = "Test part, mean over 1 to 3 seeds, ± standard deviation where there are several, "
+    assert results(runs).about().startswith(said)
 
 
 def test_nothing_is_written_before_a_rate_is_chosen(runs, tmp_path):

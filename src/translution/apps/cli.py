@@ -69,17 +69,17 @@ COMMANDS = {
     "bench": (
         "bench.command",
         "bench",
-        "Measure the operator: forward, and forward + backward.",
+        "Measure the time and memory of an operator: forward, and forward + backward.",
     ),
     "bench-step": (
         "bench.steps_command",
         "bench_step",
-        "Measure one training step (AdamW) of whole image models: time, memory.",
+        "Measure the time and memory of one training step of whole image models.",
     ),
     "bench-gpu": (
         "bench.gpu_command",
         "bench_gpu",
-        "Check and measure the library on a GPU, within a time.",
+        "Check and measure the library on a GPU within a given time.",
     ),
     "bench-tune": (
         "bench.tune_command",

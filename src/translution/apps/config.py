@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..utils.words import some
+from ..utils.words import shortened
 
 __all__ = ["Options", "as_yaml", "load", "parse", "read"]
 
@@ -92,7 +92,7 @@ def parse(
     except ValidationError as error:
         wrong = error.errors()
         messages = [_message(kind, one, source, given) for one in wrong]
-        raise ValueError(some(messages, "\n")) from None
+        raise ValueError(shortened(messages, "\n")) from None
 
 
 def as_yaml(options: Options, **replaced: Any) -> str:

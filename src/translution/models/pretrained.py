@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..utils.files import write_whole
-from ..utils.words import some
+from ..utils.words import shortened
 from .card import model_card
 from .registry import create_model, current_options, families
 
@@ -103,7 +103,7 @@ class Pretrained(nn.Module):
         with torch.device("meta"):
             plain = type(self)(self.config)
         if wrong := misfits(plain, weights):
-            raise ValueError(f"model: does not fit its configuration: {some(wrong, '; ')}")
+            raise ValueError(f"model: does not fit its configuration: {shortened(wrong, '; ')}")
         named = {} if classes is None else {"classes": self._classes(classes)}
         config = {
             "format": f"{KIND}{VERSION}", "translution": __version__, "architecture": self.family,
@@ -339,7 +339,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path |
         ValueError: weights are missing, unexpected, or of another shape (the message names them).
     """
     if wrong := misfits(model, weights):
-        raise ValueError(f"{source}: does not fit the model: {some(wrong, '; ')}")
+        raise ValueError(f"{source}: does not fit the model: {shortened(wrong, '; ')}")
     model.load_state_dict(dict(weights))
 
 

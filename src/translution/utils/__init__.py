@@ -1,1 +1,1 @@
-"""Small helpers that every floor uses: files, messages, measuring."""
+"""Small helpers for every part of the library: files, tables, words and measurements."""

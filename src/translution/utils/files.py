@@ -1,4 +1,4 @@
-"""Writing files so that nothing written is lost."""
+"""Write files so that an interruption never leaves a partial file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ __all__ = ["umask", "write_whole"]
 
 
 def write_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a temporary file beside `path`, then put it there: all of it or nothing."""
+    """Write a file completely or not at all.
+
+    The content goes into a temporary file in the same folder, which then replaces `path` in one
+    step. If `save` fails, an existing file at `path` stays as it was.
+
+    Args:
+        path: the file to write; its folder exists.
+        save: a function that writes the content to the path that it receives.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -23,7 +31,7 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def umask() -> int:
-    """What this process takes from the rights of new files."""
+    """Return the permission bits that this process removes from new files (the umask)."""
     value = os.umask(0)
     os.umask(value)
     return value

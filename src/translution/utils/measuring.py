@@ -1,9 +1,10 @@
-"""Time and peak memory of a call, and the machine they were taken on.
+"""Measure the time and the peak memory of a call, and describe the machine.
 
-The timing is our own because ratios are what we report: calls that are compared are made in turn
-within one process, so that a slow spell of the machine meets each of them, on the CPU as well as on
-GPUs. `torch.utils.benchmark.Timer` and `triton.testing.do_bench` time one function after the other;
-the first also makes two calls to warm up before each timed one, and the second needs a GPU.
+Why this module has its own timer: the benchmarks report ratios. Calls that are compared alternate
+within one process, so that a period in which the machine is slow affects all of them. This works on
+CPUs and on GPUs. `torch.utils.benchmark.Timer` and `triton.testing.do_bench` time one function
+after the other; in addition, the first makes two warm-up calls before each timed call, and the
+second needs a GPU.
 """
 
 from __future__ import annotations
@@ -43,23 +44,41 @@ __all__ = [
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds, once the device has done all that it was given so far."""
+    """Return the time in seconds, after waiting until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The median time of a call, after one to warm up."""
+    """Return the median time of a call in seconds.
+
+    Args:
+        function: the call to time.
+        device: the device that the call uses.
+        repeats: the number of timed calls; one more call before them warms up.
+    """
     return seconds_in_turn([function], device, repeats)[0]
 
 
 def seconds_in_turn(
     functions: Sequence[Callable[[], object]], device: torch.device, repeats: int = 5
 ) -> list[float]:
-    """The median times of calls made in turn, so that a slow spell of the machine meets each."""
+    """Return the median times of several calls that alternate, in seconds.
+
+    Each round makes every call once, so that a period in which the machine is slow affects all of
+    them.
+
+    Args:
+        functions: the calls to time.
+        device: the device that the calls use.
+        repeats: the number of timed rounds; one more round before them warms up.
+
+    Returns:
+        The median time of each call, in the order of `functions`.
+    """
     times = []
-    for _ in range(repeats + 1):  # the first warms up
+    for _ in range(repeats + 1):  # the first round warms up
         row = []
         for function in functions:
             start = now(device)
@@ -70,18 +89,30 @@ def seconds_in_turn(
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
-    """Flops per second of a plain large matrix product."""
+    """Measure how many floating-point operations per second a large matrix product reaches.
+
+    Args:
+        dtype: the dtype of the matrices.
+        device: the device that computes the product.
+        size: the side of the square matrices; None takes 8192 on a CUDA device and 2048 elsewhere.
+    """
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, device, 5)
 
 
 known_matmul_rate = functools.lru_cache(matmul_rate)
-"""`matmul_rate`, measured once in a process: for programs that train many small models."""
+"""`matmul_rate`, measured once per process; for programs that train many small models."""
 
 
 def copy_rate(device: torch.device, size: int | None = None) -> float:
-    """Bytes per second that a plain copy reads and writes."""
+    """Measure how many bytes per second a copy reads and writes.
+
+    Args:
+        device: the device whose memory is copied.
+        size: the number of bytes that are copied; None takes 1 GiB on a CUDA device and 128 MiB
+            elsewhere.
+    """
     size = size or (1 << 30 if device.type == "cuda" else 1 << 27)
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
@@ -89,7 +120,7 @@ def copy_rate(device: torch.device, size: int | None = None) -> float:
 
 
 def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of a model's parameters and buffers and of its optimizer's state."""
+    """Return the bytes of a model's parameters and buffers and of its optimizer's state."""
     held = [*model.parameters(), *model.buffers()]
     for state in optimizer.state.values():
         held += [value for value in state.values() if isinstance(value, torch.Tensor)]
@@ -97,18 +128,18 @@ def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 class TrainingStep:
-    """A training step to be timed: logits, cross-entropy, gradients, and the optimizer's update.
+    """A training step for measurements: logits, cross-entropy, gradients and optimizer update.
 
-    A call makes one step on inputs that stay the same, and returns the loss. It is for measuring;
-    models are trained by `translution.apps.training`.
+    Each call makes one step on the same inputs and returns the loss. To train a model, use
+    `translution.apps.training`.
 
     Args:
-        model: gives logits [..., classes].
-        inputs: of the model.
-        targets: int64, a class for each row of the logits.
-        optimizer: of the model's parameters; None makes AdamW.
-        autocast: the dtype of matrix products; None leaves that of the weights.
-        accumulate: how many times the gradients are added up before an update.
+        model: a model that returns logits [..., classes].
+        inputs: the inputs of the model.
+        targets: int64, the class of each row of the logits.
+        optimizer: the optimizer of the model's parameters; None makes AdamW.
+        autocast: the dtype of matrix products; None keeps the dtype of the weights.
+        accumulate: the number of backward passes whose gradients are added before an update.
     """
 
     def __init__(
@@ -128,7 +159,7 @@ class TrainingStep:
         self.optimizer.zero_grad()
         kind, dtype = self.inputs.device.type, self.autocast
         for _ in range(self.accumulate):
-            # a cache of rounded weights would outlive the CUDA graph that it was filled in
+            # A cache of rounded weights would outlive the CUDA graph in which it was filled.
             with torch.autocast(kind, dtype, dtype is not None, cache_enabled=False):
                 logits = self.model(self.inputs)
             loss = F.cross_entropy(logits.float().flatten(0, -2), self.targets)
@@ -137,9 +168,12 @@ class TrainingStep:
         return loss.detach()
 
     def peak_bytes(self) -> int:
-        """The most bytes held at once: weights, gradients, optimizer state, and all that a step
-        allocates. On mps, what the Metal driver holds for the process after a step."""
-        self()  # makes the optimizer's state
+        """Return the peak memory of a step in bytes.
+
+        It includes the weights, the gradients, the optimizer's state and everything that the step
+        allocates. On mps it is the memory that the Metal driver holds for the process after a step.
+        """
+        self()  # creates the optimizer's state
         self.optimizer.zero_grad()
         if self.inputs.device.type == "mps":
             self()
@@ -148,18 +182,30 @@ class TrainingStep:
 
 
 def multiply_adds(function: Callable[[], object]) -> int:
-    """Multiplications (each with its addition) of matrix products, convolutions, attention and the
-    library's operators in a call; it may run on the meta device."""
+    """Count the multiply-adds of a call, which may run on the meta device.
+
+    Counted are matrix products, convolutions, attention and the operators of this library.
+    """
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() // 2
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most tensor memory that a call holds at once beyond what was there before it.
+    """Measure the peak tensor memory of a call, beyond the memory in use before it.
 
-    On CUDA the allocator counts; on the CPU the profiler reports each allocation and release, and
-    their running sum is taken. What `function` returns is dropped.
+    On CUDA the allocator counts the bytes. On the CPU the profiler reports each allocation and each
+    release, and the result is the largest running sum.
+
+    Args:
+        function: the call to measure; its result is dropped.
+        device: a cpu or cuda device.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ValueError: the device is neither a CPU nor a CUDA device.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -187,34 +233,42 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _no_native_log() -> Iterator[None]:
-    """The profiler's native code writes lines to the standard error stream's descriptor."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Discard the lines that the profiler's native code writes to standard error."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(null, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def commit_here() -> str | None:
-    """The commit this code is at, where it runs from a checkout of its own."""
+    """Return the git commit of this code, or None if the code does not run from a checkout."""
     here = Path(__file__).resolve()
     try:
         for command in ("ls-files --error-unmatch", "describe --always --dirty --abbrev=10"):
             named = [here.name] if command.startswith("ls-files") else []
-            told = subprocess.run(
+            done = subprocess.run(
                 ["git", *command.split(), *named],
                 cwd=here.parent, capture_output=True, text=True, timeout=10, check=True,
             )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return told.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and the versions with which numbers were measured.
+
+    Args:
+        device: the type of the device that computed them: "cpu", "cuda" or "mps".
+
+    Returns:
+        The versions of Python, torch and this library, the system, the processor, its cores, the
+        threads and the device; on "cuda" also the name of the GPU.
+    """
     from .._version import __version__
 
     found = {

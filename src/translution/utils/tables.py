@@ -1,4 +1,4 @@
-"""Tables of text cells, for Markdown pages and for the terminal."""
+"""Tables of text cells for Markdown pages and for the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ Cells = Sequence[Sequence[str]]
 
 
 def markdown_table(heads: Sequence[str], rows: Cells) -> str:
-    """A table in Markdown: a line per row, below the heads."""
+    """Format a table in Markdown.
+
+    Args:
+        heads: the title of each column.
+        rows: the cells of each row.
+
+    Returns:
+        The Markdown text: the heads, a rule, and one line for each row.
+    """
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -29,16 +37,22 @@ def console_table(
     title: str | None = None,
     tight: bool = False,
 ) -> Table:
-    """A table for the terminal, without lines between its cells; heads are broken at their spaces.
+    """Make a table for the terminal, without lines between its cells.
+
+    A head that is wider than its column is wrapped at its spaces.
 
     Args:
-        heads: of the columns.
-        rows: cells; what stands between ** as in Markdown is shown in bold.
+        heads: the title of each column.
+        rows: the cells of each row; text between two pairs of ** is shown in bold, as in Markdown.
         left: the heads of the columns that are aligned to the left; the others are aligned to the
             right.
-        wrap: the heads of the columns whose cells may be broken into lines at their spaces.
-        caption: what stands below the table. title: what stands above it.
-        tight: columns are no wider than their cells and the longest word of their heads.
+        wrap: the heads of the columns whose cells may be wrapped at their spaces.
+        caption: the text below the table.
+        title: the text above the table.
+        tight: whether each column is only as wide as its cells and the longest word of its head.
+
+    Returns:
+        A table that a rich console prints.
     """
     from rich.table import Table
 

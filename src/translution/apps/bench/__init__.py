@@ -1,1 +1,1 @@
-"""Speed and memory of the operators, as ratios within one process."""
+"""Benchmarks of the operators: speed and memory, as ratios measured within one process."""

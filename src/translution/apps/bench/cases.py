@@ -1,4 +1,4 @@
-"""What can be measured: each operator with its shapes, inputs, flops and bytes."""
+"""The operators that can be measured, with their inputs, floating-point operations and bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,22 @@ __all__ = ["BESIDE", "OPERATORS", "Built", "Case"]
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table."""
+    """An operator with the shapes and the dtype with which it is measured.
+
+    Attributes:
+        operator: a name of `OPERATORS`.
+        grid: the number of tokens along each axis; for acmix the size of the input map.
+        causal: whether a token only sees the tokens before it and itself.
+        width: the number of channels of a token.
+        heads: the number of attention heads, a divisor of the width.
+        batch: the number of samples.
+        dtype: the dtype of inputs and weights.
+        relative: which of the projections q, k and v depend on the offset.
+        rank: the rank per head of α-Translution.
+        kernel: the size of ACmix's attention window in pixels.
+        stride: the stride of ACmix.
+        backend: the backend that computes the operator, or "auto".
+    """
 
     operator: str
     grid: tuple[int, ...]
@@ -38,22 +53,29 @@ class Case:
     backend: str = "auto"
 
     def check(self) -> None:
-        """Refuse what cannot be built, before anything runs."""
+        """Check that the case can be built, before anything runs.
+
+        Raises:
+            ValueError: the grid does not suit the operator.
+        """
         if self.operator != "acmix":
-            self.layout  # noqa: B018  (it checks)
+            self.layout  # noqa: B018  (the property checks the grid)
         elif len(self.grid) != 2 or self.causal:
-            raise ValueError(f"grid: got {self.grid}, acmix wants two axes, and not causal")
+            raise ValueError(f"grid: got {self.grid}, acmix wants two axes that are not causal")
 
     @property
     def layout(self) -> Layout:
+        """The offset class of each pair of tokens."""
         return Layout(self.grid, causal=self.causal)
 
     @property
     def pairs(self) -> int:
+        """The number of pairs of tokens that interact in one sample."""
         return int((self.layout.index >= 0).sum())
 
     @property
     def name(self) -> str:
+        """The case in words, for a table."""
         grid = "×".join(map(str, self.grid)) + (" causal" if self.causal else "")
         stride = f" stride {self.stride}" if self.stride > 1 else ""
         return f"{self.operator} {grid}{stride}, batch {self.batch}, width {self.width}"
@@ -61,15 +83,26 @@ class Case:
 
 @dataclass
 class Built:
-    """A case ready to run."""
+    """A case with its inputs and weights, ready to run.
+
+    Attributes:
+        forward: computes the output.
+        leaves: the inputs and weights that get a gradient.
+        flops: floating-point operations of the forward pass; forward and backward together count
+            as three times as many.
+        bytes: the bytes of the inputs and weights that are read and of the outputs.
+        beside: the ordinary operator to compare with, a name of `BESIDE`.
+        dense: the direct implementation, which copies a matrix or a value for every pair.
+        dense_bytes: estimates the memory of `dense`, from (backward, batch).
+    """
 
     forward: Callable[[], Tensor]
-    leaves: list[Tensor]  # what gets a gradient
-    flops: int  # of the forward pass; forward + backward counts three times as many
-    bytes: int  # inputs and weights read, outputs written
-    beside: str  # the ordinary operator that it is compared with, one of BESIDE
-    dense: Callable[[], Tensor] | None = None  # the obvious implementation that copies
-    dense_bytes: Callable[..., int] | None = None  # of (backward, batch = that of the case)
+    leaves: list[Tensor]
+    flops: int
+    bytes: int
+    beside: str
+    dense: Callable[[], Tensor] | None = None
+    dense_bytes: Callable[..., int] | None = None
 
 
 def _leaf(*shape: int, case: Case, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -77,11 +110,11 @@ def _leaf(*shape: int, case: Case, device: torch.device, scale: float = 1.0) -> 
 
 
 def translution(case: Case, device: torch.device) -> Built:
-    """offset_scores, softmax, offset_mix: the two primitives without the output projection.
+    """Build Translution without its output projection: offset_scores, softmax and offset_mix.
 
-    A unit is 2 · batch · pairs · width² flops, one per relative projection; a shared projection is
-    2 · batch · tokens · width², and a product of attention that is left dense 2 · batch · pairs ·
-    width.
+    A relative projection counts 2 · batch · pairs · width² floating-point operations, and a shared
+    projection 2 · batch · tokens · width². The products of queries with keys and of weights with
+    values are small beside them and are not counted.
     """
     layout, width, heads = case.layout, case.width, case.heads
     x = _leaf(case.batch, layout.tokens, width, case=case, device=device)
@@ -111,7 +144,7 @@ def translution(case: Case, device: torch.device) -> Built:
 
 
 def alpha(case: Case, device: torch.device) -> Built:
-    """The whole α-Translution module, its projections included."""
+    """Build the whole α-Translution module, with all of its projections."""
     make: Any = AlphaTranslution1d if len(case.grid) == 1 else AlphaTranslution2d
     keywords = {"causal": True} if case.causal else {}
     grid: Any = case.grid[0] if len(case.grid) == 1 else case.grid
@@ -129,7 +162,7 @@ def alpha(case: Case, device: torch.device) -> Built:
 
 
 def acmix(case: Case, device: torch.device) -> Built:
-    """The whole ACmix2d module. The grid is the map that comes in."""
+    """Build the whole ACmix2d module; the grid of the case is the size of the input map."""
     width, places = case.width, math.prod(case.grid)
     layer = ACmix2d(width, width, case.heads, case.kernel, stride=case.stride)
     layer = layer.to(device, case.dtype)
@@ -149,7 +182,7 @@ def acmix(case: Case, device: torch.device) -> Built:
 
 
 def attention(case: Case, device: torch.device) -> Built:
-    """Ordinary self-attention on the same tokens: q, k, v and scaled_dot_product_attention."""
+    """Build self-attention on the same tokens: q, k, v and scaled_dot_product_attention."""
     layout, width, heads = case.layout, case.width, case.heads
     x = _leaf(case.batch, layout.tokens, width, case=case, device=device)
     weight = _leaf(3 * width, width, case=case, device=device, scale=width**-0.5)
@@ -166,7 +199,7 @@ def attention(case: Case, device: torch.device) -> Built:
 
 
 def convolution(case: Case, device: torch.device) -> Built:
-    """A 3×3 convolution of the same map."""
+    """Build a 3×3 convolution of the same map."""
     width = case.width
     x = _leaf(case.batch, width, *case.grid, case=case, device=device)
     weight = _leaf(width, width, 3, 3, case=case, device=device, scale=(9 * width) ** -0.5)

@@ -1,4 +1,4 @@
-"""The command `translution bench`: a benchmark and not a test."""
+"""The command `translution bench`, which measures the operators."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ...modules.attention import check_relative
 from ...utils.tables import console_table
 from ..training.engine import pick_device
 from .cases import OPERATORS, Case
-from .common import DTYPES, check_file, header, ints, keep, parse_grid, told_machine
+from .common import DTYPES, check_file, header, ints, keep, machine_line, parse_grid
 from .measure import Measured, chosen, measure
 
 __all__ = ["bench"]
 
-# (grid, width, batches) where they are not given, by operator; of Translution also by device
+# The default (grid, width, batches) of each operator; those of "cpu" and "cuda" are Translution's.
 Shapes = list[tuple[str, int, str]]
 SHAPES: dict[str, Shapes] = {
     "acmix": [("56x56", 64, "8"), ("28x28", 128, "8"), ("14x14", 256, "8"), ("7x7", 512, "8")],
@@ -39,7 +39,7 @@ SHAPES: dict[str, Shapes] = {
         for width in (192, 384, 768)
     ],
 }  # fmt: skip
-# what has to agree for two rows to be the same measurement
+# Two rows are the same measurement if these fields agree.
 SAME = (
     "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
     "kernel", "stride", "device", "backend", "backward",
@@ -48,43 +48,57 @@ SAME = (
 
 def bench(
     grid: Annotated[
-        str, typer.Option(help="Such as 7x7,256,256c: 1-D, causal. Default by operator.")
+        str,
+        typer.Option(
+            help="Grids, such as 7x7, 256 (a sequence) or 256c (causal); default by operator."
+        ),
     ] = "",
-    width: Annotated[str, typer.Option(help="Channels, such as 192,384.")] = "",
-    batch: Annotated[str, typer.Option(help="Such as 16,64.")] = "",
-    heads: Annotated[int, typer.Option(help="0: width / 64; 4 of acmix.")] = 0,
+    width: Annotated[
+        str, typer.Option(help="Channels, such as 192,384; default by operator.")
+    ] = "",
+    batch: Annotated[str, typer.Option(help="Samples, such as 16,64; default by operator.")] = "",
+    heads: Annotated[
+        int, typer.Option(help="Attention heads; 0 takes width / 64, for acmix 4.")
+    ] = 0,
     dtype: Annotated[
         str,
-        typer.Option(help=f"Some of {','.join(DTYPES)}; default float32, on cuda both."),
+        typer.Option(
+            help=f"One or more of {','.join(DTYPES)}; default float32, on cuda also bfloat16."
+        ),
     ] = "",
-    backend: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    operator: Annotated[str, typer.Option(help=f"{', '.join(OPERATORS)}.")] = "translution",
-    relative: Annotated[str, typer.Option(help="Which of qkv have tables.")] = "qkv",
-    rank: Annotated[int, typer.Option(help="Of alpha.")] = 8,
-    kernel: Annotated[int, typer.Option(help="Of acmix's attention, odd.")] = 7,
-    stride: Annotated[int, typer.Option(help="Of acmix.")] = 1,
+    backend: Annotated[str, typer.Option(help="The backend: auto, torch or triton.")] = "auto",
+    device: Annotated[str, typer.Option(help="The device: auto, cpu, cuda or mps.")] = "auto",
+    operator: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")] = "translution",
+    relative: Annotated[str, typer.Option(help="Which of q, k and v are relative.")] = "qkv",
+    rank: Annotated[int, typer.Option(help="The rank per head of alpha.")] = 8,
+    kernel: Annotated[int, typer.Option(help="The odd size of acmix's window.")] = 7,
+    stride: Annotated[int, typer.Option(help="The stride of acmix.")] = 1,
     dense: Annotated[
-        bool, typer.Option(help="Also the dense gather (acmix: unfold), at a batch that fits.")
+        bool, typer.Option(help="Also measure the direct implementation, at a batch that fits.")
     ] = True,
-    dense_limit: Annotated[float, typer.Option(help="GB that may take.")] = 8.0,
-    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 3,
-    threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
+    dense_limit: Annotated[
+        float, typer.Option(help="The memory that the direct implementation may take, in GB.")
+    ] = 8.0,
+    repeats: Annotated[int, typer.Option(help="Timed calls; their median is reported.")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 0,
     json_file: Annotated[
-        str, typer.Option("--json", help="Also write the rows here, as they come.")
+        str, typer.Option("--json", help="A file for the rows, written after each row.")
     ] = "",
-    against: Annotated[str, typer.Option(help="An earlier --json file to compare with.")] = "",
+    against: Annotated[str, typer.Option(help="A file that --json wrote, to compare with.")] = "",
 ) -> None:
-    """Measure the operator: forward, and forward + backward.
+    """Measure the time and memory of an operator: forward, and forward + backward.
 
-    The matmul share is the operator's own flops (recomputation not counted) per second, over the
-    rate of a plain large matrix product of the same dtype measured beside it. Attention is q, k, v
-    projections and scaled_dot_product_attention on the same tokens. Memory is the peak during the
-    call beyond what was there before it; gradients count, as they are made there. The dense gather
-    makes a matrix for every pair and sample; where that does not fit at the batch of the row, both
-    are compared at a smaller one, and the bytes it would take are told. The operator acmix has a
-    3x3 convolution beside it instead of attention, and for the dense gather an implementation that
-    unfolds keys and values to a copy per neighbour.
+    The matmul share divides the floating-point operations per second of the operator (without
+    recomputation) by those of a large matrix product of the same dtype, measured before and after
+    it. The peak memory is what the call allocates, including gradients, beyond the memory in use
+    before it.
+
+    Each operator is compared with q, k, v projections and scaled_dot_product_attention on the same
+    tokens, and Translution also with the direct implementation, which gathers a matrix for every
+    pair and sample. If that does not fit into memory at the batch of the row, both are compared at
+    a smaller batch, and the table shows the bytes that it would take. The operator acmix is
+    compared with a 3x3 convolution, and with an implementation that copies keys and values for
+    every neighbour.
     """
     check_choice("operator", operator, list(OPERATORS))
     relative = check_relative(relative)
@@ -126,11 +140,11 @@ def bench(
         chosen(cases[-1], where)
         cases[-1].check()
     console = Console()
-    told = header(where)
-    about, rows = told["machine"], told["rows"]
-    console.print(f"{told_machine(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
-    if earlier and told_machine(earlier["machine"]) != told_machine(about):
-        console.print(f"earlier: {told_machine(earlier['machine'])}", highlight=False)
+    record = header(where)
+    about, rows = record["machine"], record["rows"]
+    console.print(f"{machine_line(about)}, {dtypes}, {datetime.date.today()}", highlight=False)
+    if earlier and machine_line(earlier["machine"]) != machine_line(about):
+        console.print(f"earlier: {machine_line(earlier['machine'])}", highlight=False)
     done: Measured = {}
     with Live(console=console) as live:
         for case in cases:
@@ -138,9 +152,9 @@ def bench(
                 allowed = dense_limit * 1e9 if dense else 0.0
                 rows.append(measure(case, where, backward, repeats, allowed, done))
                 live.update(table(rows, earlier["rows"] if earlier else []))
-                keep(told, json_file)
+                keep(record, json_file)
     if not console.is_terminal:
-        console.print()  # a live table ends its last line on a terminal alone
+        console.print()  # a live table ends its last line on terminals only
     if json_file:
         console.print(f"written to {json_file}")
 
@@ -148,7 +162,10 @@ def bench(
 def _shapes(
     operator: str, device: str, grid: str, width: str, batch: str
 ) -> list[tuple[str, int, int]]:
-    """(grid, width, batch) of each case: what is given, and the operator's own for the rest."""
+    """Return the (grid, width, batch) of each case.
+
+    Options that are empty take the operator's own values from `SHAPES`.
+    """
     own = SHAPES.get(operator, SHAPES["cuda" if device == "cuda" else "cpu"])
     grids = [g.strip() for g in grid.split(",")] if grid else list(dict(g[::2] for g in own))
     widths = ints("width", width) if width else []
@@ -161,7 +178,12 @@ def _shapes(
 
 
 def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
-    """The rows for the screen."""
+    """Make the table that is printed.
+
+    Args:
+        rows: the rows of `measure`.
+        earlier: the rows of an earlier file, whose times are compared; may be empty.
+    """
     before = {_same(row): row for row in earlier}
     dense = any("dense_bytes_by_shape" in row for row in rows)
     beside = {"attention": "self-attention", "convolution": "a 3×3 convolution"}[rows[0]["beside"]]
@@ -189,15 +211,17 @@ def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
             cells.append(f"{taken / same['seconds']:.2f}" if same else "none")
         lines.append(cells)
     caption = (
-        f"share: of the matmul rate. copy: bytes moved, of the copy rate. MB: peak. × {short}: "
-        f"time over {beside}'s." + " ÷ torch: time over the torch backend's." * other
+        f"share: fraction of the matmul rate. copy: fraction of the copy rate. MB: peak memory. "
+        f"× {short}: time divided by that of {beside}."
+        + " ÷ torch: time divided by that of the torch backend."
+        * other
     )
     left = ("grid", "dtype", "pass", twin)
     return console_table(columns, lines, left, (twin,), caption, rows[0]["operator"])
 
 
 def _dense_cell(row: dict[str, Any]) -> str:
-    """How much slower and larger the dense gather is, or what it would take."""
+    """Say how much slower and larger the direct implementation is, or the memory it would take."""
     if "dense_bytes_by_shape" not in row:
         return ""
     found = row.get("dense")
@@ -216,15 +240,15 @@ def _same(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _earlier(file: str) -> dict[str, Any]:
-    """What an earlier run wrote, {} for none."""
+    """Read the file of an earlier run; return {} if no file is named."""
     if not file:
         return {}
     try:
-        told = json.loads(Path(file).read_text("utf-8"))
-        told_machine(told["machine"])
-        for row in told["rows"]:
-            row.setdefault("device", told["machine"]["device"])
+        record = json.loads(Path(file).read_text("utf-8"))
+        machine_line(record["machine"])
+        for row in record["rows"]:
+            row.setdefault("device", record["machine"]["device"])
             float(row["seconds"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"against: {file} is not a --json file of this command: {error}") from None
-    return told
+    return record

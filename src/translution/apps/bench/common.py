@@ -1,4 +1,4 @@
-"""What the commands share: their options, what a file of rows begins with, and how it is kept."""
+"""Functions that the benchmark commands share: reading options, and writing files of rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...utils.measuring import commit_here, machine
 __all__ = [
     "DTYPES",
     "check_file",
+    "grid_text",
     "header",
     "ints",
     "keep",
+    "machine_line",
     "parse_grid",
-    "told_grid",
-    "told_machine",
 ]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
@@ -29,7 +29,14 @@ DTYPES["float64"] = torch.float64
 
 
 def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
-    """Sizes, and whether causal: "7x7" -> (7, 7), False; "256c" -> (256,), True."""
+    """Read a grid: "7x7" gives ((7, 7), False), and "256c" gives ((256,), True).
+
+    Returns:
+        The number of tokens along each axis, and whether the grid is causal.
+
+    Raises:
+        ValueError: the text is not a grid.
+    """
     causal = text.strip().endswith("c")
     parts = text.strip().removesuffix("c").lower().replace("×", "x").split("x")
     if not all(part.isdigit() and int(part) for part in parts):
@@ -37,13 +44,21 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
     return tuple(int(part) for part in parts), causal
 
 
-def told_grid(grid: tuple[int, ...] | list[int], causal: bool = False) -> str:
-    """Sizes as a table tells them: "7×7", "256 causal"."""
+def grid_text(grid: tuple[int, ...] | list[int], causal: bool = False) -> str:
+    """Write a grid for a table, such as "7×7" or "256 causal"."""
     return "×".join(map(str, grid)) + (" causal" if causal else "")
 
 
 def ints(name: str, text: str) -> list[int]:
-    """Numbers of at least 1, divided by commas."""
+    """Read whole numbers of at least 1 that are separated by commas.
+
+    Args:
+        name: the option, for the message.
+        text: the text, such as "16,64".
+
+    Raises:
+        ValueError: the text contains something else.
+    """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) for part in parts):
         raise ValueError(f"{name}: got {text!r}, want numbers such as 16,64")
@@ -51,14 +66,27 @@ def ints(name: str, text: str) -> list[int]:
 
 
 def check_file(name: str, file: str) -> None:
-    """Refuse a file that can't be written, before anything runs; "" is none."""
+    """Check that a file can be written, before anything runs.
+
+    Args:
+        name: the option, for the message.
+        file: the path, or "" for no file.
+
+    Raises:
+        ValueError: the path is a folder, or its folder does not exist.
+    """
     target = Path(file).absolute()
     if file and (target.is_dir() or not target.parent.is_dir()):
         raise ValueError(f"{name}: got {file}, want a file in a folder that exists")
 
 
 def header(device: torch.device, command: str = "") -> dict[str, Any]:
-    """What a file of rows begins with: the machine, the command, the date, and no rows yet."""
+    """Begin a record of measurements: the machine, the command, the date, and an empty "rows".
+
+    Args:
+        device: the device that is measured.
+        command: the command to record; "" takes the arguments of this process.
+    """
     return {
         "machine": {**machine(device.type), "commit": commit_here()},
         "command": command or " ".join(["translution", *sys.argv[1:]]),
@@ -67,16 +95,20 @@ def header(device: torch.device, command: str = "") -> dict[str, Any]:
     }
 
 
-def told_machine(about: dict[str, Any]) -> str:
-    """The machine in a line."""
-    told = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
+def machine_line(about: dict[str, Any]) -> str:
+    """Describe a machine, as `header` records it, in one line."""
+    text = f"{about.get('gpu', about['cpu'])}, {about['threads']} threads, torch {about['torch']}"
     commit = about.get("commit")
-    return f"{told}, translution {about['translution']}" + (f" ({commit})" if commit else "")
+    return f"{text}, translution {about['translution']}" + (f" ({commit})" if commit else "")
 
 
-def keep(told: dict[str, Any], file: str) -> None:
-    """Write what is measured so far, if asked to: after each row, so that an interrupted run keeps
-    what is finished."""
+def keep(record: dict[str, Any], file: str) -> None:
+    """Write a record as JSON; call it after each row, so that an interrupted run loses nothing.
+
+    Args:
+        record: the record, with its rows so far.
+        file: the path, or "" to write nothing.
+    """
     if file:
-        text = json.dumps(told, indent=1)
+        text = json.dumps(record, indent=1)
         write_whole(Path(file), lambda path: path.write_text(text, "utf-8"))

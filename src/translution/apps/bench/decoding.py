@@ -1,6 +1,6 @@
-"""A new token of a text, with what layers hold of those before and without: time, and bytes read.
+"""Measure text generation: the time of a new token with and without caches, and the bytes read.
 
-`python -m translution.apps.bench.decoding` prints the table that docs/generation.md keeps and
+`python -m translution.apps.bench.decoding` prints the table that docs/generation.md shows and
 explains.
 """
 
@@ -29,21 +29,27 @@ from ...modules.positions import RelativeBias
 from ...utils.measuring import copy_rate, seconds_in_turn
 from ...utils.tables import console_table
 from ..training.engine import pick_device
-from .common import check_file, header, keep, told_machine
+from .common import check_file, header, keep, machine_line
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]
 
 DEFAULT = "attention,rotary,bias,alpha,translution:v,translution"
-TABLES = ("translution", "alpha")
-VOCAB = 256  # a text of bytes
+TABLES = ("translution", "alpha")  # mixers with tables of projections
+VOCAB = 256  # the tokens are bytes
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """One row of the table: a language model, and the last `tokens` of its full context.
+    """A language model to measure while it generates the last tokens of its context.
 
-    mixer: a causal one. relative: which of q, k, v have tables, where it has any. heads: a divisor
-    of dim.
+    Attributes:
+        mixer: the name of a causal mixer.
+        relative: which of q, k and v are relative, for mixers with tables.
+        context: the number of tokens of a full context.
+        dim: the number of channels of a token.
+        depth: the number of blocks.
+        heads: the number of heads, a divisor of dim.
+        tokens: the number of generated tokens that are timed.
     """
 
     mixer: str
@@ -62,10 +68,11 @@ class Decoding:
 
     @property
     def prompt(self) -> int:
-        """Tokens before those that are timed."""
+        """The number of tokens before those that are timed."""
         return self.context - self.tokens
 
     def build(self) -> GPT:
+        """Make the model, with random weights."""
         return gpt(
             mixer=self.mixer, relative=self.relative, context=self.context, vocab_size=VOCAB,
             dim=self.dim, depth=self.depth, heads=self.heads,
@@ -73,10 +80,17 @@ class Decoding:
 
 
 def mixers_named(text: str) -> list[tuple[str, str]]:
-    """(mixer, relative) of names such as "rotary,translution:kv"; with tables and none named, qkv.
+    """Read mixers from a text such as "rotary,translution:kv".
+
+    Args:
+        text: names of mixers, separated by commas. A mixer with tables may be followed by a colon
+            and the projections that are relative; without them, q, k and v are.
+
+    Returns:
+        The (mixer, relative) pairs.
 
     Raises:
-        ValueError: a mixer that is unknown or cannot be causal, or tables where it has none.
+        ValueError: a mixer is unknown or cannot be causal, or has no tables but a colon.
     """
     found = []
     for part in text.split(","):
@@ -88,11 +102,11 @@ def mixers_named(text: str) -> list[tuple[str, str]]:
     return found
 
 
-# -- counted: what a new token reads ---------------------------------------------------------------
+# -- counting: the bytes that a new token reads ----------------------------------------------------
 
 
 class _Counting(Cache):
-    """A cache that counts the bytes it gives out."""
+    """A cache that counts the bytes that are read from it."""
 
     read = 0
 
@@ -104,12 +118,18 @@ class _Counting(Cache):
 
 @torch.no_grad()
 def bytes_per_token(model: GPT, prompt: int, tokens: int) -> dict[str, float]:
-    """Bytes that one new token reads, the mean over `tokens` that follow a prompt.
+    """Count the bytes that a model reads for one new token.
+
+    Args:
+        model: the language model.
+        prompt: the number of tokens of the prompt.
+        tokens: the number of tokens that follow the prompt, over which the mean is taken.
 
     Returns:
-        "shared": all weights that every token takes, and one row of each embedding; "tables": of
-        tables with a row per class, the rows whose class the token has pairs of; "caches": what
-        they give out, the new token included, as often as they are asked.
+        Bytes per token: "shared", the weights that every token uses and one row of each embedding;
+        "tables", the matrices of the offset classes that occur between the new token and the
+        tokens before it; "caches", everything that is read from the caches, including the new
+        token.
     """
     device = model.embed.weight.device
     caches = [_Counting(cache.reach) for cache in model.make_caches()]
@@ -137,7 +157,7 @@ def bytes_per_token(model: GPT, prompt: int, tokens: int) -> dict[str, float]:
 
 
 def _classes(layout: Any, length: int) -> int:
-    """How many different classes the last of so many tokens has pairs of."""
+    """Return the number of offset classes between the last of `length` tokens and all of them."""
     index = layout.at(length).select(queries=(length - 1,)).index
     return len(index[index >= 0].unique())
 
@@ -146,11 +166,15 @@ def _bytes(*held: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in held)
 
 
-# -- measured --------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 class _Text:
-    """Greedy continuations of one prompt, begun anew by `begin`; `go_on` makes the timed tokens."""
+    """A greedy continuation of one prompt.
+
+    `begin` reads the prompt, and `go_on` then generates the tokens that are timed. Both can be
+    called repeatedly.
+    """
 
     def __init__(self, case: Decoding, model: GPT, cache: bool):
         self.case, self.model, self.cache = case, model, cache
@@ -159,12 +183,13 @@ class _Text:
         self.stream: Iterator[Tensor] = iter(())
 
     def begin(self) -> None:
-        """Read the prompt, and make the token after it."""
+        """Start again: read the prompt and generate the token after it."""
         count = self.case.tokens + 1
         self.stream = generate(self.model, self.ids, count, temperature=0, cache=self.cache)
         next(self.stream)
 
     def go_on(self) -> None:
+        """Generate the timed tokens."""
         for _ in range(self.case.tokens):
             next(self.stream)
 
@@ -172,16 +197,26 @@ class _Text:
 def measure_decoding(
     cases: list[Decoding], device: torch.device, repeats: int = 3
 ) -> list[dict[str, Any]]:
-    """A row for each case: median times of calls made in turn, all cases with and without caches.
+    """Measure the generation of text for each case, with and without caches.
 
-    A repeat begins a text with a prompt, and then times its `tokens` together: they see prompt + 1
-    to context tokens. So a repeat does the same work each time, and no slide is among it.
+    The calls of all cases alternate. Each repeat reads the prompt again and then times all `tokens`
+    together, so that every repeat does the same work. No text is longer than the context.
+
+    Args:
+        cases: the models to measure.
+        device: the device that computes.
+        repeats: the number of timed repeats; medians are reported.
 
     Returns:
-        the fields of each case ("relative" None without tables), its "parameters", seconds of the
-        prompt and a token ("prompt_seconds"), of a token with caches ("cached_seconds") and without
-        ("whole_seconds"), `bytes_per_token` as "bytes", the bytes per second of a plain copy
-        ("copy_rate"), and "bytes_share": reading them at that rate over "cached_seconds".
+        A row for each case with its fields ("relative" is None for mixers without tables) and:
+
+        - "parameters": the number of parameters;
+        - "prompt_seconds": the time of the prompt and the token after it;
+        - "cached_seconds": the time of a token with caches;
+        - "whole_seconds": the time of a token without caches;
+        - "bytes": the result of `bytes_per_token`;
+        - "copy_rate": the bytes per second that a copy reads and writes;
+        - "bytes_share": the time to read "bytes" at "copy_rate", divided by "cached_seconds".
     """
     texts, rows = [], []
     for case in cases:
@@ -196,7 +231,7 @@ def measure_decoding(
     calls: list[Callable[[], None]] = [call for text in texts for call in (text.begin, text.go_on)]
     rates = [copy_rate(device)]
     times = iter(seconds_in_turn(calls, device, repeats))
-    rates.append(copy_rate(device))  # machines drift: measured before and after
+    rates.append(copy_rate(device))  # before and after, as the speed of a machine drifts
     for case, row in zip(cases, rows, strict=True):
         row["prompt_seconds"], cached, _, whole = (next(times) for _ in range(4))
         row["cached_seconds"], row["whole_seconds"] = cached / case.tokens, whole / case.tokens
@@ -206,7 +241,7 @@ def measure_decoding(
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """What is printed."""
+    """Make the table that is printed from the rows of `measure_decoding`."""
     heads = ["mixer", "M", "prompt, ms", "cached, ms", "whole, ms", "ratio", "MB read", "share"]
     lines = []
     for row in rows:
@@ -219,23 +254,34 @@ def table(rows: list[dict[str, Any]]) -> Table:
                 f"{sum(row['bytes'].values()) / 1e6:.1f}", f"{row['bytes_share']:.2f}",
             ]
         )  # fmt: skip
-    caption = "cached, whole: per token. share: of cached, what a copy of the MB read takes."
+    caption = (
+        "cached, whole: time per token with and without caches. ratio: whole / cached. MB read: "
+        "per token with caches. share: the time to copy that many MB, as a fraction of cached."
+    )
     return console_table(heads, lines, left=("mixer",), caption=caption)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the table, and keep it if asked to."""
+    """Measure the models, print the table, and write the rows to the file of --json.
+
+    Args:
+        arguments: the command-line arguments; None takes those of this process.
+    """
     prog = "python -m translution.apps.bench.decoding"
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--mixers", default=DEFAULT, help="such as rotary,translution:kv")
+    parser.add_argument(
+        "--mixers", default=DEFAULT, help=f"mixers, such as rotary,translution:kv ({DEFAULT})"
+    )
     for name, default, meaning in (
-        ("context", 160, "tokens of a full one"), ("dim", 128, "channels"), ("depth", 4, "blocks"),
-        ("heads", 4, "of each block"), ("tokens", 32, "timed ones: the last of the context"),
-        ("repeats", 3, "the median counts"), ("threads", 0, "0: torch's own choice"),
+        ("context", 160, "tokens of the context"), ("dim", 128, "channels of a token"),
+        ("depth", 4, "blocks"), ("heads", 4, "heads of each block"),
+        ("tokens", 32, "timed tokens, the last ones of the context"),
+        ("repeats", 3, "timed repeats; their median is reported"),
+        ("threads", 0, "CPU threads; 0 leaves torch's default"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the rows here")
+    parser.add_argument("--device", default="auto", help="the device: auto, cpu, cuda or mps")
+    parser.add_argument("--json", default="", metavar="FILE", help="a file for the rows")
     given = parser.parse_args(arguments)
     try:
         for name, least in (("repeats", 1), ("threads", 0)):
@@ -251,20 +297,20 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         with torch.device("meta"):
             for case in cases:
-                case.build()  # sizes that don't fit are refused before anything runs
+                case.build()  # refuses sizes that do not fit before anything runs
     except ValueError as error:
         parser.error(str(error))
     if given.threads:
         torch.set_num_threads(given.threads)
     console = Console()
     asked = sys.argv[1:] if arguments is None else arguments
-    told = header(device, " ".join([prog, *asked]))
-    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
-    told["rows"] = rows = measure_decoding(cases, device, given.repeats)
+    record = header(device, " ".join([prog, *asked]))
+    console.print(f"{machine_line(record['machine'])}, {datetime.date.today()}", highlight=False)
+    record["rows"] = rows = measure_decoding(cases, device, given.repeats)
     console.print(table(rows))
     rate = rows[0]["copy_rate"] / 1e9
     console.print(f"a plain copy reads and writes {rate:.1f} GB/s", highlight=False)
-    keep(told, given.json)
+    keep(record, given.json)
     if given.json:
         console.print(f"written to {given.json}")
 

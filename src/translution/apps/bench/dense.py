@@ -1,4 +1,4 @@
-"""What the operator costs when a matrix is gathered for every pair: for comparison only."""
+"""Translution with a matrix gathered for every pair; the benchmarks compare with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ __all__ = ["dense_bytes", "dense_translution"]
 def dense_translution(
     x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, index: Tensor, heads: int
 ) -> Tensor:
-    """Translution [batch, tokens, heads * head_dim] with a matrix per pair and sample.
+    """Compute Translution in the way of the published code, with a matrix per pair and sample.
 
-    The way of the published code: the table is gathered to [tokens, tokens, channels, inner], and a
-    broadcast product with the tokens, summed over the channels, makes q, k and v of every pair.
+    Each table is gathered to [tokens, tokens, channels, inner]. A broadcast product with the
+    tokens, summed over the channels, gives the q, k and v of every pair.
+
+    Args:
+        x: the tokens [batch, tokens, channels].
+        wq: the table of the queries [classes, channels, inner].
+        wk: the table of the keys [classes, channels, inner].
+        wv: the table of the values [classes, channels, inner].
+        index: the offset class of each pair, int64 [tokens, tokens].
+        heads: the number of heads, a divisor of inner.
+
+    Returns:
+        The output [batch, tokens, inner].
     """
 
     def per_pair(table: Tensor, tokens: Tensor) -> Tensor:
@@ -29,9 +40,23 @@ def dense_translution(
 def dense_bytes(
     batch: int, tokens: int, channels: int, inner: int, backward: bool, width: int = 4
 ) -> int:
-    """Memory of `dense_translution` by its shapes: going forward, one projection's gathered weights
-    and products at a time; going back, the gathered weights of all three, and for one of them the
-    products' gradients to its tokens and to its weights."""
+    """Estimate the peak memory of `dense_translution` from its shapes.
+
+    The forward pass holds the gathered weights and the products of one projection at a time. The
+    backward pass holds the gathered weights of all three projections and, for one of them, the
+    gradients of the products with respect to tokens and weights.
+
+    Args:
+        batch: the number of samples.
+        tokens: the number of tokens of a sample.
+        channels: the number of channels of a token.
+        inner: the number of channels of all heads together.
+        backward: whether the backward pass is included.
+        width: the bytes of a number.
+
+    Returns:
+        The number of bytes.
+    """
     pairs = tokens * tokens
     gathered, product = pairs * channels * inner, batch * pairs * channels * inner
     result = batch * pairs * inner

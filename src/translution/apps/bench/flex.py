@@ -1,13 +1,15 @@
-"""Neighbourhood attention by torch's flex_attention: the best other way on a GPU, to compare with.
+"""Neighbourhood attention computed by torch's flex_attention, for comparisons on a GPU.
 
-How often a query sees a key is the product of two counts, one per axis: so a mask and a term added
-to the scores, both read from two small tables, say all of it, the reflection at the borders
-included, and the answer is that of `functional.neighborhood_attention` exactly. What differs is the
-cost: flex_attention works on blocks of 128 queries × 128 keys of one long line of places, and
-multiplies every block that has a single neighbour in it. Put row by row on that line, a block of
-queries is two or three whole rows of a map, and their neighbours as many rows and six more. With
-`tile` the places are put on it tile by tile, which makes the blocks fewer and costs a copy of
-queries, keys, values and answer. A benchmark should try both.
+The number of times that a query sees a key is the product of two counts, one for each axis. A count
+exceeds 1 where the border reflects. A mask and a term that is added to the scores, both read from
+two small tables of counts, therefore describe the neighbourhood exactly, and the result equals that
+of `functional.neighborhood_attention`.
+
+The cost is different. flex_attention puts all pixels into one sequence, cuts it into blocks of 128
+queries × 128 keys, and computes each block that contains at least one neighbour. If the pixels are
+in row order, a block of queries covers two or three rows of a map, and its neighbours cover six
+rows more. With `tile` the pixels are ordered tile by tile, which needs fewer blocks, but a copy of
+queries, keys, values and output. A benchmark should measure both.
 """
 
 from __future__ import annotations
@@ -26,12 +28,19 @@ __all__ = ["flex_neighborhood"]
 
 
 class _Plan(NamedTuple):
-    """What an area is to flex_attention."""
+    """The form in which flex_attention needs a neighbourhood.
+
+    Attributes:
+        mask: the pairs of queries and keys that are neighbours.
+        score: adds the logarithm of the counts to the scores.
+        query_order: int64 [queries], the query at each place of the sequence.
+        query_place: int64 [queries], the place of each query in the sequence.
+        key_order: int64 [keys], the key at each place of the sequence.
+    """
 
     mask: BlockMask
     score: Callable[..., Tensor]
     query_order: Tensor
-    """[queries] the query at each place of the line; `query_place` is the inverse."""
     query_place: Tensor
     key_order: Tensor
 
@@ -44,20 +53,22 @@ def flex_neighborhood(
     scale: float | None = None,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Softmax attention of each query over its neighbourhood, differentiable.
+    """Compute the softmax attention of each query over its neighbourhood; it is differentiable.
 
-    Compiled on a GPU (at the first call for an area, which takes seconds); on the CPU it runs as it
-    is and holds all pairs of the map.
+    On a GPU it is compiled; the first call for each neighbourhood takes seconds. On a CPU it is not
+    compiled, and holds the scores of all pairs of pixels.
 
     Args:
-        query: [batch, heads, out height, out width, head_dim].
-        key, value: [batch, heads, height, width, head_dim or value channels].
-        scale: of the scores; None is 1 / sqrt(head_dim).
-        tile: (rows, columns) that stand together on the line of places, 8 × 16 fill a block of 128;
-            None puts whole rows one after the other.
+        query: the queries [batch, heads, out height, out width, head_dim].
+        key: the keys [batch, heads, height, width, head_dim].
+        value: the values [batch, heads, height, width, value channels].
+        area: the neighbours of each query.
+        scale: the factor of the scores; None takes 1 / sqrt(head_dim).
+        tile: the (rows, columns) of the tiles in which the pixels are ordered, such as (8, 16),
+            which fills a block of 128; None orders the pixels row by row.
 
     Returns:
-        [batch, heads, out height, out width, value channels].
+        The output [batch, heads, out height, out width, value channels].
     """
     plan = _plan(area, query.device, tile)
     q, k, v = (x.flatten(2, 3) for x in (query, key, value))
@@ -85,7 +96,7 @@ def _plan(area: Neighborhood, device: torch.device, tile: tuple[int, int] | None
     )  # fmt: skip
 
     def places(q: Tensor, k: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The (query, key) indices on the rows and on the columns."""
+        """Return the (query, key) row indices and the (query, key) column indices."""
         i, j = query_order[q], key_order[k]
         return (i // out_width, j // width), (i % out_width, j % width)
 
@@ -102,14 +113,17 @@ def _plan(area: Neighborhood, device: torch.device, tile: tuple[int, int] | None
 
 
 def _counts(area: Neighborhood, axis: int) -> Tensor:
-    """[queries, places] of an axis: how often a query sees a place there."""
+    """Return how often each query sees each place along an axis, float32 [queries, places]."""
     seen = torch.tensor([area.neighbors(axis, query) for query in range(area.out[axis])])
     counts = torch.zeros(area.out[axis], area.size[axis])
     return counts.scatter_add_(1, seen, torch.ones(seen.shape))
 
 
 def _order(size: tuple[int, int], tile: tuple[int, int] | None) -> Tensor:
-    """The places of a map row by row, or tile by tile of `tile` (and row by row in a tile)."""
+    """Return the order of the pixels of a map: row by row, or tile by tile.
+
+    Within a tile the order is row by row.
+    """
     high, wide = tile or (1, size[1])
     rows, columns = (torch.arange(n) for n in size)
     tiles = (rows // high)[:, None] * (size[1] // wide + 1) + (columns // wide)[None, :]

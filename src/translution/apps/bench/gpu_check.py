@@ -1,4 +1,4 @@
-"""Whether what a device computes is right: beside plain torch in float64, tensor by tensor."""
+"""Compare what a device computes with plain torch in float64, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ from torch import Tensor
 from ...functional import neighborhood_attention, offset_mix, offset_scores
 from ...layouts import Layout
 from ...neighborhoods import Neighborhood
-from .common import told_grid
+from .common import grid_text
 from .gpu_rows import Row, Setting, dtype_name
 from .measure import serving
 
 __all__ = ["TOLERANCES", "NeighborhoodCheck", "OffsetCheck", "check", "checks"]
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""The largest relative error (of the Frobenius norm) that passes, in any tensor."""
+"""The largest relative error that passes for each dtype, measured in the Frobenius norm."""
 Values = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class OffsetCheck:
-    """Both primitives, their values and all their gradients, at one size."""
+    """A check of `offset_scores` and `offset_mix`: their values and all of their gradients.
+
+    Attributes:
+        layout: the offset class of each pair of tokens.
+        batch: the number of samples.
+        channels: the number of channels of a token.
+        heads: the number of heads.
+        dtype: the dtype of tokens and weights.
+        biases: whether the projections have biases.
+    """
 
     layout: Layout
     batch: int
@@ -38,11 +47,11 @@ class OffsetCheck:
     @property
     def name(self) -> str:
         layout = self.layout
-        told = told_grid(layout.grid, layout.causal)
-        told += f", prefix {layout.prefix}" * bool(layout.prefix)
-        told += f", window {layout.window[0]}" if layout.window else ""
-        told += ", biases" * self.biases
-        return f"{told}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
+        text = grid_text(layout.grid, layout.causal)
+        text += f", prefix {layout.prefix}" * bool(layout.prefix)
+        text += f", window {layout.window[0]}" if layout.window else ""
+        text += ", biases" * self.biases
+        return f"{text}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         draw = _Draw(device, seed)
@@ -60,12 +69,19 @@ class OffsetCheck:
         there = (layout.index_on(device) >= 0).to(torch.float32)
         made["a"] = draw(*pairs).exp_().mul_(there)
         made["a"] /= made["a"].sum(-1, keepdim=True).clamp(min=1e-9)
-        made["ds"] = draw(*pairs).mul_(there)  # what comes back to scores and output
+        made["ds"] = draw(*pairs).mul_(there)  # the gradients of scores and output
         made["dy"] = draw(self.batch, layout.n_queries, channels).to(self.dtype)
         return made
 
     def values(self, given: dict[str, Tensor], backend: str) -> Values:
-        """Results and gradients, named: "s", "dxq" for that of xq, ..."""
+        """Yield the (name, tensor) pairs of all results and gradients.
+
+        The scores are "s", the output of the mix is "y", and the gradient of "xq" is "dxq".
+
+        Args:
+            given: the tensors that `inputs` returned.
+            backend: the backend that computes.
+        """
         layout = self.layout
         leaves = {
             name: tensor.detach().requires_grad_()
@@ -91,7 +107,17 @@ class OffsetCheck:
 
 @dataclass(frozen=True)
 class NeighborhoodCheck:
-    """Neighbourhood attention and its gradients, at one size."""
+    """A check of neighbourhood attention: its values and all of its gradients.
+
+    Attributes:
+        size: the height and width of the map of keys.
+        batch: the number of samples.
+        channels: the number of channels of a pixel, all heads together.
+        heads: the number of heads.
+        dtype: the dtype of queries, keys and values.
+        kernel: the size of the neighbourhood.
+        stride: the distance between queries in pixels.
+    """
 
     size: tuple[int, int]
     batch: int
@@ -103,9 +129,9 @@ class NeighborhoodCheck:
 
     @property
     def name(self) -> str:
-        told = f"neighbourhood {self.kernel}×{self.kernel} of {told_grid(self.size)}"
-        told += f", stride {self.stride}" * (self.stride > 1)
-        return f"{told}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
+        text = f"neighbourhood {self.kernel}×{self.kernel} of {grid_text(self.size)}"
+        text += f", stride {self.stride}" * (self.stride > 1)
+        return f"{text}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         draw = _Draw(device, seed)
@@ -124,7 +150,7 @@ class NeighborhoodCheck:
 
 
 class _Draw:
-    """Normal numbers, the same for the same seed."""
+    """Draws normal numbers; the same seed gives the same numbers."""
 
     def __init__(self, device: torch.device, seed: int):
         self.device, self.generator = device, torch.Generator(device).manual_seed(seed)
@@ -146,10 +172,21 @@ Check = OffsetCheck | NeighborhoodCheck
 def check(
     case: Check, device: torch.device, backend: str = "auto", seed: int = 0
 ) -> dict[str, Any]:
-    """Relative errors by tensor, whether they pass, and whether a second run gives equal bits.
+    """Compare a case with plain torch, and a second run of it with the first.
 
-    The reference is plain torch on the same device and the same rounded inputs, in float64, or in
-    float32 where the memory is too small for that ("exact" tells which).
+    The reference computes the same rounded inputs on the same device in float64, or in float32 if
+    float64 does not fit into memory.
+
+    Args:
+        case: the check.
+        device: the device that computes.
+        backend: the backend to check, or "auto".
+        seed: the seed of the inputs.
+
+    Returns:
+        "backend" and "dtype", the names; "errors", the relative error of each tensor; "largest",
+        the largest of them; "tolerance", the error that is allowed; "exact", the dtype of the
+        reference; "equal_bits", whether the second run gave the same bits; "passed".
     """
     given = case.inputs(device, seed)
     mine = dict(case.values(given, backend))
@@ -187,11 +224,11 @@ def _errors(
     return found
 
 
-# -- the part --------------------------------------------------------------------------------------
+# -- the rows of this part -------------------------------------------------------------------------
 
 
 def checks(dry: bool) -> list[Row]:
-    """The rows of the part "check"."""
+    """Return the rows of the part "check"; `dry` takes tiny sizes."""
     kinds = (torch.bfloat16, torch.float32, torch.float16)
     if dry:
         cases: list[tuple[int, Check]] = [

@@ -1,4 +1,4 @@
-"""The command `translution bench-gpu`: everything that one wants to know of a GPU, in one file."""
+"""The command `translution bench-gpu`, which checks and measures the library on a GPU."""
 
 from __future__ import annotations
 
@@ -11,49 +11,52 @@ import torch
 import typer
 from rich.console import Console
 
-from ...utils.words import some
+from ...utils.words import shortened
 from ..training.engine import pick_device
-from .common import check_file, keep, told_machine
+from .common import check_file, keep, machine_line
 from .gpu_page import check_page, write_page
 from .gpu_parts import PARTS, parts_named, summary
-from .gpu_rows import DeviceLost, Row, Setting, Told, begin, in_order, measured, same
+from .gpu_rows import DeviceLost, Record, Row, Setting, begin, in_order, measured, same
 
 __all__ = ["bench_gpu"]
 
 
 def bench_gpu(
     only: Annotated[
-        str, typer.Option(help=f"Some of {','.join(PARTS)}; none measures nothing.")
+        str, typer.Option(help=f"One or more of {','.join(PARTS)}; none measures nothing.")
     ] = ",".join(PARTS),
     out: Annotated[
-        str, typer.Option(help="The file of all rows, written after each.")
+        str, typer.Option(help="The JSON file of all rows, written after each row.")
     ] = "gpu.json",
     docs: Annotated[
-        str, typer.Option(help="A page whose section on GPUs is then written anew from the file.")
+        str, typer.Option(help="A page whose section on GPUs is written from the file.")
     ] = "",
     budget: Annotated[float, typer.Option(help="Seconds for the whole run.")] = 480.0,
-    again: Annotated[bool, typer.Option(help="Measure also what the file holds already.")] = False,
-    repeats: Annotated[int, typer.Option(help="Timed calls; the median counts.")] = 5,
-    device: Annotated[str, typer.Option(help="auto or cuda; cpu only with --dry.")] = "auto",
+    again: Annotated[
+        bool, typer.Option(help="Measure also the rows that the file has already.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Timed calls; their median is reported.")] = 5,
+    device: Annotated[str, typer.Option(help="The device: auto or cuda; cpu with --dry.")] = "auto",
     dry: Annotated[
         bool,
         typer.Option(
-            help="Tiny sizes on the CPU, to try the command; with TRITON_INTERPRET=1 in the "
-            "environment the kernels run in Triton's interpreter."
+            help="Try the command on the CPU with tiny sizes. With TRITON_INTERPRET=1 in the "
+            "environment, the kernels run in Triton's interpreter."
         ),
     ] = False,
 ) -> None:
-    """Check and measure the library on a GPU, within a time.
+    """Check and measure the library on a GPU within a given time.
 
-    check: values and gradients beside float64, and equal bits on a second run. operator: time,
-    share of the matmul rate, memory, and ratios to plain torch and to attention. acmix: ACmix with
-    each way of computing its attention. steps: training steps of whole models. first: first calls
-    with an empty cache, CUDA graphs, torch.compile.
+    The parts are: check compares values and gradients with float64, and the bits of a second run
+    with the first. operator measures time, share of the matmul rate and memory, and compares them
+    with plain torch and attention. acmix measures ACmix with each way of computing its attention.
+    steps measures training steps of whole models. first measures first calls with an empty cache,
+    CUDA graphs and torch.compile.
 
-    What matters most of every part comes first, and what the time does not reach is skipped and
-    told. The file is written after each row: a run that is cut off keeps its rows, and the next one
-    goes on where it ended, as long as library and device are the same. Rows that failed are
-    measured again, after all others.
+    The most important rows of every part come first. Rows for which the time is too short are
+    skipped and listed. The file is written after each row, so that an interrupted run keeps its
+    rows. With the same library and device, the next run continues where the last one ended. Rows
+    that failed are measured again after all others.
     """
     wanted = parts_named(only)
     if repeats < 1:
@@ -69,51 +72,57 @@ def bench_gpu(
         where = torch.device(_gpu(device, dry))
         setting = Setting.of_dry(end) if dry else Setting(where, end, repeats=repeats)
         _run(console, setting, wanted, out, budget, again)
-    told = read(out)
+    record = read(out)
     if not wanted and not docs:
-        raise ValueError(
-            "docs: got nothing, want a page where only is none, as nothing is measured"
-        )
+        raise ValueError("docs: got nothing, want a page, since --only=none measures nothing")
     if docs:
-        write_page(docs, told)
+        write_page(docs, record)
         console.print(f"the section on GPUs of {docs} is written from {out}")
 
 
-def read(file: str) -> Told:
-    """What an earlier run wrote.
+def read(file: str) -> Record:
+    """Read the file of an earlier run.
+
+    Args:
+        file: the path of the file.
+
+    Returns:
+        The record of the run, with its "rows".
 
     Raises:
-        ValueError: it is not a file of this command, or there is none.
+        ValueError: the file does not exist, or this command did not write it.
     """
     try:
-        told = json.loads(Path(file).read_text("utf-8"))
-        _ = told["program"], told["machine"]["torch"], told["date"]
-        _ = [(row["part"], row["name"]) for row in told["rows"]]
+        record = json.loads(Path(file).read_text("utf-8"))
+        _ = record["program"], record["machine"]["torch"], record["date"]
+        _ = [(row["part"], row["name"]) for row in record["rows"]]
     except FileNotFoundError:
-        raise ValueError(f"out: got {file}, want a file that exists where only is none") from None
+        raise ValueError(
+            f"out: got {file}, want a file that exists, since --only=none reads it"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"out: {file} is not a file of this command: {error!r}") from None
-    return dict(told)
+    return dict(record)
 
 
 def _run(
     console: Console, setting: Setting, wanted: list[str], out: str, budget: float, again: bool
 ) -> None:
-    """Measure the rows of the parts wanted, and tell of each."""
+    """Measure the rows of the wanted parts, and print a line for each."""
     start = time.monotonic()
-    told = begin(setting, budget)
+    record = begin(setting, budget)
     earlier = read(out) if Path(out).exists() else None
-    if earlier is not None and same(told, earlier):
+    if earlier is not None and same(record, earlier):
         setting.rows += [row for row in earlier["rows"] if "error" not in row]
     elif earlier is not None:
-        console.print(f"{out} is of another version or device, and is written anew")
-    console.print(f"{told_machine(told['machine'])}, {budget:g} s")
+        console.print(f"{out} was measured with another version or device, and is replaced")
+    console.print(f"{machine_line(record['machine'])}, {budget:g} s")
     rows = in_order([PARTS[name](setting.dry) for name in wanted])
     if not again:
-        kept = {(row["part"], row["name"]) for row in setting.rows}
-        rows = [row for row in rows if (row.part, row.name) not in kept]
-    # what failed before comes last, as it may take the device with it
-    bad = {(row["part"], row["name"]) for row in (earlier or told)["rows"] if "error" in row}
+        measured_before = {(row["part"], row["name"]) for row in setting.rows}
+        rows = [row for row in rows if (row.part, row.name) not in measured_before]
+    # rows that failed before come last, as they may leave the device unusable
+    bad = {(row["part"], row["name"]) for row in (earlier or record)["rows"] if "error" in row}
     rows.sort(key=lambda row: (row.part, row.name) in bad)
     skipped: list[Row] = []
     try:
@@ -124,24 +133,24 @@ def _run(
             at = f"{time.monotonic() - start:.0f} s"
             console.print(f"{number}/{len(rows)}  {at}  {row.part}: {row.name}: ", end="")
             found = measured(row, setting)
-            keep(told, out)
+            keep(record, out)
             console.print(summary(found))
     except DeviceLost as error:
-        keep(told, out)
+        keep(record, out)
         raise ValueError(
-            f"device: it answers nothing more after {row.part}: {row.name} ({error}); the rows so "
-            f"far are in {out}, and the same command goes on with the rest"
+            f"device: it no longer responds after {row.part}: {row.name} ({error}); the finished "
+            f"rows are in {out}, and the same command continues with the others"
         ) from None
     for name in wanted:
         over = [row.name for row in skipped if row.part == name]
         if over:
             console.print(
-                f"{name}: {len(over)} rows skipped, they want more than what is left of the budget "
-                f"of {budget:g} s: {some(over, '; ', 3)}"
+                f"{name}: {len(over)} rows skipped, which need more than what is left of the "
+                f"budget of {budget:g} s: {shortened(over, '; ', 3)}"
             )
     done = len(rows) - len(skipped)
     if done or earlier is None:
-        keep(told, out)
+        keep(record, out)
     failed = sum("error" in row or row.get("passed") is False for row in setting.rows)
     console.print(
         f"{done} rows measured, {failed} failed, {len(skipped)} skipped; all are in {out}"
@@ -149,7 +158,7 @@ def _run(
 
 
 def _gpu(name: str, dry: bool) -> str:
-    """The device to measure."""
+    """Return the type of the device to measure, or refuse one that is not available."""
     if dry:
         if name not in ("auto", "cpu"):
             raise ValueError(f"device: got {name!r}, want cpu with --dry")
@@ -159,7 +168,7 @@ def _gpu(name: str, dry: bool) -> str:
     where = pick_device(name)
     if where != "cuda":
         raise ValueError(
-            f"device: got {name!r}, want a GPU that torch can use with CUDA (there is none, or it "
-            "was not asked for); --dry tries the command on the CPU"
+            f"device: got {name!r}, want a GPU that torch can use with CUDA (there is none, or "
+            "another device was named); --dry tries the command on the CPU"
         )
     return where

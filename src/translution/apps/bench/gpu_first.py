@@ -1,7 +1,7 @@
-"""What a first call costs, and whether steps run as CUDA graphs and under torch.compile.
+"""Measure first calls, training steps as CUDA graphs, and training steps under torch.compile.
 
-Each row is measured in a process of its own, `python -m translution.apps.bench.gpu_first NAME`, so
-that its cache of compiled kernels is its own and a failed capture harms nothing else.
+Each row is measured in a new process, `python -m translution.apps.bench.gpu_first NAME`, so that it
+has its own cache of compiled kernels, and a failed capture does not affect other rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...models import create_model
 from ...utils.measuring import TrainingStep, now, seconds
 from .cases import OPERATORS, Case
-from .gpu_rows import Row, Setting, Told
+from .gpu_rows import Record, Row, Setting
 
 __all__ = ["captured", "compilations", "compiled", "first_calls", "main", "new_shape"]
 
@@ -30,7 +30,7 @@ LEARNING_RATE = 0.01
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The kernels that Triton compiles, or takes from its cache on disk, while this is open."""
+    """Yield a list of the kernels that Triton compiles, or loads from its cache on disk."""
     import triton
 
     knobs, found = triton.knobs.runtime, list[str]()
@@ -50,13 +50,22 @@ def compilations() -> Iterator[list[str]]:
 # -- first calls -----------------------------------------------------------------------------------
 
 
-def new_shape(device: torch.device, dry: bool = False, backend: str = "auto") -> Told:
-    """Seconds of the first forward and the first backward pass of Translution's operator, of the
-    same at a second batch size, and the kernels that each compiled."""
+def new_shape(device: torch.device, dry: bool = False, backend: str = "auto") -> Record:
+    """Measure the first forward and backward pass of Translution's operator at two batch sizes.
+
+    Args:
+        device: the device to measure.
+        dry: whether to use tiny sizes.
+        backend: the backend that computes.
+
+    Returns:
+        For "first" and "second_batch", the seconds of the forward pass ("first_forward_seconds")
+        and of the backward pass, and the number of kernels that were compiled ("first_compiled").
+    """
     grid, width, batches = ((2, 2), 16, (2, 3)) if dry else ((14, 14), 192, (64, 48))
     dtype = torch.float32 if dry else torch.bfloat16
-    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # starts the device
-    found: Told = {}
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # initialises the device
+    found: Record = {}
     for which, batch in zip(("first", "second_batch"), batches, strict=True):
         case = Case("translution", grid, False, width, width // 64 or 2, batch, dtype)
         built = OPERATORS["translution"](Case(**{**vars(case), "backend": backend}), device)
@@ -71,11 +80,11 @@ def new_shape(device: torch.device, dry: bool = False, backend: str = "auto") ->
     return found
 
 
-# -- steps as a graph, and compiled ----------------------------------------------------------------
+# -- training steps as a CUDA graph and compiled ---------------------------------------------------
 
 
 def _step(device: torch.device, dry: bool = False) -> TrainingStep:
-    """A step of SGD, its products in bfloat16."""
+    """Make a training step with SGD and matrix products in bfloat16."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"depth": 2}
     if dry:
@@ -89,9 +98,19 @@ def _step(device: torch.device, dry: bool = False) -> TrainingStep:
     return TrainingStep(model, images, labels, optimizer, torch.bfloat16)
 
 
-def captured(device: torch.device, dry: bool = False) -> Told:
-    """A training step captured in a CUDA graph after one call, and replayed three times: whether
-    losses and weights are those of three steps without it, and the time of both."""
+def captured(device: torch.device, dry: bool = False) -> Record:
+    """Capture a training step in a CUDA graph, and compare it with the same step without a graph.
+
+    Both make three steps from the same weights.
+
+    Args:
+        device: the device to measure.
+        dry: whether to use tiny sizes; on a CPU there is no graph.
+
+    Returns:
+        "equal_bits", whether all losses and weights are equal; "largest_difference", the largest
+        relative difference of them; "graph_seconds" and "eager_seconds", the time of a step.
+    """
     call = _step(device, dry)
     model = call.model
     start = [p.detach().clone() for p in model.parameters()]
@@ -99,7 +118,7 @@ def captured(device: torch.device, dry: bool = False) -> Told:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            call()  # the one that warms up
+            call()  # warms up
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         call.optimizer.zero_grad()
@@ -134,9 +153,18 @@ def _set(model: nn.Module, values: list[Tensor]) -> None:
             p.copy_(value)
 
 
-def compiled(device: torch.device, dry: bool = False) -> Told:
-    """The same step with `torch.compile(model, mode="reduce-overhead")`: seconds until the first is
-    done, the difference of its first loss to that without, and the time of a later one."""
+def compiled(device: torch.device, dry: bool = False) -> Record:
+    """Measure a training step with `torch.compile(model, mode="reduce-overhead")`.
+
+    Args:
+        device: the device to measure.
+        dry: whether to use tiny sizes and the backend "eager".
+
+    Returns:
+        "first_seconds", the time of the first step with its compilation; "difference", the relative
+        difference between its loss and that of the uncompiled step; "compiled_seconds", the time of
+        a later step.
+    """
     call = _step(device, dry)
     model = call.model
     start = [p.detach().clone() for p in model.parameters()]
@@ -154,9 +182,9 @@ def compiled(device: torch.device, dry: bool = False) -> Told:
     }
 
 
-# -- the part --------------------------------------------------------------------------------------
+# -- the rows of this part -------------------------------------------------------------------------
 
-KINDS: dict[str, Callable[..., Told]] = {
+KINDS: dict[str, Callable[..., Record]] = {
     "new shape": new_shape,
     "CUDA graph": captured,
     "torch.compile": compiled,
@@ -164,17 +192,17 @@ KINDS: dict[str, Callable[..., Told]] = {
 
 
 def first_calls(dry: bool) -> list[Row]:
-    """The rows of the part "first"."""
+    """Return the rows of the part "first"; `dry` takes tiny sizes."""
     return [
         Row("first", "new shape, empty cache", lambda s: _row("new shape", s), 0, 45),
         Row("first", "CUDA graph of a step", lambda s: _row("CUDA graph", s), 0, 45),
         Row("first", "torch.compile of a step", lambda s: _row("torch.compile", s), 1, 75),
-        Row("first", "new shape, kept cache", _kept, 1, 60),
+        Row("first", "new shape, kept cache", _cached, 1, 60),
     ]
 
 
-def _row(kind: str, setting: Setting) -> Told:
-    """In a process of its own, with an empty cache of kernels, but for a dry run."""
+def _row(kind: str, setting: Setting) -> Record:
+    """Measure in a new process with an empty cache of kernels; a dry run uses this process."""
     if setting.dry:
         more = {"backend": setting.backend} if kind == "new shape" else {}
         return KINDS[kind](setting.device, True, **more)
@@ -182,8 +210,8 @@ def _row(kind: str, setting: Setting) -> Told:
         return _elsewhere(kind, setting, cache)
 
 
-def _kept(setting: Setting) -> Told:
-    """The first calls of a second process, which finds the kernels of the first one compiled."""
+def _cached(setting: Setting) -> Record:
+    """Measure first calls in a process that finds all kernels in the cache of an earlier one."""
     if setting.dry:
         return _row("new shape", setting)
     with tempfile.TemporaryDirectory(prefix="translution-") as cache:
@@ -191,18 +219,18 @@ def _kept(setting: Setting) -> Told:
         return _elsewhere("new shape", setting, cache)
 
 
-def _elsewhere(kind: str, setting: Setting, cache: str) -> Told:
-    """The numbers that a process of its own prints."""
+def _elsewhere(kind: str, setting: Setting, cache: str) -> Record:
+    """Measure in a new process and return the numbers that it prints."""
     command = [sys.executable, "-m", "translution.apps.bench.gpu_first", kind, str(setting.device)]
     command += ["dry"] * setting.dry
-    kept = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+    caches = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
     try:
         done = subprocess.run(
-            command, env={**os.environ, **kept}, capture_output=True, text=True,
+            command, env={**os.environ, **caches}, capture_output=True, text=True,
             timeout=max(1.0, setting.left()), check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise RuntimeError("it took longer than what was left of the budget") from None
+        raise RuntimeError("the row took longer than what was left of the budget") from None
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["nothing on its standard error"])[-1]
@@ -211,7 +239,7 @@ def _elsewhere(kind: str, setting: Setting, cache: str) -> Told:
 
 
 def main() -> None:
-    """Measure one kind and print its numbers as a line of JSON."""
+    """Measure the kind that the command line names, and print the numbers as a line of JSON."""
     kind, device, *dry = sys.argv[1:]
     print(json.dumps(KINDS[kind](torch.device(device), bool(dry))))
 

@@ -9,22 +9,28 @@ from typing import Any
 
 from ...utils.files import write_whole
 from ...utils.tables import markdown_table
-from .common import DTYPES, told_grid
+from .common import DTYPES, grid_text
 from .gpu_parts import PARTS
-from .gpu_rows import PROGRAM, Told
+from .gpu_rows import PROGRAM, Record
 
 __all__ = ["BEGIN", "END", "check_page", "section", "write_page"]
 
 BEGIN = "<!-- written by bench-gpu: begin -->"
 END = "<!-- written by bench-gpu: end -->"
-Columns = Sequence[tuple[str, Callable[[Told], str]]]
+Columns = Sequence[tuple[str, Callable[[Record], str]]]
 
 
 def check_page(file: str) -> tuple[str, str]:
-    """What stands before the section, and what after it.
+    """Split a page at the two marks of the section.
+
+    Args:
+        file: the path of the page.
+
+    Returns:
+        The text before the section and the text after it.
 
     Raises:
-        ValueError: a page without the two marks, each once and in a line of its own.
+        ValueError: the page does not exist, or does not have each mark once, on its own line.
     """
     try:
         text = Path(file).read_text("utf-8")
@@ -37,16 +43,24 @@ def check_page(file: str) -> tuple[str, str]:
     return before, after
 
 
-def write_page(file: str, told: Told) -> None:
-    """Put the section between the marks of a page; nothing else of it changes."""
+def write_page(file: str, record: Record) -> None:
+    """Write the section between the marks of a page; the rest of the page stays as it is.
+
+    Args:
+        file: the path of the page.
+        record: the record of a run.
+
+    Raises:
+        ValueError: the page does not have the two marks.
+    """
     before, after = check_page(file)
-    text = f"{before}{BEGIN}\n\n{section(told)}\n{END}\n{after}"
+    text = f"{before}{BEGIN}\n\n{section(record)}\n{END}\n{after}"
     write_whole(Path(file), lambda path: path.write_text(text, "utf-8"))
 
 
-def section(told: Told) -> str:
-    """The section in Markdown, without its heading."""
-    parts = [_wrapped(text) for text in [*told.get("notes", []), _head(told)]]
+def section(record: Record) -> str:
+    """Return the section of a run in Markdown, without its heading."""
+    parts = [_wrapped(text) for text in [*record.get("notes", []), _head(record)]]
     for name, title, make in (
         ("check", "Correctness", _checks),
         ("operator", "The operators", _operators),
@@ -54,13 +68,13 @@ def section(told: Told) -> str:
         ("steps", "A training step on a GPU", _steps),
         ("first", "First calls, graphs", _first),
     ):
-        rows = [row for row in told["rows"] if row["part"] == name]
+        rows = [row for row in record["rows"] if row["part"] == name]
         if rows:
-            fine = [row for row in rows if "error" not in row]
+            measured = [row for row in rows if "error" not in row]
             failed = [f"- Failed: {row['name']}: {row['error']}" for row in rows if "error" in row]
-            body = [make(fine)] if fine else []
+            body = [make(measured)] if measured else []
             parts.append("\n\n".join([f"### {title}", *body, *["\n".join(failed)] * bool(failed)]))
-    lacking = "" if told.get("dry") else _lacking(told)
+    lacking = "" if record.get("dry") else _lacking(record)
     return "\n\n".join([*parts, *[lacking] * bool(lacking)]) + "\n"
 
 
@@ -68,24 +82,24 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
-def _head(told: Told) -> str:
-    about = told["machine"]
+def _head(record: Record) -> str:
+    about = record["machine"]
     named = about.get("gpu") or about.get("cpu", "an unknown machine")
     commit = f", commit {about['commit']}" if about.get("commit") else ""
     line = f"{named}, torch {about['torch']}, triton {about.get('triton')}{commit}, "
-    line += f"{told['date'][:10]}."
-    if told["program"] != PROGRAM:
+    line += f"{record['date'][:10]}."
+    if record["program"] != PROGRAM:
         return line
-    dry = " This was a dry run: tiny sizes, on the CPU." if told.get("dry") else ""
-    return f"{line} Command: `{told['command']}`.{dry}"
+    dry = " This was a dry run: tiny sizes, on the CPU." if record.get("dry") else ""
+    return f"{line} Command: `{record['command']}`.{dry}"
 
 
-def _lacking(told: Told) -> str:
-    """What of the command's plan the file does not hold, by the command that measures it."""
+def _lacking(record: Record) -> str:
+    """List the rows that the file does not have, under the command that measures them."""
     lines = []
     for name, plan in PARTS.items():
-        held = {_case(row["name"]) for row in told["rows"] if "error" not in row}
-        kinds: dict[str, list[str]] = {}  # cases by dtype, where they have one
+        held = {_case(row["name"]) for row in record["rows"] if "error" not in row}
+        kinds: dict[str, list[str]] = {}  # cases by dtype; "" for those without one
         for row in plan(False):
             kind = _case(row.name).rpartition(", ")[2]
             kinds.setdefault(kind if kind in DTYPES else "", []).append(_case(row.name))
@@ -100,20 +114,20 @@ def _lacking(told: Told) -> str:
             lines.append(f"- `translution bench-gpu --only {name}`: {'; '.join(found)}.")
     if not lines:
         return ""
-    head = "### What has no figure here\n\nThe commands that give it, with `--out` and `--docs`:"
+    head = "### What was not measured\n\nThese commands measure it, with `--out` and `--docs`:"
     return "\n\n".join([head, "\n".join(lines)])
 
 
 def _case(name: str) -> str:
-    """A row's name without its direction."""
+    """Return the name of a row without its direction (forward, or forward + backward)."""
     return name.removesuffix(" + backward").removesuffix(", forward")
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Told], columns: Columns) -> str:
-    """In Markdown; a column that says nothing of any row is left out."""
+def _table(rows: Sequence[Record], columns: Columns) -> str:
+    """Make a table in Markdown; columns whose cells are all empty are left out."""
     cells = [(title, [make(row) for row in rows]) for title, make in columns]
     cells = [(title, column) for title, column in cells if any(column)]
     return markdown_table(
@@ -122,20 +136,20 @@ def _table(rows: Sequence[Told], columns: Columns) -> str:
     )
 
 
-def _number(name: str, form: str, factor: float = 1.0, sign: str = "") -> Callable[[Told], str]:
-    """A value of a row, "" where there is none."""
+def _number(name: str, form: str, factor: float = 1.0, sign: str = "") -> Callable[[Record], str]:
+    """Return a function that formats a number of a row, or returns "" if the row lacks it."""
 
-    def cell(row: Told) -> str:
+    def cell(row: Record) -> str:
         value = row.get(name)
         return "" if value is None else sign + format(value * factor, form)
 
     return cell
 
 
-def _times(above: str, below: str) -> Callable[[Told], str]:
-    """A ratio of two values."""
+def _times(above: str, below: str) -> Callable[[Record], str]:
+    """Return a function that formats the ratio of two numbers of a row."""
 
-    def cell(row: Told) -> str:
+    def cell(row: Record) -> str:
         if not row.get(above) or not row.get(below):
             return ""
         found = row[above] / row[below]
@@ -144,64 +158,65 @@ def _times(above: str, below: str) -> Callable[[Told], str]:
     return cell
 
 
-def _text(name: str) -> Callable[[Told], str]:
+def _text(name: str) -> Callable[[Record], str]:
     return lambda row: str(row.get(name, ""))
 
 
-def _pass(row: Told) -> str:
+def _pass(row: Record) -> str:
     return "forward + backward" if row["backward"] else "forward"
 
 
-def _grid(row: Told) -> str:
-    return told_grid(row["grid"], row.get("causal", False))
+def _grid(row: Record) -> str:
+    return grid_text(row["grid"], row.get("causal", False))
 
 
-def _rates(rows: Sequence[Told]) -> str:
-    """The rate that shares are of, by dtype."""
+def _rates(rows: Sequence[Record]) -> str:
+    """Describe the rates of matrix products on which the shares are based, by dtype."""
     rates: dict[str, list[float]] = {}
     for row in rows:
         if row.get("matmul_rate"):
             rates.setdefault(row["dtype"], []).append(row["matmul_rate"])
-    told = [f"{sum(r) / len(r) / 1e12:.3g} TFLOP/s in {name}" for name, r in rates.items()]
-    return " and ".join(told) or "an unknown rate"
+    parts = [f"{sum(r) / len(r) / 1e12:.3g} TFLOP/s in {name}" for name, r in rates.items()]
+    return " and ".join(parts) or "an unknown rate"
 
 
-def _checks(rows: Sequence[Told]) -> str:
-    def worst(row: Told) -> str:
+def _checks(rows: Sequence[Record]) -> str:
+    def worst(row: Record) -> str:
         return max(row["errors"], key=row["errors"].get)
 
-    told = (
-        "Values and gradients beside plain torch on the same rounded inputs, by the relative error "
-        "of the tensor that is furthest off (*dwq* is the gradient of the queries' table), and "
-        "whether a second run gave the same bits."
+    intro = (
+        "Values and gradients are compared with plain torch on the same rounded inputs. *Largest "
+        "error* is the largest relative error of a tensor, and the next column names that tensor "
+        "(*dwq* is the gradient of the table of the queries). *Equal bits* says whether a second "
+        "run gave the same bits."
     )
     columns: Columns = [
         ("what", _text("name")),
         ("backend", _text("backend")),
-        ("beside", _text("exact")),
+        ("reference", _text("exact")),
         ("largest error", _number("largest", ".1e")),
-        ("of", worst),
+        ("tensor", worst),
         ("allowed", _number("tolerance", ".0e")),
         ("equal bits", lambda row: {True: "yes", False: "no"}.get(row.get("equal_bits"), "")),  # type: ignore[arg-type]
         ("passed", lambda row: "yes" if row["passed"] else "**no**"),
     ]
-    return f"{_wrapped(told)}\n\n{_table(rows, columns)}"
+    return f"{_wrapped(intro)}\n\n{_table(rows, columns)}"
 
 
-def _operators(rows: Sequence[Told]) -> str:
-    told = (
-        "*Matmul share* is counted as above, over the rate of a plain 8192³ product there: "
-        f"{_rates(rows)}. Peak memory is beyond the inputs, gradients included. *Plain torch* is "
-        "its time over this one, *attention* this time over that of projections and "
-        "`scaled_dot_product_attention`."
+def _operators(rows: Sequence[Record]) -> str:
+    intro = (
+        "*Matmul share* is computed as above, with the rate of an 8192³ matrix product on the GPU: "
+        f"{_rates(rows)}. *Peak GB* is the memory that a call takes beyond its inputs, including "
+        "gradients. *Plain torch* is the time of plain torch divided by this time. *Attention* is "
+        "this time divided by that of q, k and v projections and `scaled_dot_product_attention`."
     )
     if any("wide_seconds" in row for row in rows):
-        told += (
-            " *As wide tables* is the time of α's tables in the kernels for wide ones over that of "
-            "the kernels for small ones, which the library takes."
+        intro += (
+            " *As wide tables* is the time of α with the kernels for wide tables, divided by that "
+            "with the kernels for small tables, which the library uses."
         )
     if any("before_seconds" in row for row in rows):
-        told += " *Before* is the time of an earlier version on the same machine."
+        intro += " *Before* is the time of an earlier version on the same machine."
     columns: Columns = [
         ("operator", _text("operator")),
         ("grid", _grid),
@@ -217,19 +232,20 @@ def _operators(rows: Sequence[Told]) -> str:
         ("as wide tables", _times("wide_seconds", "seconds")),
         ("before, ms", _number("before_seconds", ",.1f", 1e3)),
     ]
-    return f"{_wrapped(told)}\n\n{_table(rows, columns)}"
+    return f"{_wrapped(intro)}\n\n{_table(rows, columns)}"
 
 
-def _acmix(rows: Sequence[Told]) -> str:
-    told = (
-        "The whole `ACmix2d`, attention kernel 7, with each way of computing its attention: what "
-        '`backend="auto"` takes, the tiling in plain torch, a copy per neighbour (*unfold*), '
-        "torch's flex attention (on places row by row, or tile by tile). *Best* says how many "
-        "times its time the next one takes."
+def _acmix(rows: Sequence[Record]) -> str:
+    intro = (
+        "The whole `ACmix2d` with an attention window of 7×7 pixels is measured with each way of "
+        'computing its attention: with the backend that `backend="auto"` chooses, in plain torch '
+        "tile by tile (*torch*), with a copy for every neighbour (*unfold*), and with torch's flex "
+        "attention on pixels row by row (*flex*) or tile by tile. *Best* is the fastest way, and "
+        "the time of the second fastest divided by its time."
     )
 
-    def way(name: str) -> Callable[[Told], str]:
-        def cell(row: Told) -> str:
+    def way(name: str) -> Callable[[Record], str]:
+        def cell(row: Record) -> str:
             found: dict[str, Any] = row["ways"].get(name, {})
             if "seconds" not in found:
                 return "failed" if found else ""
@@ -253,14 +269,16 @@ def _acmix(rows: Sequence[Told]) -> str:
         for name, found in row["ways"].items()
         if "error" in found
     ]
-    return "\n\n".join([_wrapped(told), _table(rows, columns), *["\n".join(failed)] * bool(failed)])
+    failed = ["\n".join(failed)] if failed else []
+    return "\n\n".join([_wrapped(intro), _table(rows, columns), *failed])
 
 
-def _steps(rows: Sequence[Told]) -> str:
-    told = (
-        "AdamW, products in bfloat16 (autocast), weights in float32. *Published* is what the "
-        "published algorithm would take by its shapes, as above; *attention* the time over that of "
-        "the attention model of the same size and batch."
+def _steps(rows: Sequence[Record]) -> str:
+    intro = (
+        "The optimizer is AdamW; matrix products are in bfloat16 (autocast), weights in float32. "
+        "*Published* is the memory that the published algorithm would take, computed from its "
+        "shapes as above. *Attention* is the time divided by that of the attention model of the "
+        "same size and batch."
     )
     columns: Columns = [
         ("model", lambda row: row["model"] + (f" ({row['relative']})" if row["relative"] else "")),
@@ -272,7 +290,7 @@ def _steps(rows: Sequence[Told]) -> str:
         ("published, GB", _number("published_bytes", ",.0f", 1e-9)),
         ("attention", _number("attention_ratio", ".2f", sign="×")),
     ]
-    return f"{_wrapped(told)}\n\n{_table(rows, columns)}"
+    return f"{_wrapped(intro)}\n\n{_table(rows, columns)}"
 
 
 LABELS = {
@@ -287,17 +305,17 @@ LABELS = {
     "equal_bits": "equal bits: {}",
     "largest_difference": "largest relative difference {:.1e}",
     "graph_seconds": "a replayed step {:.4f} s",
-    "eager_seconds": "one without {:.4f} s",
+    "eager_seconds": "a step without a graph {:.4f} s",
     "first_seconds": "the first step {:.1f} s",
     "difference": "relative difference of its loss {:.1e}",
-    "compiled_seconds": "a later one {:.4f} s",
+    "compiled_seconds": "a later step {:.4f} s",
 }
-"""How the values of the part "first" are told."""
+"""The words for each number of the part "first"."""
 
 
-def _first(rows: Sequence[Told]) -> str:
+def _first(rows: Sequence[Record]) -> str:
     lines = []
     for row in rows:
-        told = [label.format(row[name]) for name, label in LABELS.items() if name in row]
-        lines.append(f"- {row['name']}: {', '.join(told)}.")
+        values = [label.format(row[name]) for name, label in LABELS.items() if name in row]
+        lines.append(f"- {row['name']}: {', '.join(values)}.")
     return "\n".join(lines)

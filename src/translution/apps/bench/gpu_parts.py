@@ -1,4 +1,4 @@
-"""The parts of `translution bench-gpu` that are tables: the operators, ACmix, training steps."""
+"""The parts of `translution bench-gpu`: the rows of operators, ACmix and training steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ...modules import acmix as acmix_module
 from ...neighborhoods import Neighborhood
 from ...utils.measuring import seconds
 from .cases import OPERATORS, Built, Case
-from .common import told_grid
+from .common import grid_text
 from .gpu_check import checks
 from .gpu_first import first_calls
-from .gpu_rows import Row, Setting, Told, dtype_name, in_a_line
+from .gpu_rows import Record, Row, Setting, dtype_name, in_a_line
 from .measure import chosen, measure, serving, step, timed
 from .steps import Step, measure_step
 
@@ -33,7 +33,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 
 
 def operators(dry: bool) -> list[Row]:
-    """Translution's and α's operator, forward, and forward + backward."""
+    """Return the rows of Translution and α: forward, and forward + backward."""
     if dry:
         cases = [(0, _case((2, 2), 16, 2, FULL, 2)), (1, _case((3,), 16, 2, HALF, 2))]
         cases.append((1, _case((2, 2), 16, 2, FULL, 2, "alpha")))
@@ -56,7 +56,7 @@ def operators(dry: bool) -> list[Row]:
         for backward in (False, True):
             name = _operator_name(case, backward)
             call = functools.partial(_operator, case, backward)
-            # a large head's kernels are compiled with the first row, and plain torch takes seconds
+            # the first row compiles the kernels of wide heads, and plain torch takes seconds
             rows.append(Row("operator", name, call, rank, 20 if case.width == 768 else 12))
     return rows
 
@@ -73,12 +73,12 @@ def _case(
 
 
 def _operator_name(case: Case, backward: bool) -> str:
-    told = f"{case.operator} {told_grid(case.grid, case.causal)}, width {case.width}"
-    told += f", batch {case.batch}, {dtype_name(case.dtype)}"
-    return told + (", forward + backward" if backward else ", forward")
+    text = f"{case.operator} {grid_text(case.grid, case.causal)}, width {case.width}"
+    text += f", batch {case.batch}, {dtype_name(case.dtype)}"
+    return text + (", forward + backward" if backward else ", forward")
 
 
-def _operator(case: Case, backward: bool, setting: Setting) -> Told:
+def _operator(case: Case, backward: bool, setting: Setting) -> Record:
     backend = setting.backend if case.operator == "translution" else "auto"
     case = Case(**{**vars(case), "backend": backend})
     rates = setting.rates("operator", case.dtype)
@@ -97,11 +97,11 @@ def _operator(case: Case, backward: bool, setting: Setting) -> Told:
 # -- ACmix -----------------------------------------------------------------------------------------
 
 Attend = Callable[..., Tensor]
-"""(query, key, value, kernel, stride, dilation) -> attention over the neighbourhoods."""
+"""Maps (query, key, value, kernel, stride, dilation) to the output of neighbourhood attention."""
 
 
 def acmix(dry: bool) -> list[Row]:
-    """The whole ACmix2d, with each way of computing the attention in it."""
+    """Return the rows of the whole ACmix2d, with each way of computing its attention."""
     if dry:
         cases = [(0, Case("acmix", (4, 3), False, 16, 2, 2, FULL, kernel=3))]
     else:
@@ -115,21 +115,26 @@ def acmix(dry: bool) -> list[Row]:
     rows = []
     for rank, case in cases:
         for backward in (False, True):
-            name = f"{told_grid(case.grid)}, {case.width} channels, batch {case.batch}"
+            name = f"{grid_text(case.grid)}, {case.width} channels, batch {case.batch}"
             name += f", {dtype_name(case.dtype)}"
             name += ", forward + backward" if backward else ", forward"
             rows.append(Row("acmix", name, functools.partial(_acmix, case, backward), rank, 30))
     return rows
 
 
-def _acmix(case: Case, backward: bool, setting: Setting) -> Told:
-    """ "ways": seconds, peak bytes and the difference to the tiling's answer of each, or its error;
-    "best", and "by": how many times the time of the best the next one takes."""
-    torch.compiler.reset()  # it gives up on a function that was compiled for many sizes
+def _acmix(case: Case, backward: bool, setting: Setting) -> Record:
+    """Measure ACmix with each way of computing its attention.
+
+    Returns:
+        "ways", for each way its "seconds", its "peak_bytes" and its relative "difference" from the
+        output of plain torch, or its "error"; "best", the name of the fastest way; "by", the time
+        of the second fastest divided by that of the fastest.
+    """
+    torch.compiler.reset()  # torch stops compiling a function after a number of sizes
     built = OPERATORS["acmix"](case, setting.device)
     rates = setting.rates("acmix", case.dtype)
     flops = built.flops * (3 if backward else 1)
-    ways: dict[str, Told] = {}
+    ways: dict[str, Record] = {}
     answer = None
     for name, forward in _ways(built, setting.backend, case.grid[1] >= 28).items():
         try:
@@ -146,20 +151,20 @@ def _acmix(case: Case, backward: bool, setting: Setting) -> Told:
                 "matmul_share": flops / taken / rates.matmul,
                 "difference": _difference(y, answer),
             }
-        except Exception as error:  # a way that fails is no reason to lose the others
+        except Exception as error:  # the other ways still count
             ways[name] = {"error": in_a_line(error)}
-    told: Told = {
+    record: Record = {
         "grid": list(case.grid), "width": case.width, "heads": case.heads, "batch": case.batch,
         "kernel": case.kernel, "dtype": dtype_name(case.dtype), "backward": backward,
         "flops": flops, "matmul_rate": rates.matmul, "ways": ways,
     }  # fmt: skip
     order = sorted((way["seconds"], name) for name, way in ways.items() if "seconds" in way)
     if not order:
-        raise RuntimeError(f"no way went: {ways}")
-    told["best"] = order[0][1]
+        raise RuntimeError(f"every way failed: {ways}")
+    record["best"] = order[0][1]
     if len(order) > 1:
-        told["by"] = order[1][0] / order[0][0]
-    return told
+        record["by"] = order[1][0] / order[0][0]
+    return record
 
 
 def _difference(y: Tensor, want: Tensor) -> float:
@@ -167,7 +172,7 @@ def _difference(y: Tensor, want: Tensor) -> float:
 
 
 def _ways(built: Built, backend: str, tiled: bool) -> dict[str, Callable[[], Tensor]]:
-    """By name; "torch", the tiling, is first, and what the others answer is compared with it."""
+    """Return the ways of computing ACmix by name; "torch" is first, as the reference."""
     assert built.dense is not None
     ways = {
         name: _attending(built.forward, functools.partial(neighborhood_attention, backend=asked))
@@ -180,8 +185,13 @@ def _ways(built: Built, backend: str, tiled: bool) -> dict[str, Callable[[], Ten
 
 
 def _flex(tiled: bool) -> dict[str, Attend]:
-    """torch's flex attention over the same neighbourhoods, on places row by row, and tile by tile
-    if that is asked for; nothing where that module is missing."""
+    """Return torch's flex attention over the same neighbourhoods, by name.
+
+    It is empty if this version of torch has no flex attention.
+
+    Args:
+        tiled: whether to include the order of pixels tile by tile besides that row by row.
+    """
     try:
         attend = importlib.import_module(".flex", __package__).flex_neighborhood
     except (ImportError, AttributeError):
@@ -200,7 +210,7 @@ def _flex(tiled: bool) -> dict[str, Attend]:
 
 
 def _attending(forward: Callable[[], Tensor], attend: Attend) -> Callable[[], Tensor]:
-    """A layer's forward pass with another attention in the place of its own."""
+    """Return the forward pass of ACmix with another function for its attention."""
 
     def call() -> Tensor:
         with _in_place(attend):
@@ -223,7 +233,7 @@ def _in_place(attend: Attend) -> Iterator[None]:
 
 
 def steps(dry: bool) -> list[Row]:
-    """A training step of whole models; attention is first, as the others are compared with it."""
+    """Return the rows of training steps; attention is first, as the others are compared with it."""
     small = (
         ("image_size", 8), ("patch_size", 4), ("dim", 16), ("depth", 2), ("heads", 2),
         ("head_dim", 8), ("num_classes", 3),
@@ -244,8 +254,11 @@ def steps(dry: bool) -> list[Row]:
     return rows
 
 
-def _step(case: Step, setting: Setting) -> Told:
-    """`measure_step`, and "attention_ratio": the time over that of attention's model as large."""
+def _step(case: Step, setting: Setting) -> Record:
+    """Call `measure_step`, and add "attention_ratio".
+
+    The ratio is the time divided by that of the attention model of the same size and batch.
+    """
     found = measure_step(case, setting.device, setting.repeats)
     mixer, rest = case.model.split("_", 1)
     beside = setting.find("steps", model=f"attention_{rest}", batch=case.batch)
@@ -263,15 +276,20 @@ PARTS: dict[str, Callable[[bool], list[Row]]] = {
     "steps": steps,
     "first": first_calls,
 }
-"""By name, in their order within a rank. A new part is an entry here, a line of `summary` and a
-table in `gpu_page.py`."""
+"""The parts by name, in the order in which rows of the same rank are measured.
+
+A new part needs an entry here, a case in `summary` and a table in `gpu_page.py`.
+"""
 
 
 def parts_named(text: str) -> list[str]:
-    """Parts of names divided by commas; "none" is none of them.
+    """Read the names of parts, separated by commas; "none" names no part.
+
+    Returns:
+        The names, in the order of `PARTS`.
 
     Raises:
-        ValueError: an unknown name, or none beside others.
+        ValueError: a name is unknown, or "none" is combined with other names.
     """
     if text.strip() == "none":
         return []
@@ -283,14 +301,14 @@ def parts_named(text: str) -> list[str]:
     return [name for name in PARTS if name in names]
 
 
-def summary(row: Told) -> str:
-    """A finished row in a few words."""
+def summary(row: Record) -> str:
+    """Describe a finished row in a few words."""
     if "error" in row:
         return f"failed: {row['error']}"
     if row["part"] == "check":
-        told = f"largest error {row['largest']:.1e} of {row['tolerance']:.0e}"
+        text = f"largest error {row['largest']:.1e} of {row['tolerance']:.0e}"
         equal = "equal bits" if row["equal_bits"] else "UNEQUAL BITS"
-        return f"{'passed' if row['passed'] else 'FAILED'}, {told}, {equal}"
+        return f"{'passed' if row['passed'] else 'FAILED'}, {text}, {equal}"
     if row["part"] == "acmix":
         ways = [
             f"{name} {way['seconds'] * 1e3:.2f} ms" if "seconds" in way else f"{name} failed"
@@ -299,8 +317,8 @@ def summary(row: Told) -> str:
         return ", ".join(ways)
     if row["part"] == "steps":
         ratio = row.get("attention_ratio")
-        told = f"{row['images_per_second']:,.0f} images/s, {row['peak_bytes'] / 1e9:.1f} GB"
-        return told + (f", ×{ratio:.1f} of attention's time" if ratio else "")
+        text = f"{row['images_per_second']:,.0f} images/s, {row['peak_bytes'] / 1e9:.1f} GB"
+        return text + (f", ×{ratio:.1f} of attention's time" if ratio else "")
     if row["part"] == "first":
         return ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else

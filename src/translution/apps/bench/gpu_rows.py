@@ -1,7 +1,8 @@
-"""What the parts of `translution bench-gpu` are made of: rows that can be planned, skipped, kept.
+"""The rows of `translution bench-gpu`, which can be planned, skipped and stored.
 
-A part is a function from `dry` to its rows. A row knows what it measures, how soon it is wanted and
-how long it may take; it is measured by itself, so that one that fails stops no other.
+Each part of the command is a function that takes `dry` and returns rows. A row has a function that
+measures it, a rank and a time limit. Rows are measured independently: if one fails, the others
+still run.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from .measure import Rates
 __all__ = [
     "PROGRAM",
     "DeviceLost",
+    "Record",
     "Row",
     "Setting",
-    "Told",
     "begin",
     "dtype_name",
     "in_a_line",
@@ -38,36 +39,45 @@ __all__ = [
 ]
 
 PROGRAM = "translution bench-gpu"
-Told = dict[str, Any]
-"""What is known of a row, or of a run: what a file of JSON holds."""
+Record = dict[str, Any]
+"""The fields of a measured row, or of a whole run, as the JSON file stores them."""
 
 
 class DeviceLost(Exception):
-    """The device answers nothing more; only a new process can go on."""
+    """The device no longer responds; only a new process can continue."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One measurement.
 
-    part: what it belongs to. name: what it is called in its part; with the part it tells rows
-    apart. measure: gives its numbers. rank: rows of rank 0 come first, of every part, then those of
-    rank 1. needs: seconds that it may take on a GPU.
+    Attributes:
+        part: the part to which the row belongs.
+        name: the name of the row, unique within its part.
+        measure: takes the setting and returns the numbers of the row.
+        rank: rows of rank 0 of all parts come first, then those of rank 1, and so on.
+        needs: the seconds that the row may take on a GPU.
     """
 
     part: str
     name: str
-    measure: Callable[[Setting], Told]
+    measure: Callable[[Setting], Record]
     rank: int = 0
     needs: float = 5.0
 
 
 @dataclass
 class Setting:
-    """Where, how long and how often is measured.
+    """The device, the time limit and the repeats of a run.
 
-    deadline: when the budget ends, by time.monotonic. backend: what the operators are asked for.
-    patience: a comparison of more seconds is made once. rows: those of the file so far, for ratios.
+    Attributes:
+        device: the device to measure.
+        deadline: the end of the budget, in the seconds of time.monotonic.
+        dry: whether the run uses tiny sizes.
+        repeats: the number of timed calls.
+        backend: the backend of the operators.
+        patience: a comparison that takes longer than this many seconds is timed only once.
+        rows: the rows of the file so far; ratios are computed with them.
     """
 
     device: torch.device
@@ -76,28 +86,29 @@ class Setting:
     repeats: int = 5
     backend: str = "auto"
     patience: float = 0.5
-    rows: list[Told] = field(default_factory=list)
+    rows: list[Record] = field(default_factory=list)
 
     @staticmethod
     def of_dry(deadline: float) -> Setting:
-        """Tiny sizes on the CPU, through Triton's interpreter where that is switched on."""
+        """Return the setting of a dry run: the CPU, with Triton's interpreter if it is enabled."""
         cpu = torch.device("cpu")
         able = backends.explain(cpu, torch.float32)["triton"] is None
         return Setting(cpu, deadline, True, 1, "triton" if able else "auto", patience=0.0)
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Return the seconds that are left of the budget."""
         return self.deadline - time.monotonic()
 
     def fits(self, row: Row) -> bool:
+        """Return whether the budget has enough time left for a row."""
         return self.left() > (0.0 if self.dry else row.needs)
 
     def rates(self, part: str, dtype: torch.dtype) -> Rates:
-        """Of the device, measured once for each part and dtype."""
+        """Return the rates of the device, which are measured once for each part and dtype."""
         return _rates(part, self.device, dtype, self.dry)
 
-    def find(self, part: str, **wanted: Any) -> Told | None:
-        """A finished row with these values."""
+    def find(self, part: str, **wanted: Any) -> Record | None:
+        """Return a finished row of a part whose fields have these values, or None."""
         for row in self.rows:
             same = all(row.get(name) == value for name, value in wanted.items())
             if row["part"] == part and "error" not in row and same:
@@ -113,15 +124,23 @@ def _rates(part: str, device: torch.device, dtype: torch.dtype, dry: bool) -> Ra
 
 
 def in_order(parts: Sequence[Sequence[Row]]) -> list[Row]:
-    """By rank, and within a rank by part: what matters most of every part comes first."""
+    """Sort rows by rank, and within a rank by part, so that the most important rows come first."""
     return sorted((row for part in parts for row in part), key=lambda row: row.rank)
 
 
-def measured(row: Row, setting: Setting) -> Told:
-    """The row as it is kept; "error", in a line, in the place of its numbers where it failed.
+def measured(row: Row, setting: Setting) -> Record:
+    """Measure a row, and add it to the rows of the setting.
+
+    Args:
+        row: the row to measure.
+        setting: the device and the time limit.
+
+    Returns:
+        The numbers of the row with its "part", its "name" and the seconds that it took ("took").
+        A row that failed has "error" in place of the numbers.
 
     Raises:
-        DeviceLost: the device does not even answer that it is done.
+        DeviceLost: the device no longer responds.
     """
     start = time.monotonic()
     try:
@@ -136,52 +155,59 @@ def measured(row: Row, setting: Setting) -> Told:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             lost = DeviceLost(in_a_line(error))
-    told = {**found, "part": row.part, "name": row.name, "took": time.monotonic() - start}
-    setting.rows[:] = [one for one in setting.rows if not _is(one, row)] + [told]
+    record = {**found, "part": row.part, "name": row.name, "took": time.monotonic() - start}
+    setting.rows[:] = [one for one in setting.rows if not _is(one, row)] + [record]
     if lost:
         raise lost
-    return told
+    return record
 
 
 def in_a_line(error: BaseException) -> str:
-    """An exception, short."""
+    """Describe an exception in one short line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:240]
 
 
-def _is(told: Told, row: Row) -> bool:
-    return bool(told["part"] == row.part and told["name"] == row.name)
+def _is(record: Record, row: Row) -> bool:
+    return bool(record["part"] == row.part and record["name"] == row.name)
 
 
-def begin(setting: Setting, budget: float) -> Told:
-    """What a file begins with. The machine's "source" tells versions of this library apart, also
-    where there is no checkout."""
-    told = header(setting.device)
-    about = told["machine"]
+def begin(setting: Setting, budget: float) -> Record:
+    """Begin the record of a run.
+
+    The machine's "source" is a hash of the library's source files. It distinguishes versions of the
+    library also without a git checkout.
+
+    Args:
+        setting: the setting of the run, whose rows the record contains.
+        budget: the seconds of the whole run.
+    """
+    record = header(setting.device)
+    about = record["machine"]
     about["source"] = _source()
     try:
         about["triton"] = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         about["triton"] = None
-    started = {"program": PROGRAM, "dry": setting.dry, "budget": budget, **told}
+    started = {"program": PROGRAM, "dry": setting.dry, "budget": budget, **record}
     started["rows"] = setting.rows
     return started
 
 
-def same(told: Told, earlier: Told) -> bool:
-    """Whether an earlier file is of this library, on this device."""
+def same(record: Record, earlier: Record) -> bool:
+    """Return whether an earlier record comes from this version of the library on this device."""
     names = ["source", "device", "gpu", "torch", "triton"]
-    if "gpu" not in told["machine"]:
+    if "gpu" not in record["machine"]:
         names.append("cpu")
-    alike = all(told["machine"].get(name) == earlier["machine"].get(name) for name in names)
-    return alike and told["dry"] == earlier.get("dry", False)
+    alike = all(record["machine"].get(name) == earlier["machine"].get(name) for name in names)
+    return alike and record["dry"] == earlier.get("dry", False)
 
 
 @functools.cache
 def _source() -> str:
-    """Twelve digits of the library's own files."""
+    """Return the first twelve digits of a hash of the library's source files."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -190,4 +216,5 @@ def _source() -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""One row of the benchmark: a case in one direction, and what it is compared with."""
+"""Measure one row of the benchmark: a case, and the operators with which it is compared."""
 
 from __future__ import annotations
 
@@ -31,11 +31,16 @@ __all__ = [
 ]
 
 Measured = dict[tuple[Case, bool], dict[str, Any]]
-"""Comparisons with the dense gather made so far, by case and direction."""
+"""Comparisons with the direct implementation made so far, by (case, backward)."""
 
 
 class Rates(NamedTuple):
-    """What a device can do: flops per second of a large matrix product, bytes per second copied."""
+    """The rates of a device.
+
+    Attributes:
+        matmul: floating-point operations per second of a large matrix product.
+        copy: bytes per second that a copy reads and writes.
+    """
 
     matmul: float
     copy: float
@@ -51,18 +56,30 @@ def measure(
     rates: Rates | None = None,
     patience: float = math.inf,
 ) -> dict[str, Any]:
-    """Times, rates, memory and ratios. `dense_limit`: bytes its obvious twin may take, 0 is none.
+    """Measure the time and memory of a case, and of the operators with which it is compared.
 
-    Where the batch of the case does not fit, the twin (a dense gather, an unfold) is compared at
-    the largest half, quarter, ... that does; `done` spares measuring the same comparison twice.
-    `rates` are measured beside the case where they are not given; `patience` is that of `timed`.
+    The direct implementation (a gather, or for ACmix an unfold) may need too much memory at the
+    batch of the case. It is then compared at half, a quarter, ... of the batch.
+
+    Args:
+        case: the operator and its shapes.
+        device: the device that computes.
+        backward: whether to measure forward + backward instead of forward.
+        repeats: the number of timed calls; their median is reported.
+        dense_limit: the bytes that the direct implementation may take; 0 leaves it out.
+        done: stores comparisons with the direct implementation, so that none is measured twice.
+        rates: the rates of the device; None measures them before and after the case.
+        patience: see `timed`.
+
+    Returns:
+        The fields of the row, as `translution bench --json` writes them.
     """
     built = OPERATORS[case.operator](case, device)
     call = step(built.forward, built.leaves, backward)
     if rates is None:
         before = matmul_rate(case.dtype, device)
         taken, most = timed(call, device, repeats, patience)
-        rate = (before + matmul_rate(case.dtype, device)) / 2  # machines drift
+        rate = (before + matmul_rate(case.dtype, device)) / 2  # the speed of a machine drifts
     else:
         taken, most = timed(call, device, repeats, patience)
         rate = rates.matmul
@@ -90,13 +107,13 @@ def measure(
         "matmul_share": flops / taken / rate,
         "peak_bytes": most,
     }
-    # what goes in and out once, and going back once more with its gradients
+    # forward + backward reads and writes the tensors once more, and their gradients
     copied = _copy_rate(device) if rates is None else rates.copy
     row["bytes_share"] = built.bytes * (3 if backward else 1) / taken / copied
     if case.operator == "translution" and chosen(case, device) != "torch":
         plain_torch = OPERATORS[case.operator](dataclasses.replace(case, backend="torch"), device)
         other = step(plain_torch.forward, plain_torch.leaves, backward)
-        found = timed(other, device, repeats, patience, cold=True)  # it has nothing to compile
+        found = timed(other, device, repeats, patience, cold=True)  # plain torch compiles nothing
         row["torch_seconds"], row["torch_peak_bytes"] = found
         del plain_torch, other
     row["beside"] = built.beside
@@ -114,12 +131,18 @@ def measure(
 
 
 def chosen(case: Case, device: torch.device) -> str:
-    """The name of the backend that computes a case."""
+    """Return the name of the backend that computes a case."""
     return serving(case.backend, device, case.dtype)
 
 
 def serving(asked: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that serves where this one is asked for, such as "auto"."""
+    """Return the name of the backend that an option selects.
+
+    Args:
+        asked: the name of a backend, or "auto".
+        device: the device that computes.
+        dtype: the dtype of the operands.
+    """
     found = backends.choose(asked, device, dtype)
     return next(name for name, backend in backends.BACKENDS.items() if backend is found)
 
@@ -137,7 +160,20 @@ def measure_dense(
     limit: float,
     done: Measured | None = None,
 ) -> dict[str, Any] | None:
-    """The operator and the dense gather at the largest fitting batch; None where none fits."""
+    """Compare an operator with its direct implementation at the largest batch that fits.
+
+    Args:
+        case: the operator and its shapes.
+        device: the device that computes.
+        backward: whether to measure forward + backward instead of forward.
+        repeats: the number of timed calls.
+        limit: the bytes that the direct implementation may take.
+        done: stores comparisons, so that none is measured twice.
+
+    Returns:
+        The "batch", the "seconds" and "peak_bytes" of the direct implementation, and those of the
+        operator ("own_seconds", "own_peak_bytes"); None if no batch fits.
+    """
     limit = min(limit, 0.8 * _free(device))
     built = OPERATORS[case.operator](dataclasses.replace(case, batch=1), device)
     while built.dense_bytes is not None and built.dense_bytes(backward, case.batch) > limit:
@@ -158,11 +194,11 @@ def _dense(
     assert built.dense is not None
     call = step(built.forward, built.leaves, backward)
     slow = step(built.dense, built.leaves, backward)
-    # minutes of the slow one would measure it no better
+    # more calls would take minutes, and not make the result more precise
     start = now(device)
     slow()
     few = 1 if device.type == "cpu" and now(device) - start > 4 else repeats
-    # the second of two calls counts: the first takes memory anew that the slow one gave back
+    # the second of two calls counts: the first allocates memory that the slow call released
     times = seconds_in_turn([slow, call, call], device, few)
     return {
         "batch": case.batch,
@@ -174,7 +210,13 @@ def _dense(
 
 
 def step(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
-    """A call of one direction."""
+    """Return a call that computes forward, or forward and all gradients.
+
+    Args:
+        forward: computes the output.
+        leaves: the tensors that get a gradient.
+        backward: whether the call includes the backward pass.
+    """
     if not backward:
         return torch.no_grad()(forward)
     up: Tensor | None = None
@@ -195,8 +237,18 @@ def timed(
     patience: float = math.inf,
     cold: bool = False,
 ) -> tuple[float, int | None]:
-    """Median seconds and peak bytes. A call that takes more than `patience` seconds when it is made
-    for the second time is not made again; where `cold`, for the first time."""
+    """Measure the median time and the peak memory of a call.
+
+    Args:
+        call: the call to measure.
+        device: the device that computes.
+        repeats: the number of timed calls.
+        patience: if the second call takes longer than this many seconds, its time is the result.
+        cold: whether the first call may decide this already, since it compiles nothing.
+
+    Returns:
+        Seconds, and bytes (None on a device where memory cannot be measured).
+    """
     if patience < math.inf:
         start = now(device)
         most = peak(call, device)
@@ -210,7 +262,7 @@ def timed(
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:
-    """None where it cannot be measured (mps); the call is made all the same."""
+    """Make a call and return its peak memory in bytes, or None on devices such as mps."""
     if device.type in ("cpu", "cuda"):
         return peak_bytes(call, device)
     call()
@@ -218,7 +270,7 @@ def peak(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _free(device: torch.device) -> float:
-    """Bytes that can still be taken."""
+    """Return the bytes of memory that are available."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,7 +1,7 @@
-"""What offset parallelism sends and holds beside FSDP and DDP: counted, and measured.
+"""Compare the communication and memory of offset parallelism with those of FSDP and DDP.
 
-`python -m translution.apps.bench.scaling` prints both; docs/scaling.md keeps and explains the
-tables.
+`python -m translution.apps.bench.scaling` prints one table that is counted from shapes and one that
+is measured; docs/scaling.md shows and explains both.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ STRATEGIES = ("offset", "fsdp", "ddp")
 
 
 class Shape(NamedTuple):
-    """Of a model's attentions: how many, their tokens and channels, and heads."""
+    """The shape of the attention layers of a model.
+
+    Attributes:
+        layers: the number of layers.
+        tokens: the number of tokens of a sample.
+        width: the number of channels of a token.
+        heads: the number of heads of a layer.
+    """
 
     layers: int
     tokens: int
@@ -55,21 +62,27 @@ def offset_bytes(
     shape: Shape, batch: int, ranks: int, size: int, relative: str = "qkv", branch: int = 0,
     wide: int = 4,
 ) -> float:  # fmt: skip
-    """Bytes that a process sends in a step: all-reduces of what is as large as the tokens.
+    """Count the bytes that a process sends in a training step with offset parallelism.
 
-    A layer's mix goes forward. Back go the gradients of the tokens that scores and mix took in:
-    one where q and k are tables, which take the same tokens, else one for each of q and k, and one
-    for v. α-Translution has all four of its ordinary branch, and those of its other one. Three
-    numbers per query and head are the softmax's. A last layer that answers for a class token alone
-    sends less.
+    The processes all-reduce tensors as large as the tokens. In the forward pass this is the output
+    of each layer's mix. In the backward pass it is the gradient of the tokens that enter the scores
+    (one tensor if q and k are both relative, since they have the same input; otherwise one for each
+    of q and k), and the gradient of the tokens that enter the mix. α-Translution sends all four
+    tensors of its ordinary branch, and those of its relative branch. The softmax needs three
+    numbers for each query and head. A last layer that only computes the class token sends less
+    than is counted here.
 
     Args:
-        shape: of the model.
-        batch: of the group: all its processes see it.
-        ranks: processes.
-        size: bytes of a number; wide: of one of the softmax's.
-        relative: which of "qkv" are tables.
-        branch: channels of α-Translution's branch; 0 for Translution.
+        shape: the shape of the model's attention layers.
+        batch: the number of samples, which all processes share.
+        ranks: the number of processes.
+        size: the bytes of a number.
+        relative: which of q, k and v are relative.
+        branch: the number of channels of the relative branch of α-Translution; 0 for Translution.
+        wide: the bytes of a number of the softmax.
+
+    Returns:
+        The number of bytes.
     """
     tokens = batch * shape.tokens
     if branch:
@@ -82,18 +95,33 @@ def offset_bytes(
 
 
 def fsdp_bytes(parameters: int, ranks: int, size: int) -> float:
-    """The same of FSDP: parameters gathered forward and back, gradients reduced and scattered."""
+    """Count the bytes that a process sends in a training step with FSDP.
+
+    FSDP gathers the parameters in the forward and in the backward pass, and reduces and scatters
+    the gradients.
+
+    Args:
+        parameters: the number of parameters of the model.
+        ranks: the number of processes.
+        size: the bytes of a number.
+    """
     gathered, scattered = (_ring(k, ranks) for k in ("_allgather_base_", "_reduce_scatter_base_"))
     return parameters * size * (2 * gathered + scattered)
 
 
 def ddp_bytes(parameters: int, ranks: int, size: int) -> float:
-    """The same of DDP: gradients all-reduced."""
+    """Count the bytes that a process sends in a training step with DDP, to all-reduce gradients.
+
+    Args:
+        parameters: the number of parameters of the model.
+        ranks: the number of processes.
+        size: the bytes of a number.
+    """
     return parameters * size * _ring("allreduce_", ranks)
 
 
 def _ring(kind: str, ranks: int) -> float:
-    """What each process sends by a ring, over the size of the whole (gathered) tensor."""
+    """Return the bytes that each process sends in a ring, divided by the whole tensor's bytes."""
     return RINGS[kind] * (ranks - 1) / ranks
 
 
@@ -105,13 +133,18 @@ RINGS = {
 
 @dataclass(frozen=True)
 class Call:
-    """A collective that ran: its kind and the bytes of its whole tensor."""
+    """A collective operation that ran.
+
+    Attributes:
+        kind: the name of the operation, a key of `RINGS`.
+        bytes: the bytes of the whole tensor, gathered from all processes.
+    """
 
     kind: str
     bytes: int
 
     def sent(self, ranks: int) -> float:
-        """Bytes that each of so many processes sends for it, by a ring."""
+        """Return the bytes that each of `ranks` processes sends for it in a ring."""
         return self.bytes * _ring(self.kind, ranks)
 
 
@@ -132,7 +165,7 @@ class _Counting(TorchDispatchMode):
 
 
 def _bytes(held: Any) -> int:
-    """Of a tensor, or of all in a list of them; of nothing else."""
+    """Return the bytes of a tensor or of a list of tensors, and 0 for anything else."""
     if isinstance(held, list | tuple):
         return sum(map(_bytes, held))
     return held.numel() * held.element_size() if isinstance(held, Tensor) else 0
@@ -140,16 +173,21 @@ def _bytes(held: Any) -> int:
 
 @contextmanager
 def counting() -> Iterator[list[Call]]:
-    """A list that collects the collectives which this process takes part in meanwhile."""
+    """Yield a list that collects the collective operations of this process."""
     with _Counting() as mode:
         yield mode.calls
 
 
-# -- counted: a model too large for this machine ---------------------------------------------------
+# -- counting: models that are too large for this machine ------------------------------------------
 
 
 def counted(name: str, batch: int) -> list[str]:
-    """Lines of a table: GB sent per step and process, and held, for 8 and 64 processes."""
+    """Return the lines of a table of GB sent per step and GB held, for 8 and 64 processes.
+
+    Args:
+        name: the name of a ViT.
+        batch: the number of images of a step, all processes together.
+    """
     with torch.device("meta"):
         model = create_model(name)
     assert isinstance(model, ViT)
@@ -192,12 +230,21 @@ def _tables(model: nn.Module) -> list[nn.Parameter]:
     return [p for m in model.modules() if isinstance(m, RelativeLinear) for p in m.parameters()]
 
 
-# -- measured: processes on this machine -----------------------------------------------------------
+# -- measuring: processes on this machine ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Small:
-    """A model that this machine trains with a few processes, and how: `batch` images in all."""
+    """A small model that this machine can train with a few processes.
+
+    Attributes:
+        mixer: the name of the mixer.
+        dim: the number of channels of a token, a multiple of 64.
+        depth: the number of blocks.
+        grid: the number of patches along each axis.
+        batch: the number of images of a step, all processes together.
+        repeats: the number of timed steps.
+    """
 
     mixer: str = "translution"
     dim: int = 192
@@ -207,6 +254,7 @@ class Small:
     repeats: int = 3
 
     def build(self) -> ViT:
+        """Make the model, with random weights."""
         return vit(
             mixer=self.mixer, image_size=16 * self.grid, dim=self.dim, depth=self.depth,
             heads=self.dim // 64, num_classes=10, pool="mean",
@@ -214,7 +262,12 @@ class Small:
 
 
 def measured(case: Small, processes: int) -> list[str]:
-    """Lines of a table: MB that the collectives of a training step sent, MB held, and seconds."""
+    """Return the lines of a table of the MB sent, the MB held and the seconds of a training step.
+
+    Args:
+        case: the model.
+        processes: the number of processes to start.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_work, (processes, case, folder), nprocs=processes)
         lines = (Path(folder) / "lines").read_text().splitlines()
@@ -254,7 +307,12 @@ def _work(rank: int, processes: int, case: Small, folder: str) -> None:
 
 
 def prepared(case: Small, strategy: str) -> tuple[TrainingStep, nn.Module]:
-    """A training step of AdamW, the same images in all, and the model."""
+    """Make a training step with AdamW on the same images for every strategy, and the model.
+
+    Args:
+        case: the model.
+        strategy: "offset", "fsdp" or "ddp".
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
@@ -274,21 +332,31 @@ def prepared(case: Small, strategy: str) -> tuple[TrainingStep, nn.Module]:
                 fully_shard(part_of, mesh=mesh)
     run = TrainingStep(model, images, labels % 10)
     if strategy == "ddp":
-        run()  # its first step also sends how it divides the gradients
+        run()  # the first step of DDP also sends how it groups the gradients
     return run, model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print both tables."""
+    """Print both tables.
+
+    Args:
+        arguments: the command-line arguments; None takes those of this process.
+    """
     prog = "python -m translution.apps.bench.scaling"
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--model", default="translution_vit_base_patch16_224", help="counted")
-    parser.add_argument("--batch", type=int, default=64, help="of the counted model")
-    parser.add_argument("--processes", type=int, default=2, help="0: count only")
-    parser.add_argument("--mixer", default="translution", help="of the measured model")
-    parser.add_argument("--grid", type=int, default=6, help="its patches per axis")
-    parser.add_argument("--images", type=int, default=8, help="its batch, all processes together")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps; the median counts")
+    parser.add_argument(
+        "--model", default="translution_vit_base_patch16_224", help="the model that is counted"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="images of the counted model")
+    parser.add_argument("--processes", type=int, default=2, help="processes; 0 counts only")
+    parser.add_argument("--mixer", default="translution", help="mixer of the measured model")
+    parser.add_argument(
+        "--grid", type=int, default=6, help="patches per axis of the measured model"
+    )
+    parser.add_argument("--images", type=int, default=8, help="its images, all processes together")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed steps; their median is reported"
+    )
     given = parser.parse_args(arguments)
     print("\n".join(counted(given.model, given.batch)))
     if given.processes:

@@ -1,4 +1,4 @@
-"""One training step of a whole image model: its time and memory, and the published way's memory."""
+"""Measure the time and memory of a training step of a whole image model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ __all__ = ["Step", "measure_step", "published_bytes"]
 
 @dataclass(frozen=True)
 class Step:
-    """One row of the table.
+    """A model and how it is trained, to measure one training step.
 
-    model: a name of `list_models()`, a ViT. relative: which of q, k, v have tables, where it has
-    any. autocast: the dtype of the products. weights: the dtype of weights and optimizer states.
-    checkpoint: what the blocks forget. options: others of the model, such as (("depth", 2),).
+    Attributes:
+        model: the name of a ViT, as `list_models()` has it.
+        relative: which of q, k and v are relative, for models with tables.
+        batch: the number of images.
+        autocast: the dtype of the matrix products.
+        weights: the dtype of weights and optimizer states.
+        checkpoint: what activation checkpointing drops and computes again.
+        options: other options of the model, such as (("depth", 2),).
     """
 
     model: str
@@ -32,6 +37,11 @@ class Step:
     options: tuple[tuple[str, Any], ...] = ()
 
     def build(self) -> ViT:
+        """Make the model.
+
+        Raises:
+            ValueError: there is no such model, or it is not a ViT.
+        """
         if "_vit_" not in self.model and self.model in list_models():
             raise ValueError(f"model: got {self.model!r}, want a ViT such as alpha_vit_tiny_...")
         has_tables = self.model.startswith(("translution", "alpha"))
@@ -42,11 +52,19 @@ class Step:
 
 
 def published_bytes(model: ViT, batch: int) -> int:
-    """Memory of one float32 step by the published algorithm, from its shapes.
+    """Estimate the memory of a float32 training step with the published algorithm, from shapes.
 
-    For each relative projection it keeps, for going back, the weights that it gathered for every
-    pair, copied for every sample, and what every pair is projected to; one gradient of that size
-    exists beside them; and AdamW holds weights, gradients and two states.
+    For each relative projection the algorithm saves, for the backward pass, the matrices that it
+    gathered for every pair and copied for every sample, and the projections of every pair. One
+    gradient of the size of these matrices exists at the same time. AdamW holds the weights, their
+    gradients and two states.
+
+    Args:
+        model: the model; its weights may be on the meta device.
+        batch: the number of images.
+
+    Returns:
+        The number of bytes.
     """
     c = model.config
     tokens = c.grid[0] * c.grid[1] + (1 if c.pool == "cls" else 0)
@@ -61,7 +79,17 @@ def published_bytes(model: ViT, batch: int) -> int:
 
 
 def measure_step(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Seconds, images per second, peak bytes of a step of AdamW; "error" where it did not fit."""
+    """Measure a training step with AdamW.
+
+    Args:
+        case: the model and how it is trained.
+        device: the device that computes.
+        repeats: the number of timed steps; their median is reported.
+
+    Returns:
+        The fields of the case, "parameters", and "seconds", "images_per_second" and "peak_bytes";
+        or "error" if the step does not fit into memory. Translution also has "published_bytes".
+    """
     with torch.device("meta"):
         shape = case.build()
     row: dict[str, Any] = {

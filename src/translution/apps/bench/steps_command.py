@@ -1,4 +1,4 @@
-"""The command `translution bench-step`: a training step of whole models."""
+"""The command `translution bench-step`, which measures training steps of whole models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from ...utils.tables import console_table
 from ..training.engine import pick_device
-from .common import DTYPES, check_file, header, ints, keep, told_machine
+from .common import DTYPES, check_file, header, ints, keep, machine_line
 from .steps import Step, measure_step
 
 __all__ = ["bench_step"]
 
-# (models, relative, batches) where they are not given
+# the default (model, relative, batch) of each row
 DEFAULTS = {
     "cpu": [
         ("attention_vit_tiny_patch56_224", "", 16),
@@ -45,25 +45,34 @@ DEFAULTS = {
 
 
 def bench_step(
-    model: Annotated[str, typer.Option(help="Names of ViTs; default by device.")] = "",
-    relative: Annotated[str, typer.Option(help="Such as qkv,kv, for models with tables.")] = "qkv",
-    batch: Annotated[str, typer.Option(help="Such as 16,64; default by model.")] = "",
-    autocast: Annotated[
-        str, typer.Option(help="Dtype of the products; default float32, on cuda bfloat16.")
+    model: Annotated[
+        str, typer.Option(help="Names of ViTs, separated by commas; default by device.")
     ] = "",
-    weights: Annotated[str, typer.Option(help="Dtype of weights and states.")] = "float32",
+    relative: Annotated[
+        str, typer.Option(help="Relative projections, such as qkv,kv, of models with tables.")
+    ] = "qkv",
+    batch: Annotated[str, typer.Option(help="Images, such as 16,64; default by model.")] = "",
+    autocast: Annotated[
+        str, typer.Option(help="Dtype of matrix products; default float32, on cuda bfloat16.")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(help="Dtype of weights and optimizer states.")
+    ] = "float32",
     checkpoint: Annotated[
-        str, typer.Option(help=f"Some of {','.join(ACTIVATION_CHECKPOINTING)}.")
+        str, typer.Option(help=f"One or more of {','.join(ACTIVATION_CHECKPOINTING)}.")
     ] = "none",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    repeats: Annotated[int, typer.Option(help="Timed steps; the median counts.")] = 3,
-    threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
-    json_file: Annotated[str, typer.Option("--json", help="Also write the rows here.")] = "",
+    device: Annotated[str, typer.Option(help="The device: auto, cpu, cuda or mps.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Timed steps; their median is reported.")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default.")] = 0,
+    json_file: Annotated[
+        str, typer.Option("--json", help="A file for the rows, written after each row.")
+    ] = "",
 ) -> None:
-    """Measure one training step (AdamW) of whole image models: time, memory.
+    """Measure the time and memory of one training step of whole image models.
 
-    Peak memory is that of weights, gradients, optimizer states and activations. Published: what the
-    published algorithm would take for it in float32, computed from its shapes.
+    The optimizer is AdamW. The peak memory includes weights, gradients, optimizer states and
+    activations. The column "published" is the memory that the published algorithm would take in
+    float32, computed from its shapes.
     """
     where = torch.device(pick_device(device))
     if repeats < 1:
@@ -72,7 +81,7 @@ def bench_step(
     autocast = autocast or ("bfloat16" if where.type == "cuda" else "float32")
     kinds = [DTYPES[check_choice(n, v, list(DTYPES))] for n, v in
              (("autocast", autocast), ("weights", weights))]  # fmt: skip
-    forgets = [
+    checkpoints = [
         check_choice("checkpoint", name.strip(), ACTIVATION_CHECKPOINTING)
         for name in checkpoint.split(",")
     ]
@@ -85,23 +94,23 @@ def bench_step(
             (name.strip(), side, 16) for name, side in itertools.product(model.split(","), sides)
         ]
     cases = [
-        Step(name, side, size, kinds[0], kinds[1], forget)
+        Step(name, side, size, kinds[0], kinds[1], kept)
         for name, side, own in known
         for size in (ints("batch", batch) if batch else [own])
-        for forget in forgets
+        for kept in checkpoints
     ]
     with torch.device("meta"):
         for case in cases:
-            case.build()  # unknown names are refused before anything runs
+            case.build()  # refuses unknown names before anything runs
     console = Console()
-    told = header(where)
-    rows = told["rows"]
-    console.print(f"{told_machine(told['machine'])}, {datetime.date.today()}", highlight=False)
+    record = header(where)
+    rows = record["rows"]
+    console.print(f"{machine_line(record['machine'])}, {datetime.date.today()}", highlight=False)
     with Live(console=console) as live:
         for case in cases:
             rows.append(measure_step(case, where, repeats))
             live.update(_table(rows))
-            keep(told, json_file)
+            keep(record, json_file)
     if not console.is_terminal:
         console.print()
     if json_file:
@@ -109,13 +118,13 @@ def bench_step(
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    forgets = len({row["checkpoint"] for row in rows}) > 1
-    columns = ["model", "M", "batch", *["checkpoint"] * forgets, "s", "images/s", "GB", "published"]
+    several = len({row["checkpoint"] for row in rows}) > 1
+    columns = ["model", "M", "batch", *["checkpoint"] * several, "s", "images/s", "GB", "published"]
     lines = []
     for row in rows:
         side = f" ({row['relative']})" if row["relative"] else ""
         cells = [row["model"] + side, f"{row['parameters'] / 1e6:.1f}", str(row["batch"])]
-        cells += [row["checkpoint"]] * forgets
+        cells += [row["checkpoint"]] * several
         if "error" in row:
             cells += [row["error"], "", ""]
         else:
@@ -123,5 +132,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             cells += [f"{row['peak_bytes'] / 1e9:.2f}"]
         published = row.get("published_bytes")
         lines.append([*cells, "" if published is None else f"{published / 1e9:,.0f} GB"])
-    caption = "M: parameters. published: memory the published algorithm would take."
+    caption = (
+        "M: parameters in millions. GB: peak memory. published: the memory that the published "
+        "algorithm would take."
+    )
     return console_table(columns, lines, ("model", "checkpoint"), ("model",), caption)

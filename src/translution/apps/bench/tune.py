@@ -1,6 +1,6 @@
-"""Trying block sizes of the Triton kernels: what fills the table in `backends.triton.blocks`.
+"""Measure block sizes of the Triton kernels, for the table in `backends.triton.blocks`.
 
-Never run by the operators themselves, which look their block sizes up.
+The operators never run this module: they look their block sizes up in the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ __all__ = ["KINDS", "Work", "candidates", "tried"]
 
 @dataclass(frozen=True)
 class Work:
-    """What the kernels are timed on."""
+    """The shapes for which the kernels are timed.
+
+    Attributes:
+        grid: the number of tokens along each axis.
+        causal: whether a token only sees the tokens before it and itself.
+        channels: the number of channels of a token.
+        heads: the number of heads.
+        batch: the number of samples.
+        dtype: the dtype of tokens and weights.
+        device: the device that computes.
+    """
 
     grid: tuple[int, ...]
     causal: bool
@@ -33,15 +43,23 @@ class Work:
 
     @property
     def layout(self) -> Layout:
+        """The offset class of each pair of tokens."""
         return Layout(self.grid, causal=self.causal)
 
     def usual(self, kind: str) -> Blocks:
-        """The block sizes that the table gives."""
+        """Return the block sizes that the table has for a kind of kernel."""
         width = 0 if kind in ("token_grads", "table_grads") else self.channels // self.heads
         return choose(kind, self.dtype, self.channels, self.channels, width)
 
     def call(self, kind: str) -> tuple[Callable[[], Any], int]:
-        """A launch of this kind, and the multiplications with additions that it counts for."""
+        """Prepare a launch of a kernel.
+
+        Args:
+            kind: a name of `KINDS`.
+
+        Returns:
+            A function that launches the kernel, and its number of multiply-adds.
+        """
         from ...backends.triton.launch import Problem, Side
         from ...operands import Operand
 
@@ -84,7 +102,12 @@ class Work:
 
 
 def candidates(kind: str, usual: Blocks) -> list[Blocks]:
-    """Configurations to try, the usual one first, then those that differ from it the least."""
+    """Return the block sizes to try: the usual ones first, then those that differ from them least.
+
+    Args:
+        kind: the kind of kernel, a name of `KINDS`.
+        usual: the block sizes of the table.
+    """
     columns = [(64, 0), (128, 0), (128, 64), (256, 0)]
     loops = (False, True) if kind in ("scores", "score_grads") else (False,)
     every = [
@@ -100,12 +123,21 @@ def candidates(kind: str, usual: Blocks) -> list[Blocks]:
 
 
 def tried(work: Work, kind: str, repeats: int) -> Iterator[tuple[Blocks, float | None, int]]:
-    """Each configuration with its seconds (None: it does not compile or fit) and its work."""
+    """Time a kernel with each of its candidate block sizes.
+
+    Args:
+        work: the shapes.
+        kind: the kind of kernel, a name of `KINDS`.
+        repeats: the number of timed launches; their median is reported.
+
+    Yields:
+        The block sizes, the seconds (None if they do not compile or fit), and the multiply-adds.
+    """
     call, count = work.call(kind)
     for blocks in candidates(kind, work.usual(kind)):
         with overridden(kind, blocks):
             try:
                 yield blocks, seconds(call, work.device, repeats), count
             except Exception:
-                # Triton has an error of its own for every way in which a size does not fit
+                # Triton has a different exception for each way in which block sizes do not fit
                 yield blocks, None, count

@@ -1,4 +1,4 @@
-"""What ACmix costs when keys and values are copied once per neighbour: for comparison only."""
+"""ACmix with keys and values copied for every neighbour; the benchmarks compare with it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ __all__ = ["unfold_acmix", "unfold_bytes"]
 
 
 def unfold_acmix(layer: ACmix2d, x: Tensor) -> Tensor:
-    """What `layer` gives for x, in the way of the published code.
+    """Compute the output of an ACmix layer in the way of the published code.
 
-    Keys, values and positions are unfolded to one copy per neighbour, multiplied and summed; the
-    convolution makes a map per tap of each channel and convolves those.
+    Keys, values and positions are unfolded to one copy per neighbour, multiplied and summed. The
+    convolution makes one map for each tap of each channel, and shifts and adds these maps.
+
+    Args:
+        layer: the layer.
+        x: the input [batch, channels, height, width].
+
+    Returns:
+        What `layer(x)` returns.
     """
     batch, heads, dim = len(x), layer.heads, layer.head_dim
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
@@ -51,6 +58,20 @@ def unfold_acmix(layer: ACmix2d, x: Tensor) -> Tensor:
 def unfold_bytes(
     batch: int, channels: int, places: int, taps: int, backward: bool, width: int = 4
 ) -> int:
-    """Memory of `unfold_acmix` by its shapes: going forward, keys (or values), two of their size
-    that arise from them; going back, what the products keep and their gradients."""
+    """Estimate the peak memory of `unfold_acmix` from its shapes.
+
+    The forward pass holds three tensors of the size of the unfolded keys. The backward pass also
+    holds two tensors of this size, which are saved for it or are gradients.
+
+    Args:
+        batch: the number of samples.
+        channels: the number of channels.
+        places: the number of pixels of the output map.
+        taps: the number of neighbours of a pixel.
+        backward: whether the backward pass is included.
+        width: the bytes of a number.
+
+    Returns:
+        The number of bytes.
+    """
     return (5 if backward else 3) * batch * channels * places * taps * width

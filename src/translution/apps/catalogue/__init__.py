@@ -1,4 +1,4 @@
-"""A table of all models and what they cost."""
+"""The catalogue: a table of all models with their parameters, multiply-adds and memory."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["Costs", "Entry", "costs", "entry"]
 
 
 def __getattr__(name: str) -> Any:
-    """From `counts`, when it is asked for: it imports torch."""
+    """Import a name from `counts` when it is first used, since `counts` imports torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import counts

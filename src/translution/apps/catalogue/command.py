@@ -1,4 +1,4 @@
-"""The command `translution models`."""
+"""The command `translution models`, which lists the models."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ COLUMNS = ("name", "parameters", "multiply-adds", "inference", "training")
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help='Pattern of names, such as "alpha_vit_*".')] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help='A pattern of names, such as "alpha_vit_*".')
+    ] = "*",
     max_parameters: Annotated[
-        str, typer.Option(help="Only models with at most this many: 30M, 2.5G or 1000000.")
+        str,
+        typer.Option(help="Only models with at most this many parameters, such as 30M or 2.5G."),
     ] = "",
     mixer: Annotated[str, typer.Option(help="Only models with this mixer.")] = "",
-    sort: Annotated[str, typer.Option(help=f"One of {', '.join(COLUMNS)}.")] = "name",
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a batch, for the memory.")] = 1,
+    sort: Annotated[str, typer.Option(help=f"Sort by {', '.join(COLUMNS)}.")] = "name",
+    batch: Annotated[
+        int, typer.Option(min=1, help="The batch size for which memory is computed.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
 ) -> None:
     """List models with their parameters, multiply-adds and memory, without making them.
@@ -58,8 +63,8 @@ def models(
                 "input": one["input"],
                 "parameters": one["parameters"],
                 "multiply-adds": one["multiply_adds"],
-                "inference": one["weights"] + batch * one["passing"],
-                "training": one["weights"] + 3 * one["trained"] + batch * one["kept"],
+                "inference": one["weights"] + batch * one["activations"],
+                "training": one["weights"] + 3 * one["parameter_bytes"] + batch * one["saved"],
             }
         )
     rows.sort(key=lambda row: (row[sort], row["name"]))
@@ -120,7 +125,7 @@ def parameters(text: str) -> int:
     """Read a number of parameters, such as "30M", "2.5G" or "1000000".
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is not a number of at least 0.
     """
     try:
         number = float(text[:-1]) * UNITS[text[-1]] if text[-1] in UNITS else float(text)

@@ -1,4 +1,4 @@
-"""What a model costs, found on the meta device: from shapes alone, without memory or arithmetic."""
+"""Count what a model costs on the meta device: from shapes alone, without memory or arithmetic."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ __all__ = ["Costs", "Entry", "costs", "entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A model by name, made without memory: what it is, and how large.
+    """A model of the registry.
 
-    family: "vit", "gpt", "resnet", "san", "pvt" or "swin". input: shape of one sample, (channels,
-    height, width) or (tokens,).
+    Attributes:
+        name: the name of the model.
+        family: "vit", "gpt", "resnet", "san", "pvt" or "swin".
+        mixer: the name of its mixer.
+        parameters: the number of parameters.
+        input: the shape of one sample, (channels, height, width) or (tokens,).
     """
 
     name: str
@@ -36,39 +40,58 @@ class Entry:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a sample in float32; bytes.
+    """The operations and the memory that a model needs for one sample in float32.
 
-    multiply_adds: `measuring.multiply_adds` of a forward pass. weights: parameters and buffers.
-    passing: the most that a forward pass without gradients holds at once of what it made itself,
-    by the shapes; the operators' own working memory is not seen. kept: what a forward pass in
-    training keeps for the backward pass (each storage once, without weights). torch's attention is
-    counted as matrix products that keep dense weights; its fused kernels keep less.
-    trained: parameters alone.
+    torch's attention is counted as matrix products that store dense attention weights; its fused
+    kernels store less.
+
+    Attributes:
+        multiply_adds: the multiply-adds of a forward pass, as `measuring.multiply_adds` counts.
+        weights: the bytes of parameters and buffers.
+        parameter_bytes: the bytes of the parameters alone.
+        activations: the peak bytes of the tensors that a forward pass without gradients creates,
+            computed from shapes. The working memory within an operator is not included.
+        saved: the bytes that a forward pass in training saves for the backward pass, without
+            weights. Each storage counts once.
     """
 
     multiply_adds: int
     weights: int
-    trained: int
-    passing: int
-    kept: int
+    parameter_bytes: int
+    activations: int
+    saved: int
 
     def inference(self, batch: int = 1) -> int:
-        """Weights, and `passing` of each sample."""
-        return self.weights + batch * self.passing
+        """Return the bytes of inference: the weights, and the activations of each sample."""
+        return self.weights + batch * self.activations
 
     def training(self, batch: int = 1) -> int:
-        """A step with AdamW: weights; a gradient and two states of each parameter; and `kept` of
-        each sample. What the backward pass holds beside that is not seen."""
-        return self.weights + 3 * self.trained + batch * self.kept
+        """Return the bytes of a training step with AdamW.
+
+        These are the weights, a gradient and two states of each parameter, and the tensors that are
+        saved for each sample. The working memory of the backward pass is not included.
+        """
+        return self.weights + 3 * self.parameter_bytes + batch * self.saved
 
 
 def entry(name: str) -> Entry:
-    """Raises ValueError for an unknown name."""
+    """Describe the model of a name.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     return _entry(name, _made(name))
 
 
 def costs(name: str) -> Costs:
-    """Count the model of this name; about a tenth of a second to a few seconds."""
+    """Count the operations and the memory of a model; it takes up to a few seconds.
+
+    Args:
+        name: the name of the model.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     model = _made(name)
     x = _input(model, _entry(name, model))
     made = _Made()
@@ -78,10 +101,10 @@ def costs(name: str) -> Costs:
             model.eval()(x)
 
     adds = multiply_adds(run)
-    kept = _kept(model.train(), x)
-    trained = sum(map(_bytes, model.parameters()))
-    weights = trained + sum(map(_bytes, model.buffers()))
-    return Costs(adds, weights, trained, made.most, kept)
+    saved = _saved(model.train(), x)
+    parameters = sum(map(_bytes, model.parameters()))
+    weights = parameters + sum(map(_bytes, model.buffers()))
+    return Costs(adds, weights, parameters, made.most, saved)
 
 
 def _made(name: str) -> nn.Module:
@@ -105,10 +128,11 @@ def _bytes(x: Tensor) -> int:
 
 
 class _Made(TorchDispatchMode):
-    """Sums the storages that operations make while they are alive.
+    """Adds up the bytes of the tensor storages that operations create and that still exist.
 
     Attributes:
-        most: bytes, the most at once.
+        now: the bytes that exist now.
+        most: the largest value that `now` had.
     """
 
     def __init__(self) -> None:
@@ -139,9 +163,10 @@ def _is(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _kept(model: nn.Module, x: Tensor) -> int:
+def _saved(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes that a forward pass saves for the backward pass, without weights."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, torch.UntypedStorage] = {}  # holding them keeps their numbers apart
+    found: dict[int, torch.UntypedStorage] = {}  # storing them keeps their ids unique
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()

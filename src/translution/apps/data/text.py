@@ -25,7 +25,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ...utils.words import some
+from ...utils.words import shortened
 from .documents import Piece, Place, Scan, pieces, places, scan
 from .order import seed_of
 from .parts import Part
@@ -203,7 +203,7 @@ class _Text:
         now = {place.name: place.stamp for place in places(self.options, self.part)}
         changed = [place.name for place in self.places if now.get(place.name) != place.stamp]
         if changed:
-            raise ValueError(f"{self.part}: {some(changed)} changed while being tokenised")
+            raise ValueError(f"{self.part}: {shortened(changed)} changed while being tokenised")
 
 
 def _documents_of(options: TextOptions, part: Part, seed: int, progress: bool) -> _Text:
@@ -216,7 +216,7 @@ def _documents_of(options: TextOptions, part: Part, seed: int, progress: bool) -
     if source != "train" and options.format != "hub":
         train = _real_paths(options, "train")
         if same := [place.name for place in found if os.path.realpath(place.name) in train]:
-            raise ValueError(f"{part}: {some(same)} is in train too")
+            raise ValueError(f"{part}: {shortened(same)} is in train too")
     names = [place.name for place in found]
     key = _key(names, options.documents, options.text_column, options.bad, FORMAT)
     file = options.root / "scans" / f"{key}.json"
@@ -226,12 +226,12 @@ def _documents_of(options: TextOptions, part: Part, seed: int, progress: bool) -
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if changed:
-        warnings.warn(f"{source}: {some(changed)} changed; tokenised again", stacklevel=3)
+        warnings.warn(f"{source}: {shortened(changed)} changed; tokenised again", stacklevel=3)
     if bad := [str(one.bad) for one in whole.sources if one.bad]:
-        warnings.warn(f"{source}: left out: {some(bad)}", stacklevel=3)
+        warnings.warn(f"{source}: left out: {shortened(bad)}", stacklevel=3)
     good = {one.name for one in whole.good}
     if not good:
-        raise ValueError(f"{source}: there is no text in it: {some(bad)}")
+        raise ValueError(f"{source}: there is no text in it: {shortened(bad)}")
     kept: npt.NDArray[np.bool_] | None = None
     division: tuple[Any, ...] = ()
     if source == "train" and options.valid is None and options.holdout:

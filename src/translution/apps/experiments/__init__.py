@@ -1,1 +1,1 @@
-"""Experiments: rows that are trained alike over several seeds, and the tables that come of it."""
+"""Experiments: models trained under the same conditions over several seeds, and their tables."""

@@ -1,4 +1,4 @@
-"""`translution experiment`."""
+"""The command `translution experiment`, which runs an experiment."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ __all__ = ["experiment"]
 
 def experiment(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Such as experiments/digits.yaml.")],
-    rows: Annotated[str | None, typer.Option(help="Some of them, separated by ;")] = None,
-    budgets: Annotated[str, typer.Option(help="Of steps, time, parameters.")] = (
+    file: Annotated[Path, typer.Argument(help="The experiment, such as experiments/digits.yaml.")],
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Names of rows to train, separated by semicolons; default all."),
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="One or more of steps,time,parameters.")] = (
         "steps,time,parameters"
     ),
-    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/experiments"),
-    docs: Annotated[Path, typer.Option(help="Where results.md and its figures go.")] = Path("docs"),
+    out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs/experiments"),
+    docs: Annotated[Path, typer.Option(help="The folder of results.md and its figures.")] = Path(
+        "docs"
+    ),
     jobs: Annotated[
         int,
-        typer.Option(help="Runs at once, a thread each; 0: one per core of a CPU, else one."),
+        typer.Option(help="Runs at the same time, one thread each; 0 takes one per core of a CPU."),
     ] = 1,
     keep: Annotated[bool, typer.Option(help="Keep the checkpoints of finished runs.")] = False,
     known: Annotated[
-        Path | None, typer.Option(help="Take finished runs from it, such as docs/results.json.")
+        Path | None, typer.Option(help="A file with finished runs, such as docs/results.json.")
     ] = None,
-    report: Annotated[bool, typer.Option(help="Only write the results; train nothing.")] = False,
+    report: Annotated[
+        bool, typer.Option(help="Write the results of finished runs, and train nothing.")
+    ] = False,
 ) -> None:
     """Train rows alike over several seeds: translution experiment FILE [--base.key=value ...].
 
-    Goes on where it was stopped, and rewrites its table and figure in DOCS/results.md.
+    The command continues where it was stopped, and writes its table and figure into
+    DOCS/results.md.
     """
     import importlib.util
     import json
@@ -59,7 +67,7 @@ def experiment(
     say = progress.console.print
 
     def save() -> bool:
-        """Write what is finished; False where that is nothing yet."""
+        """Write the results of finished runs; return False if there are none yet."""
         results = runs.results()
         if results is not None:
             write_results(file.stem, command, results, docs)

@@ -1,4 +1,4 @@
-"""What an experiment is made from, and the runs that it asks for."""
+"""The configuration of an experiment, and the runs that follow from it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,22 @@ __all__ = [
     "load_experiment",
 ]
 
-Changes = dict[str, Any]  # of a configuration, such as {"model.mixer": "alpha"}
+Changes = dict[str, Any]  # new values of keys of a configuration, such as {"model.mixer": "alpha"}
 BudgetName = Literal["steps", "time", "parameters"]
 BUDGETS: tuple[BudgetName, ...] = ("steps", "time", "parameters")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How a metric is shown, and which end of it is better."""
+    """A metric and the form in which it is shown.
+
+    Attributes:
+        title: the name with the unit.
+        metric: the name of the metric in the results of a run.
+        higher: whether higher values are better.
+        scale: the factor from the metric to the unit.
+        digits: the number of digits after the decimal point.
+    """
 
     title: str
     metric: str
@@ -43,16 +51,21 @@ class Measure:
     digits: int = 3
 
     def of(self, metrics: dict[str, float], part: str) -> float:
-        """The value in its unit, from what a run measured on a part of the data."""
+        """Return the value in its unit.
+
+        Args:
+            metrics: the metrics of a run.
+            part: the part of the data on which they were measured, such as "test".
+        """
         value = metrics[f"{part}_{self.metric}"] * self.scale
         return 2.0**value if self.title == "perplexity per byte" else value
 
     def text(self, value: float) -> str:
-        """As in a table, whose head has the unit."""
+        """Write a value for a table, whose head has the unit."""
         return f"{value:.{self.digits}f}"
 
     def words(self, value: float) -> str:
-        """As in a sentence: "97.2 %", "2.070 bits per byte"."""
+        """Write a value with its unit for a sentence, such as "97.2 %"."""
         return f"{self.text(value)} {'%' if self.metric == 'accuracy' else self.title}"
 
 
@@ -65,10 +78,12 @@ MEASURES = {
 
 
 class Budget(Options):
-    """A second comparison, in which rows get as much as the row `like`.
+    """A further comparison, in which rows get as much time or as many parameters as one row.
 
-    rows, regimes: those that take part; null is all of them.
-    rates: tried as in the first comparison; null takes the one that was best there.
+    like: the row with which the others are made equal.
+    rows: the rows that take part; null takes all of them.
+    regimes: the regimes that take part; null takes all of them.
+    rates: the learning rates to try; null takes the best one of the first comparison.
     """
 
     like: str
@@ -80,18 +95,23 @@ class Budget(Options):
 class Experiment(Options):
     """Rows trained with equal steps, each at its own learning rate, over several seeds.
 
-    title, asks: of its part in the results.
-    extends: another experiment's file, named from this one's folder; its base stands wherever this
-        one's has nothing else.
-    base: a run's configuration; the rest are changes of it, {"model.mixer": "alpha"}.
-    rows: what is compared. regimes: ways to train each of them. tests: what each is tested on.
-    rates: learning rates. Each row runs with all of them and the first seed, and with the best by
-        the first measure on validation data for the other seeds.
-    seeds: how many. seed: the first of them.
-    measures: accuracy, bits_per_byte, perplexity_per_byte, perplexity.
-    time: also with steps as many as take the time of the row `like`.
-    parameters: also with `model.dim` such that there are as many parameters as in the row `like`.
-    axis: what the rows' numbers are, where the names of rows begin with one; for the figure.
+    title: the heading of its section in the results.
+    asks: the question below the heading.
+    extends: another experiment's file, relative to the folder of this one; keys that are missing in
+        the base are taken from its base.
+    base: the configuration of a run; rows, regimes and tests change its keys.
+    rows: what is compared, such as {"alpha": {"model.mixer": "alpha"}}.
+    regimes: the ways to train each row, such as on centred and on moved digits.
+    tests: the data on which each row is tested.
+    rates: the learning rates. Each row is trained with all of them and the first seed, and with the
+        best one (by the first measure on validation data) and the other seeds.
+    seeds: the number of seeds.
+    seed: the first seed.
+    measures: accuracy, bits_per_byte, perplexity_per_byte or perplexity.
+    time: a further comparison, with as many steps as fit into the training time of one row.
+    parameters: a further comparison, with `model.dim` such that every row has as many parameters as
+        one of them.
+    axis: the title of the figure's horizontal axis, for rows whose names begin with a number.
     """
 
     title: str
@@ -135,7 +155,7 @@ class Experiment(Options):
         return self
 
     def arms(self, budgets: Sequence[str]) -> list[Arm]:
-        """What is trained over the seeds: by budget, regime and row."""
+        """Return the combinations of budget, regime and row that are trained with several seeds."""
         found = []
         for budget in BUDGETS:
             if budget not in budgets:
@@ -145,19 +165,28 @@ class Experiment(Options):
                 continue
             for regime in (given and given.regimes) or self.regimes:
                 for row in (given and given.rows) or self.rows:
-                    if given is None or row != given.like:  # which has it already
+                    if given is None or row != given.like:  # the comparison of equal steps has it
                         found.append(Arm(row, regime, budget))
         return found
 
     def changes(self, arm: Arm) -> Changes:
+        """Return the changes of the base that an arm makes."""
         return self.regimes[arm.regime] | self.rows[arm.row]
 
     def config(self, arm: Arm, rate: float, seed: int, more: Changes | None = None) -> Config:
-        """Of one run; `more` comes last."""
+        """Return the configuration of a run.
+
+        Args:
+            arm: the row, its regime and its budget.
+            rate: the learning rate.
+            seed: the seed.
+            more: further changes, applied last.
+        """
         changes = self.changes(arm) | {"train.learning_rate": rate, "seed": seed} | (more or {})
         return self._parse(arm.name, changes)
 
     def tested(self, arm: Arm, seed: int, test: str) -> Config:
+        """Return the configuration with which the runs of an arm are tested."""
         return self._parse(arm.name, self.changes(arm) | {"seed": seed} | self.tests[test])
 
     def _parse(self, name: str, changes: Changes) -> Config:
@@ -165,17 +194,21 @@ class Experiment(Options):
 
 
 def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
-    """The experiment in a YAML file, with changes such as "base.train.steps=100".
+    """Read an experiment from a YAML file.
+
+    Args:
+        path: the file.
+        changes: changes of its keys, such as "base.train.steps=100".
 
     Raises:
-        ValueError: naming the file, the key, what came and what is allowed.
-        OSError: a file that cannot be read.
+        ValueError: a key is unknown or has a wrong value; the message names the file and the key.
+        OSError: a file cannot be read.
     """
     return parse(Experiment, _extended(path), str(path), changes)
 
 
 def _extended(path: Path, behind: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's content, its `base` filled up from the file that it extends."""
+    """Read a file, and complete its `base` from the file that it extends."""
     content = read(path)
     named = content.get("extends")
     if not isinstance(named, str):
@@ -190,7 +223,7 @@ def _extended(path: Path, behind: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _over(own: Any, under: Any) -> Any:
-    """`under` with the keys of `own` put over its own."""
+    """Return `under` with its keys replaced by those of `own`, also in nested dictionaries."""
     if not isinstance(own, dict) or not isinstance(under, dict):
         return own
     return under | {key: _over(value, under.get(key)) for key, value in own.items()}
@@ -198,7 +231,13 @@ def _over(own: Any, under: Any) -> Any:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row, trained in one way with one budget."""
+    """A row that is trained in one regime with one budget.
+
+    Attributes:
+        row: the name of the row.
+        regime: the name of the regime; "" if the experiment has only one.
+        budget: "steps", "time" or "parameters".
+    """
 
     row: str
     regime: str
@@ -215,7 +254,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what `translution train` would do with the configuration, in a folder."""
+    """One training run of an experiment.
+
+    Attributes:
+        arm: the row, its regime and its budget.
+        rate: the learning rate.
+        seed: the seed.
+        config: the configuration, as `translution train` takes it.
+    """
 
     arm: Arm
     rate: float
@@ -228,7 +274,7 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of all that decides the run's numbers; where its data lie does not."""
+        """A hash of everything that affects the numbers of the run, without its data's paths."""
         content = self.config.model_dump(mode="json")
         content.pop("out")
         for key in ("train", "valid", "test", "folder", "shards", "workers"):
@@ -240,5 +286,5 @@ class Run:
 
 
 def slug(name: str) -> str:
-    """A name as a part of a file's."""
+    """Return a name in the form in which it is part of the name of a file."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower().replace("α", "alpha")).strip("-.")

@@ -1,4 +1,4 @@
-"""What the rows of an experiment cost: parameters, the time and the memory of a training step."""
+"""Measure the costs of the rows of an experiment: parameters, time and memory of a step."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from ..training.run import model_of
 
 __all__ = ["costs_of", "data_of", "parameters_of", "parts_of", "widened"]
 
-REPEATS = 5  # timed steps, of which the median counts
+REPEATS = 5  # timed steps; their median is reported
 
 
 @functools.lru_cache(4)
 def _parts(data: str) -> Parts:
-    """The parts that are open of the data with these options, for all runs that have the same."""
+    """Return the open parts of the data with these options; runs with equal options share them."""
     return {}
 
 
 def parts_of(config: Config) -> Parts:
+    """Return the open parts of the data of a run, which runs with equal data share."""
     return _parts(f"{config.seed} {config.data.model_dump_json()}")
 
 
 def data_of(config: Config) -> Data:
+    """Return the data of a run."""
     return Data(config, parts=parts_of(config))
 
 
@@ -44,10 +46,14 @@ def _model_on(config: Config, device: str) -> tuple[torch.nn.Module, Data]:
 
 
 def parameters_of(config: Config, row: str = "") -> int:
-    """How many parameters a run's model has.
+    """Count the parameters of the model of a run.
+
+    Args:
+        config: the configuration of the run.
+        row: the name of the row, for the message.
 
     Raises:
-        ValueError: there is no such model, naming the row.
+        ValueError: the model cannot be made; the message names the row.
     """
     try:
         return sum(p.numel() for p in _model_on(config, "meta")[0].parameters())
@@ -56,7 +62,15 @@ def parameters_of(config: Config, row: str = "") -> int:
 
 
 def widened(config: Config, parameters: int) -> int:
-    """The width with about as many parameters: a multiple of 4 channels per head."""
+    """Find the width with which a model has about a given number of parameters.
+
+    Args:
+        config: the configuration of a run.
+        parameters: the number of parameters.
+
+    Returns:
+        The width, a multiple of 4 channels per head.
+    """
     options = config.model.given
     step = 4 * int(options.get("heads", 1))
 
@@ -75,9 +89,17 @@ def widened(config: Config, parameters: int) -> int:
 
 
 def costs_of(configs: Sequence[Config]) -> list[dict[str, Any]]:
-    """ "parameters", "step_ms" and "peak_bytes" of a training step of each, with one thread.
+    """Measure a training step of each configuration with one thread.
 
-    The time of a step is the median in milliseconds; the steps of all are made in turn.
+    The steps of all configurations alternate, so that a slow period of the machine affects all of
+    them.
+
+    Args:
+        configs: the configurations of the runs.
+
+    Returns:
+        For each configuration the number of "parameters", the median time of a step in milliseconds
+        ("step_ms"), and its peak memory in bytes ("peak_bytes").
     """
     device = torch.device(pick_device(configs[0].train.device))
     threads = torch.get_num_threads()

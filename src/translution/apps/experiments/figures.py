@@ -1,4 +1,4 @@
-"""The figures of experiments, and the look that all figures of results share."""
+"""The figures of experiments, and the style that all figures of results share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .results import Column, Results
 
 __all__ = ["COLOURS", "INK", "STYLE", "colours_of", "draw", "legend", "line", "panels", "svg"]
 
-# Readable on white and on near-black, and told apart by most colour-blind readers.
+# Readable on white and on near-black; most colour-blind readers can distinguish them.
 COLOURS = {
     "attention": "#7a869a",
     "rotary": "#b07cc6",
@@ -36,7 +36,7 @@ COLOURS = {
 }
 MARKS = dict(zip(COLOURS.values(), "osD^PvX", strict=True))
 INK, ACCENT, SOFT = "#010203", COLOURS["translution"], COLOURS["attention"]
-ACROSS = 3  # panels
+ACROSS = 3  # the largest number of panels side by side
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -57,18 +57,28 @@ STYLE: Any = {
 }
 
 
-# -- the look --------------------------------------------------------------------------------------
+# -- style -----------------------------------------------------------------------------------------
 
 
 def colours_of(rows: Sequence[str]) -> dict[str, str]:
-    """A colour for each row: that of a mixer where the row is called by its title."""
+    """Choose a colour for each row; a row that is named like a mixer gets the mixer's colour."""
     own = {MIXER_TITLES[name]: colour for name, colour in COLOURS.items()}
     free = iter([colour for row, colour in own.items() if row not in rows])
     return {row: own.get(row) or next(free, "#8a8a8a") for row in rows}
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, Any]:
-    """A figure of this size in inches, and its axes [rows, columns]."""
+    """Make a figure with a grid of panels.
+
+    Args:
+        rows: the number of panels one below the other.
+        columns: the number of panels side by side.
+        size: the width and height in inches.
+        shared: which axes the panels share, as for `Figure.subplots`.
+
+    Returns:
+        The figure, and its axes [rows, columns].
+    """
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
@@ -77,7 +87,16 @@ def line(
     axis: Any, name: str, colour: str, x: Sequence[float], runs: Sequence[Sequence[float]],
     marked: bool = False,
 ) -> None:  # fmt: skip
-    """The mean of several runs at each x, and a band of one standard deviation."""
+    """Draw the mean of several runs over x, and a band of one standard deviation.
+
+    Args:
+        axis: the axes to draw on.
+        name: the name of the line in the legend.
+        colour: the colour of the line.
+        x: the positions.
+        runs: the values of each run, [runs, positions].
+        marked: whether each position has a marker.
+    """
     columns = list(zip(*runs, strict=True))
     means = [statistics.fmean(c) for c in columns]
     apart = [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]
@@ -89,7 +108,7 @@ def line(
 
 
 def legend(figure: Figure, *axes: Any) -> None:
-    """One legend above, with each line of these axes once."""
+    """Add one legend above the figure, which names each line of these axes once."""
     lines: dict[str, Any] = {}
     for axis in axes:
         for drawn, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -100,7 +119,13 @@ def legend(figure: Figure, *axes: Any) -> None:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """Inline SVG: ids of its own, a label, no links, the page's fonts and colour."""
+    """Return a figure as SVG that can be part of an HTML page, and uses its fonts and text colour.
+
+    Args:
+        figure: the figure.
+        name: the prefix of all ids, unique on the page.
+        label: the description for screen readers.
+    """
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
@@ -115,11 +140,16 @@ def svg(figure: Figure, name: str, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
-# -- an experiment's figure ------------------------------------------------------------------------
+# -- the figure of an experiment -------------------------------------------------------------------
 
 
 def draw(results: Results, path: Path) -> None:
-    """A panel for each column of the first measure, a point for each seed; PNG."""
+    """Draw the figure of an experiment: a panel for each column, and a point for each seed.
+
+    Args:
+        results: the results of the experiment; the first measure is drawn.
+        path: the PNG file to write.
+    """
     e = results.experiment
     columns = [c for c in results.columns() if c.measure is MEASURES[e.measures[0]]]
     several = any(c.budget != "steps" for c in columns)
@@ -140,7 +170,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _beside(panel: Axes, results: Results, column: Column) -> None:
-    """Rows one below the other."""
+    """Draw the rows one below the other."""
     rows = list(results.experiment.rows)
     best = results.best(column)
     for place, row in enumerate(rows):
@@ -158,7 +188,7 @@ def _beside(panel: Axes, results: Results, column: Column) -> None:
 
 
 def _over(panel: Axes, results: Results, column: Column) -> None:
-    """Rows whose name begins with a number over it; the others as lines across."""
+    """Draw rows whose names begin with a number over that number, and the others as lines."""
     points, lines = [], []
     for row in results.experiment.rows:
         cell = results.at(column, row)
@@ -172,7 +202,7 @@ def _over(panel: Axes, results: Results, column: Column) -> None:
     for place, (mean, std, row) in enumerate(sorted(lines)):
         panel.axhline(mean, color=SOFT, ls="--", lw=1.2)
         panel.axhspan(mean - std, mean + std, color=SOFT, alpha=0.12, lw=0)
-        below = place == 0 < len(lines) - 1  # so that the names of two don't collide
+        below = place == 0 < len(lines) - 1  # so that the names of two lines do not overlap
         panel.annotate(
             row, (1.0, mean), xycoords=("axes fraction", "data"), ha="right",
             va="top" if below else "bottom", fontsize=8, color=INK,

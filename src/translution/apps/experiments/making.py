@@ -1,4 +1,4 @@
-"""Making runs: one from its training to its result, and several at the same time."""
+"""Carry out the runs of an experiment: a single one, and several at the same time."""
 
 from __future__ import annotations
 
@@ -35,17 +35,21 @@ RESULT = "result.json"
 Keep = Literal["nothing", "weights", "everything"]
 Measuring = Callable[[Path, Run], dict[str, Any]]
 Watch = Callable[[str, int, int, dict[str, float]], None]
-"""Takes a run's folder, its step, the last step, and the metrics that were logged last."""
+"""Takes the folder of a run, its step, its last step, and the metrics that were logged last."""
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the runs of an experiment in a folder.
+    """Trains and tests the runs of an experiment.
 
-    source: what results.json says of the library and the machine. keep: what stays of the
-    checkpoints of a finished run. measuring: gives further numbers from the checkpoint of a
-    finished run; a function of a module, as it goes to other processes. tensorboard: whether runs
-    write logs for TensorBoard.
+    Attributes:
+        experiment: the experiment.
+        folder: the folder of all runs.
+        source: the commit and the machine, which are stored with each result.
+        keep: what is kept of the checkpoints of a finished run.
+        measuring: takes the checkpoint of a finished run and returns further numbers. It is sent to
+            other processes, so it must be a function of a module.
+        tensorboard: whether runs write logs for TensorBoard.
     """
 
     experiment: Experiment
@@ -56,7 +60,10 @@ class Maker:
     tensorboard: bool = False
 
     def __call__(self, run: Run) -> dict[str, Any]:
-        """Train, going on where an earlier try ended, and test; writes and returns result.json."""
+        """Train and test a run, write result.json, and return its content.
+
+        A run that was interrupted earlier continues from its checkpoint.
+        """
         folder, config = self.folder / run.folder, run.config
         checkpoints = folder / "run" / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +86,7 @@ class Maker:
             except ValueError as error:
                 if not str(error).startswith("loss: is "):
                     raise
-                valid = None  # this rate is too high: a result like any other
+                valid = None  # the learning rate is too high, which is a result too
             if valid is not None:
                 at = latest(checkpoints)
                 assert at is not None
@@ -107,12 +114,12 @@ class Maker:
                 shutil.rmtree(last)
             for state in checkpoints.glob(f"best-*/{STATE}"):
                 state.unlink()
-        gc.collect()  # a trainer and its data are a cycle, and hold more than the collector sees
+        gc.collect()  # a trainer and its data refer to each other and hold much memory
         return result
 
 
 class _Reporting(Callback):
-    """Tells a run's progress to the process that waits for it, a few times a second."""
+    """Reports the progress of a run to the waiting process, at most ten times per second."""
 
     def __init__(self, name: str):
         self.name = name
@@ -137,7 +144,11 @@ _watch: Watch = _nobody  # of this process
 
 
 def jobs_on(device: str, jobs: int) -> int:
-    """How many runs are made at the same time: `jobs`, or for 0 one per core of a CPU, else one.
+    """Return how many runs are carried out at the same time.
+
+    Args:
+        device: the device, as the configuration names it.
+        jobs: the number of runs; 0 takes one per core on a CPU, and one on other devices.
 
     Raises:
         ValueError: there is no such device, or jobs is negative.
@@ -148,7 +159,7 @@ def jobs_on(device: str, jobs: int) -> int:
 
 
 class _Here(Executor):
-    """Does what it is given at once, in this process."""
+    """An executor that calls functions immediately, in this process."""
 
     def submit(self, function: Any, /, *arguments: Any, **keywords: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -160,15 +171,17 @@ class _Here(Executor):
 def working(
     jobs: int, watch: Watch, threads: int | None
 ) -> Iterator[tuple[Executor, Callable[[], None]]]:
-    """What makes the runs, and a call that passes on what they have reported.
+    """Yield an executor for runs, and a function that passes on the reports of their progress.
 
-    With one job that is this process; with more, each is a process of its own, which imports
-    everything once and makes many runs. It has one thread: small models do not keep two threads
-    busy, so that two processes finish in little more than half of the time. An error or a Ctrl-C
-    ends the processes; the checkpoints of their runs stay.
+    One job runs in this process. Several jobs run in processes that import the library once and
+    then carry out many runs, with one thread each: small models do not use two threads well, and
+    two processes take little more than half of the time of one. An error or Ctrl-C ends the
+    processes, and the checkpoints of their runs are kept.
 
     Args:
-        threads: of the runs in this process; None leaves torch's own choice.
+        jobs: the number of runs at the same time.
+        watch: takes the reports of progress.
+        threads: the threads of runs in this process; None leaves torch's default.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
@@ -207,8 +220,8 @@ def _begin(watch: Watch, threads: int | None) -> None:
 
 
 def _begin_process(messages: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
-    # what the imports made stays: to look through it after each run would take a third of a second
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles Ctrl-C
+    # imported objects stay; garbage collection among them would take a third of a second per run
     gc.freeze()
     atexit.register(gc.unfreeze)
     _begin(lambda *told: messages.put(told), 1)

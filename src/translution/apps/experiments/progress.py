@@ -1,4 +1,4 @@
-"""What an experiment shows while its runs are made: a bar for each and one for all."""
+"""The progress of an experiment on the terminal: a bar for each run and one for all runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ __all__ = ["RunsProgress"]
 
 
 class RunsProgress:
-    """Bars on a terminal, and a line for each run that is finished, there and elsewhere.
+    """Shows bars on a terminal, and prints a line for each finished run, also into a file.
 
-    `watch` and `tell` are for `Runs.make`.
+    `Runs.make` calls `watch` and `tell`. Use it as a context manager.
+
+    Args:
+        runs: the runs of the experiment.
     """
 
     def __init__(self, runs: Runs):
         self.runs = runs
-        # a run that is made in this process writes what it says into its log
+        # while a run trains in this process, sys.stdout is its log
         self.console = Console(file=sys.stdout, highlight=False)
         name = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self.bars = Progress(
@@ -54,7 +57,14 @@ class RunsProgress:
         self.bars.stop()
 
     def watch(self, name: str, step: int, steps: int, metrics: dict[str, float]) -> None:
-        """A run has come to a step."""
+        """Update the bar of a run.
+
+        Args:
+            name: the folder of the run.
+            step: the number of finished steps.
+            steps: the number of all steps.
+            metrics: the metrics that were logged last.
+        """
         if name not in self.going:
             title = self.names.get(name, name)
             self.going[name] = self.bars.add_task(title, total=steps, numbers=""), 0.0
@@ -68,14 +78,20 @@ class RunsProgress:
         self.bars.update(self.whole, completed=done)
 
     def tell(self, run: Run, result: dict[str, Any], left: int) -> None:
-        """A run is finished."""
+        """Print a line for a finished run.
+
+        Args:
+            run: the run.
+            result: its result.
+            left: the number of runs that are not finished.
+        """
         if run.folder in self.going:
             self.bars.remove_task(self.going.pop(run.folder)[0])
         self.finished += 1
         total = self.finished + left
         self.names |= {run.folder: self.runs.name(run) for run in self.runs.planned()}
         self.bars.update(self.whole, total=total, description=self._count(total))
-        # a terminal breaks lines between words; in a file each stays one line
+        # rich wraps lines between words on a terminal; in a file each run has one line
         self.console.print(
             f"{self.names[run.folder]}: {self._tests(result)}  ({result['seconds']:.1f} s)",
             soft_wrap=not self.console.is_terminal,
@@ -85,7 +101,7 @@ class RunsProgress:
         return f"{self.finished} of {total} runs"
 
     def _tests(self, result: dict[str, Any]) -> str:
-        """The first measure of each test, in words."""
+        """Describe the first measure of each test."""
         measure = MEASURES[self.runs.experiment.measures[0]]
         words = [
             f"on {test} {said}" if test else said

@@ -1,4 +1,4 @@
-"""Figures, pages and results.json from the finished runs of an experiment."""
+"""Write figures, pages and results.json from the finished runs of an experiment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ __all__ = ["write_results"]
 
 
 def write_results(name: str, command: str, results: Results, docs: Path) -> None:
-    """Put an experiment's table, figure and numbers into docs/results.md and results.json.
+    """Write an experiment's table, figure and numbers into results.md and results.json.
 
-    What stands between the experiment's marks in results.md is replaced, and all else kept; an
-    experiment without marks is put at the end.
+    In results.md only the text between the marks of the experiment is replaced. If it has no marks
+    yet, a section is added at the end.
+
+    Args:
+        name: the name of the experiment in the marks, in results.json and in the figure's file.
+        command: the command that made it.
+        results: the results.
+        docs: the folder of results.md and results.json.
     """
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(exist_ok=True)
@@ -51,7 +57,7 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
 
 
 def alternative(results: Results) -> str:
-    """The figure in words."""
+    """Describe the figure in words, for readers who do not see it."""
     e = results.experiment
     by = f" by {e.axis}" if e.axis else ""
     return f"{e.title}: {MEASURES[e.measures[0]].title} of each row{by}, a point for each seed"

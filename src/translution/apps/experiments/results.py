@@ -1,4 +1,4 @@
-"""What the finished runs of an experiment give: cells, columns, tables."""
+"""The results of an experiment: cells, columns and tables from its finished runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ TITLES = {"steps": "equal steps", "time": "equal time", "parameters": "equal par
 
 @dataclass(frozen=True)
 class Cell:
-    """One measure of an arm over the seeds of its chosen learning rate."""
+    """One measure of a row, over the seeds with its best learning rate.
+
+    Attributes:
+        values: the value of each seed.
+        steps: the number of training steps.
+        dim: the width of the model, if the configuration has one.
+        rate: the learning rate.
+    """
 
     values: tuple[float, ...]
     steps: int
@@ -26,19 +33,29 @@ class Cell:
 
     @property
     def mean(self) -> float:
+        """The mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def std(self) -> float | None:
+        """The standard deviation over the seeds; None for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def text(self, measure: Measure) -> str:
+        """Write mean ± standard deviation; a single seed has no deviation."""
         apart = "" if self.std is None else f" ± {measure.text(self.std)}"
         return measure.text(self.mean) + apart
 
 
 class Column(NamedTuple):
-    """Of a table: what rows were trained on, what they were tested on, and with which budget."""
+    """A column of the table.
+
+    Attributes:
+        regime: the way in which rows were trained.
+        test: the data on which they were tested.
+        budget: the comparison: "steps", "time" or "parameters".
+        measure: what is measured.
+    """
 
     regime: str
     test: str
@@ -46,7 +63,12 @@ class Column(NamedTuple):
     measure: Measure
 
     def title(self, several: bool, measure: str = "") -> str:
-        """several: there are columns of other budgets too. measure: to be named between."""
+        """Return the title of the column.
+
+        Args:
+            several: whether the table has several budgets, so that the title names this one.
+            measure: the title of the measure; "" leaves it out.
+        """
         where = " → ".join(part for part in (self.regime, self.test) if part)
         named = (where, measure, TITLES[self.budget] if several else "")
         return ", ".join(part for part in named if part)
@@ -54,7 +76,14 @@ class Column(NamedTuple):
 
 @dataclass
 class Results:
-    """The finished runs of an experiment, and what its rows cost (`Runs.facts`)."""
+    """The results of an experiment.
+
+    Attributes:
+        experiment: the experiment.
+        runs: the results of its finished runs.
+        facts: the costs of its rows, as in `Runs.facts`.
+        chosen: the best learning rate of each arm; None if it is not known yet.
+    """
 
     experiment: Experiment
     runs: list[dict[str, Any]]
@@ -62,6 +91,7 @@ class Results:
     chosen: dict[Arm, float | None]
 
     def cell(self, arm: Arm, test: str, measure: Measure) -> Cell | None:
+        """Return one measure of an arm on a test, or None without a finished run."""
         rate = self.chosen.get(arm)
         mine = [
             run
@@ -76,7 +106,10 @@ class Results:
         return Cell(values, mine[0]["steps"], mine[0]["dim"], mine[0]["rate"])
 
     def columns(self) -> list[Column]:
-        """Those that have a number; of budgets beyond the first, the first measure alone."""
+        """Return the columns that have at least one number.
+
+        Columns of equal time and equal parameters only exist for the first measure.
+        """
         e = self.experiment
         return [
             column
@@ -89,13 +122,14 @@ class Results:
         ]
 
     def at(self, column: Column, row: str) -> Cell | None:
+        """Return the cell of a row in a column, or None without a finished run."""
         budget = column.budget
         if budget != "steps" and row == getattr(self.experiment, budget).like:
-            budget = "steps"  # the others get what it has
+            budget = "steps"  # the other rows are made equal to this one
         return self.cell(Arm(row, column.regime, budget), column.test, column.measure)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heads, and the cells of each row; the best of each column is between **."""
+        """Return the heads and the cells of each row; the best of each column is between **."""
         columns = self.columns()
         several = any(column.budget != "steps" for column in columns)
         heads = ["", *(column.title(several, column.measure.title) for column in columns)]
@@ -123,7 +157,13 @@ class Results:
         return heads, lines
 
     def text(self, column: Column, row: str, best: bool = False) -> str:
-        """A cell of the table, between ** where it is the best of its column; – without a run."""
+        """Write a cell of the table; "–" means that there is no finished run.
+
+        Args:
+            column: the column.
+            row: the name of the row.
+            best: whether the value is the best of its column, which is put between **.
+        """
         cell = self.at(column, row)
         if cell is None:
             return "–"
@@ -136,7 +176,10 @@ class Results:
         return text
 
     def best(self, column: Column) -> set[str]:
-        """Of at least two rows, those with the best mean, to the digits that are shown."""
+        """Return the rows with the best mean of a column, rounded as it is shown.
+
+        If fewer than two rows have a number, none is best.
+        """
         measure = column.measure
         means = {row: cell.mean for row in self.experiment.rows if (cell := self.at(column, row))}
         if len(means) < 2:
@@ -145,7 +188,7 @@ class Results:
         return {row for row, mean in means.items() if measure.text(mean) == top}
 
     def about(self) -> str:
-        """What the numbers are, and where they come from."""
+        """Say how the numbers were made: seeds, steps, rates, machines, dates and commits."""
         seeds: dict[tuple[Any, ...], int] = {}
         for run in self.runs:
             if run["rate"] == self.chosen.get(Arm(run["row"], run["regime"], run["budget"])):
@@ -161,7 +204,12 @@ class Results:
             m = json.loads(text)
             computers.append(f"{m.get('gpu') or m['cpu']}, {m['cores']} cores, torch {m['torch']}")
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        spread = "one seed" if n == "1" else f"mean ± standard deviation over {n} seeds"
+        if counts[-1] == 1:
+            spread = "one seed"
+        elif counts[0] == 1:
+            spread = f"mean over {n} seeds, ± standard deviation where there are several"
+        else:
+            spread = f"mean ± standard deviation over {n} seeds"
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         rates = _listed(self.experiment.rates)
         for name in BUDGETS[1:]:
@@ -180,6 +228,7 @@ class Results:
         )
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the results in the form of results.json."""
         rows = []
         for column in self.columns():
             for row in self.experiment.rows:

@@ -1,4 +1,4 @@
-"""Which runs an experiment asks for, which of them are finished, and making the others."""
+"""The runs that an experiment needs: which are finished, and how the others are carried out."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ __all__ = ["Runs"]
 
 @dataclass
 class Runs:
-    """The runs of an experiment in a folder: those that are there, and those to make.
+    """The runs of an experiment in a folder.
 
-    rows, budgets: those that are wanted. known: what `write_results` wrote of them elsewhere: its
-    runs are not made again.
+    Attributes:
+        experiment: the experiment.
+        folder: the folder of the runs.
+        rows: the names of the rows that are wanted.
+        budgets: the budgets that are wanted.
+        known: the part of a results.json for this experiment; its runs are not repeated.
     """
 
     experiment: Experiment
@@ -43,13 +47,18 @@ class Runs:
 
     @property
     def arms(self) -> list[Arm]:
+        """The wanted combinations of row, regime and budget."""
         return [arm for arm in self.experiment.arms(self.budgets) if arm.row in self.rows]
 
     def planned(self) -> list[Run]:
-        """All that can be named by now: the other seeds of an arm only when its rate is chosen."""
+        """Return all runs that are known so far.
+
+        The runs of an arm with other seeds than the first are known once its rate is chosen.
+        """
         return [run for arm in self.arms for run in self.runs_of(arm)]
 
     def runs_of(self, arm: Arm) -> list[Run]:
+        """Return the runs of an arm that are known so far."""
         experiment = self.experiment
         budget: Budget | None = None
         more: dict[str, Any] = {}
@@ -74,22 +83,22 @@ class Runs:
         return first + [self._run(arm, chosen or rates[0], seed, more) for seed in others]
 
     def _run(self, arm: Arm, rate: float, seed: int, more: dict[str, Any]) -> Run:
-        """Kept, as making and hashing a configuration takes milliseconds."""
+        """Return a run, and store it, since building and hashing a configuration takes time."""
         if (arm, rate, seed) not in self._made:
             config = self.experiment.config(arm, rate, seed, more)
             self._made[arm, rate, seed] = Run(arm, rate, seed, config)
         return self._made[arm, rate, seed]
 
     def chosen(self, arm: Arm) -> float | None:
-        """The learning rate that was best on validation data, once all have run."""
+        """Return the best learning rate of an arm, or None while a rate has not run."""
         first = [run for run in self.runs_of(arm) if run.seed == self.experiment.seed]
         return best_rate(self.experiment, first, self.result)
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """What a finished run left.
+        """Return the result of a run, or None if it is not finished.
 
         Raises:
-            ValueError: it was another run.
+            ValueError: the folder holds a run with another configuration.
         """
         path = self.folder / run.folder / RESULT
         if not path.exists():
@@ -103,7 +112,7 @@ class Runs:
         return found
 
     def name(self, run: Run) -> str:
-        """A run in words, without what all runs of the experiment share."""
+        """Describe a run, without the properties that all runs of the experiment share."""
         e, arm = self.experiment, run.arm
         budgets = [budget for budget in (e.time, e.parameters) if budget is not None]
         rates = set(e.rates).union(*(budget.rates or () for budget in budgets))
@@ -121,14 +130,17 @@ class Runs:
         measuring: Measuring | None = None,
         tensorboard: bool = False,
     ) -> None:
-        """Make what is missing, the first seed of all rows before the others.
+        """Carry out the missing runs, with the first seed of all rows before the other seeds.
 
         Args:
-            jobs: how many runs are made at the same time; one is made in this process.
-            tell: takes each run that is finished, its result, and how many are still to come.
-            watch: takes the progress of the runs that are being made.
-            threads: of a single job; None leaves torch's own choice. Several have one thread each.
-            keep, measuring, tensorboard: as of `Maker`.
+            jobs: the number of runs at the same time; a single one runs in this process.
+            tell: takes each finished run, its result, and the number of runs that are left.
+            watch: takes the progress of the runs.
+            threads: the threads of a single job; None leaves torch's default. Several jobs have one
+                thread each.
+            keep: see `Maker`.
+            measuring: see `Maker`.
+            tensorboard: see `Maker`.
         """
         about = machine(self.device)
         about.pop("threads")
@@ -158,17 +170,17 @@ class Runs:
 
     @property
     def device(self) -> str:
-        """Where the runs are made: cuda, mps or cpu."""
+        """The device on which models train: cuda, mps or cpu."""
         e = self.experiment
         return pick_device(e.config(e.arms(BUDGETS)[0], e.rates[0], e.seed).train.device)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What each row costs here in its first regime (`costs_of`), by row, and the machine.
+        """The costs of each row in its first regime (see `costs_of`), and the machine.
 
-        Measured once, in turn with all other rows, and kept: runs of equal time follow from it. A
-        row that is added later is timed beside the first of the earlier ones, and gets its time
-        times that of the earlier one then over its time now.
+        They are measured once, in steps that alternate between all rows, and stored, since the runs
+        of equal time depend on them. A row that is added later is timed together with the first
+        earlier row, and its time is scaled so that the time of the earlier row stays the same.
         """
         if self._facts is None:
             path = self.folder / "facts.json"
@@ -185,7 +197,9 @@ class Runs:
                     for row in [*beside, *new]
                 }
                 for row, config in configs.items():
-                    parameters_of(config, row)  # refuses what cannot be built, by its row
+                    parameters_of(
+                        config, row
+                    )  # refuses a model that cannot be built, and names its row
                 found = dict(zip(configs, costs_of(list(configs.values())), strict=True))
                 for row in beside:
                     scale = rows[row]["step_ms"] / found.pop(row)["step_ms"]
@@ -197,7 +211,7 @@ class Runs:
         return self._facts
 
     def more_of(self, arm: Arm, like: str) -> dict[str, Any]:
-        """What the budget changes."""
+        """Return the changes of the configuration for a budget, such as the number of steps."""
         config = self.experiment.config(arm, self.experiment.rates[0], self.experiment.seed)
         rows = self.facts["rows"]
         if arm.budget == "time":
@@ -206,8 +220,10 @@ class Runs:
         return {"model.dim": widened(config, rows[like]["parameters"])}
 
     def results(self) -> Results | None:
-        """All finished runs of the experiment, whichever rows and budgets are wanted now; None
-        before the best rate of any row is known."""
+        """Return the results of all finished runs, also of rows and budgets not wanted now.
+
+        It is None as long as no row has a best learning rate.
+        """
         every = Runs(self.experiment, self.folder, list(self.experiment.rows), BUDGETS, self.known)
         every._made, every._more, every._facts = self._made, self._more, self._facts
         done = [found for run in every.planned() if (found := every.result(run)) is not None]
@@ -220,7 +236,19 @@ class Runs:
 def best_rate(
     experiment: Experiment, runs: list[Run], result: Callable[[Run], dict[str, Any] | None]
 ) -> float | None:
-    """By the first measure on validation data; None while a run is missing."""
+    """Return the learning rate that is best by the first measure on validation data.
+
+    Args:
+        experiment: the experiment.
+        runs: a run for each rate.
+        result: returns the result of a run, or None if it is not finished.
+
+    Returns:
+        The rate, or None if a run is not finished.
+
+    Raises:
+        ValueError: the training diverged with every rate.
+    """
     measure = MEASURES[experiment.measures[0]]
     found = {}
     for run in runs:

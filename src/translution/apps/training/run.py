@@ -18,7 +18,7 @@ from torch import nn
 from ...models import create_model, model_options
 from ...utils.files import write_whole
 from ...utils.measuring import multiply_adds
-from ...utils.words import some
+from ...utils.words import shortened
 from ..config import as_yaml, load
 from ..data.images import Images
 from ..data.text import Windows
@@ -185,8 +185,8 @@ def evaluate(
     samples = data.part(part)
     if isinstance(samples, Images) and samples.classes != checkpoint.classes:
         raise ValueError(
-            f"data: has the classes {some(samples.classes)}, but the checkpoint has "
-            f"{some(checkpoint.classes or [])}"
+            f"data: has the classes {shortened(samples.classes)}, but the checkpoint has "
+            f"{shortened(checkpoint.classes or [])}"
         )
     meter = Meter(config.train, 0.0)
     with quiet(), interruptible():
