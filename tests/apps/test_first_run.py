@@ -380,7 +380,7 @@ def test_sharing(ended, tmp_path):
     assert code == 0, err
     assert str(folder) in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "config.json", "model.safetensors",
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
     x, trained = torch.randn(2, 1, 12, 12), open_checkpoint(run).model
     with torch.no_grad():
@@ -416,7 +416,10 @@ def test_sharing_on_the_hub(ended, tmp_path, monkeypatch):
     assert code == 0, err
     assert out.splitlines()[-1] == "https://here"
     assert calls[0] == ("me/model", True)
-    assert calls[1][1] == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert calls[1][1] == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+        "tokenizer.json",
+    ]  # fmt: skip
     assert "push: me/none: no room" in refused(*words, "--push", "me/none")
 
 

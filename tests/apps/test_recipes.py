@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,11 @@ from translution import create_model
 from translution.apps import cli
 from translution.apps.config import load
 from translution.apps.data.digits import load_digits
+from translution.apps.training.checkpoints import find_checkpoint, open_checkpoint
 from translution.apps.training.config import Config
+from translution.apps.training.predict import predict
 from translution.models.blocks import IMAGE_MIXERS, MIXERS, SIZES
+from translution.models.pretrained import Pretrained
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -176,6 +180,76 @@ def test_predict(digits, tmp_path):
     done = run("predict", digits[0], tmp_path / "images" / "3.png")
     assert done.returncode == 0
     assert "probability" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """All test digits as PNG files of their own size, in a folder per class."""
+    folder, data = tmp_path_factory.mktemp("written"), load_digits()
+    for i, (digit, label) in enumerate(zip(data.test, data.test_labels.tolist(), strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        pixels = (digit * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(folder / str(label) / f"{i}.png")
+    return folder
+
+
+def accuracy(model, folder, output):
+    done = run("predict", model, folder, "--output", output)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    return sum(one["classes"] == [Path(one["image"]).parent.name] for one in found) / len(found)
+
+
+def evaluated(model, output, *changes):
+    done = run("evaluate", model, "--part", "test", "--json", output, *changes)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text())
+
+
+def test_predict_is_as_right_as_evaluate(digits, written, tmp_path):
+    """On image files in the digits' own size, from the run and from the folder that it shares."""
+    want = evaluated(digits[0], tmp_path / "test.json")["test_accuracy"]
+    assert want > 0.5
+    assert accuracy(digits[0], written, tmp_path / "a.json") == pytest.approx(want)
+    assert run("share", digits[0], tmp_path / "shared").returncode == 0
+    assert accuracy(tmp_path / "shared", written, tmp_path / "b.json") == pytest.approx(want)
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+
+
+def test_evaluate_on_a_folder_places_digits_too(digits, written, tmp_path):
+    want = evaluated(digits[0], tmp_path / "a.json")
+    files = ("--data.format=folder", "--data.canvas=null", f"--data.train={written}",
+             "--data.valid=nothing", f"--data.test={written}/.")  # fmt: skip
+    found = evaluated(digits[0], tmp_path / "b.json", *files)
+    assert found["test_loss"] == pytest.approx(want["test_loss"], rel=1e-5)
+    assert found["test_accuracy"] == pytest.approx(want["test_accuracy"])
+
+
+def test_digits_of_another_size_are_made_a_digits_size(digits, written, tmp_path):
+    want = evaluated(digits[0], tmp_path / "test.json")["test_accuracy"]
+    for path in written.glob("*/*.png"):
+        larger = Image.open(path).resize((32, 32), Image.Resampling.BICUBIC)
+        to = tmp_path / "larger" / path.relative_to(written)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        larger.save(to)
+    assert accuracy(digits[0], tmp_path / "larger", tmp_path / "a.json") > want - 0.05
+
+
+def test_a_checkpoint_of_an_earlier_version_predicts_alike(digits, written, tmp_path):
+    """Its preprocessing follows from the options of its data."""
+    older = tmp_path / "older"
+    shutil.copytree(find_checkpoint(digits[0]), older)
+    about = json.loads((older / "checkpoint.json").read_text())
+    described = about.pop("preprocessing")
+    (older / "checkpoint.json").write_text(json.dumps(about))
+    assert (described["digit_size"], described["canvas"]) == (8, 20)
+    preprocessing = open_checkpoint(older).model.preprocessing
+    assert preprocessing == open_checkpoint(digits[0]).model.preprocessing
+    assert preprocessing.classes == tuple("0123456789")
+    # but `from_pretrained` of the models does not know the options of data
+    model = Pretrained.from_pretrained(older)
+    with pytest.raises(ValueError, match="was saved without its preprocessing"):
+        list(predict(model, [next(written.glob("*/*.png"))]))
 
 
 def test_tiny_text(tmp_path):

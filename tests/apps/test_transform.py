@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pictures import encoded, picture
-from translution.apps.data.transform import centred_box, decode, fit, random_box
+from translution.apps.data.transform import decode, random_box
+from translution.interop.images import centred_box, fit
 
 # -- decoding ------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from translution.interop.export import (
     stored_bytes,
 )
 from translution.interop.export.quantization import quantised
+from translution.models.preprocessing import Preprocessing
 from translution.neighborhoods import Neighborhood
 
 VIT = {"image_size": 12, "patch_size": 4, "in_channels": 1, "num_classes": 5}
@@ -235,7 +236,10 @@ def test_onnx(tmp_path, name):
         x = inputs(model, batch)
         same(run(x), model(x))
     session = onnxruntime.InferenceSession(file)
-    assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "batch"
+    (x,), (y,) = session.get_inputs(), session.get_outputs()
+    assert x.shape[0] == y.shape[0] == "batch"
+    assert (x.name, y.name) == ("ids" if "gpt" in name else "image", "logits")
+    assert not session.get_modelmeta().custom_metadata_map
 
 
 def test_onnx_of_one_batch(tmp_path):
@@ -421,7 +425,11 @@ def test_examples():
     assert example(made("gpt bias"), 2).shape == (2, 9)
     assert example(made("gpt bias"), 2, 4).shape == (2, 4)
     assert example(made("vit kv mean"), 1).shape == (1, 1, 12, 12)
-    assert example(made("resnet acmix"), 1).shape == (1, 1, 224, 224)
+    anysize = made("resnet acmix")
+    assert example(anysize, 1).shape == (1, 1, 224, 224)
+    anysize.preprocessing = Preprocessing((32, 64), 1, (0.5,), (0.5,))
+    assert example(anysize, 1).shape == (1, 1, 32, 64)
+    assert example(anysize, 1, 96).shape == (1, 1, 96, 96)
     with pytest.raises(ValueError, match=r"found: got shape \(2,\), want \(3,\)"):
         difference(torch.zeros(2), torch.zeros(3))
     found = difference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ pytest.importorskip("onnxruntime")
 from translution.apps import cli
 from translution.apps.training.checkpoints import open_checkpoint
 from translution.interop.export import portable
+from translution.models.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,9 +64,17 @@ def test_a_run_becomes_a_program(run, tmp_path, kind, quantise):
         session = onnxruntime.InferenceSession(file)
         (image,) = session.get_inputs()
         assert image.shape == ["batch", 1, 20, 20]
+        (output,) = session.get_outputs()
+        assert (image.name, output.name) == ("image", "logits")
+        described = session.get_modelmeta().custom_metadata_map["preprocessing"]
         found = torch.from_numpy(session.run(None, {image.name: x.numpy()})[0])
     else:
-        found = torch.export.load(file).module()(x)
+        files = {"preprocessing": ""}
+        found = torch.export.load(file, extra_files=files).module()(x)
+        described = files["preprocessing"]
+    assert Preprocessing.from_dict(json.loads(described)) == trained.preprocessing
+    assert trained.preprocessing.classes == tuple("0123456789")
+    assert (trained.preprocessing.digit_size, trained.preprocessing.canvas) == (8, 20)
     off = (found - want).abs()
     assert off.max() < (0.05 if quantise else 1e-4) * want.abs().max()
     if not quantise:

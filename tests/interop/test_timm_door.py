@@ -54,7 +54,8 @@ def refused(part, call):
 
 
 def run(code, folder):
-    environment = os.environ | {"PYTHONPATH": str(FOLDER)}
+    paths = [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + code], capture_output=True, text=True, cwd=folder,
         env=environment, check=False,
@@ -172,5 +173,51 @@ refused("No pretrained weights exist", lambda: make(pretrained=True))
 refused("has no activation checkpointing", lambda: resnet().set_grad_checkpointing())
 refused("num_classes: got -1", lambda: make(num_classes=-1))
 refused("global_pool: got 'avg', want 'token'", lambda: make().reset_classifier(3, "avg"))
+"""
+    run(code, tmp_path)
+
+
+def test_preprocessing(tmp_path):
+    """timm's transforms are made from what is saved with a model."""
+    code = """
+import warnings
+import translution.interop.timm as door
+from translution.models.preprocessing import Preprocessing
+
+described = Preprocessing(
+    (32, 32), 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 0.8, "bilinear", classes=("cat", "dog")
+)
+name = "translution_alpha_vit_tiny_patch16_224"
+model = create_model("alpha_vit_tiny_patch16_224", image_size=32, dim=12, depth=1, heads=2, num_classes=2)
+model.save_pretrained("shared", preprocessing=described)
+again = door.TimmViT.from_pretrained("shared")
+assert again.preprocessing == described
+want = {
+    "input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "crop_pct": 0.8,
+    "interpolation": "bilinear", "crop_mode": "center",
+}
+found = timm.data.resolve_data_config(model=again)
+assert found == want, found
+assert again.pretrained_cfg["num_classes"] == 2 and again.default_cfg is again.pretrained_cfg
+# a model that timm makes, from the weights
+cfg = door.pretrained_cfg(described)
+made = timm.create_model(
+    name, img_size=32, dim=12, depth=1, heads=2, num_classes=2, pretrained_cfg=cfg,
+    checkpoint_path="shared/model.safetensors",
+).eval()
+assert timm.data.resolve_data_config(model=made) == want
+x = torch.randn(2, 3, 32, 32)
+assert torch.allclose(made(x), again(x), atol=1e-6)
+# another head has other classes
+again.reset_classifier(5)
+again.save_pretrained("other")
+assert door.TimmViT.from_pretrained("other").preprocessing.classes is None
+assert door.TimmViT.from_pretrained("other").pretrained_cfg["num_classes"] == 5
+# a digit's place on a canvas is none of timm's transforms
+digits = Preprocessing((32, 32), 1, (0.5,), (0.5,), digit_size=8, canvas=32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert door.pretrained_cfg(digits)["input_size"] == (1, 32, 32)
+assert "images of 32×32 pixels" in str(caught[0].message)
 """
     run(code, tmp_path)

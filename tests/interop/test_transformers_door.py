@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 import transformers
+from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     DynamicCache,
@@ -17,15 +22,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from translution.interop.images import normalised, prepare
 from translution.interop.transformers import (
     TranslutionCache,
     TranslutionForCausalLM,
     TranslutionForImageClassification,
     TranslutionGPTConfig,
     TranslutionImageConfig,
+    TranslutionImageProcessor,
 )
 from translution.models import create_model
 from translution.models.generation import generate
+from translution.models.preprocessing import PROCESSOR, Preprocessing
+from translution.models.pretrained import Pretrained
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -269,3 +278,104 @@ def test_the_trainer_trains_a_writer(tmp_path):
     assert trainer.evaluate()["eval_loss"] < 0.2
     made = model.eval().generate(text[None, :4], max_new_tokens=6, do_sample=False)
     assert torch.equal(made[0], text)
+
+
+# -- preprocessing -------------------------------------------------------------------------------
+
+DIGITS = Preprocessing((20, 20), 1, (0.5,), (0.5,), digit_size=8, canvas=20, classes=("a", "b"))
+
+
+def digits_model():
+    model = create_model("vit", image_size=20, patch_size=5, in_channels=1, num_classes=2, dim=8,
+                         depth=1, heads=1)  # fmt: skip
+    model.preprocessing = DIGITS
+    return model.eval()
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder of this library with a model of digits, and an image beside it."""
+    digits_model().save_pretrained(tmp_path / "shared")
+    values = torch.randint(256, (8, 8), dtype=torch.uint8).numpy()
+    image = Image.fromarray(values)
+    image.save(tmp_path / "digit.png")
+    return tmp_path / "shared", image
+
+
+def test_the_auto_classes_read_a_folder_of_this_library(shared):
+    folder, image = shared
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    plain = Pretrained.from_pretrained(folder)
+    assert model.config.id2label == {0: "a", 1: "b"}
+    assert model.config.label2id == {"a": 0, "b": 1}
+    assert not hasattr(model.config, "format")
+    assert model.model.preprocessing == plain.preprocessing == DIGITS
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert isinstance(processor, TranslutionImageProcessor)
+    assert processor.preprocessing == DIGITS
+    x = processor(image).pixel_values
+    assert torch.equal(x, normalised(prepare(image, DIGITS)[None], DIGITS))
+    assert torch.allclose(model(x).logits, plain(x), atol=1e-6)
+    # as a batch, and from arrays
+    both = processor([image, np.asarray(image)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(both, x.expand(2, -1, -1, -1))
+
+
+def test_a_pipeline_of_a_shared_folder(shared):
+    folder, image = shared
+    pipeline = transformers.pipeline("image-classification", str(folder))
+    for given in (image, str(folder.parent / "digit.png")):
+        found = {one["label"]: one["score"] for one in pipeline(given)}
+        with torch.no_grad():
+            x = normalised(prepare(image, DIGITS)[None], DIGITS)
+            want = Pretrained.from_pretrained(folder)(x)[0].softmax(0)
+        assert found == pytest.approx({"a": float(want[0]), "b": float(want[1])}, abs=1e-6)
+
+
+def test_a_processor_saves_itself(shared, tmp_path):
+    processor = TranslutionImageProcessor(DIGITS)
+    processor.save_pretrained(tmp_path / "alone")
+    assert TranslutionImageProcessor.from_pretrained(tmp_path / "alone").preprocessing == DIGITS
+    assert AutoImageProcessor.from_pretrained(tmp_path / "alone").preprocessing == DIGITS
+    # with transformers' own folder
+    wrapped = TranslutionForImageClassification.from_translution(digits_model())
+    wrapped.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    config = AutoConfig.from_pretrained(tmp_path / "whole")
+    assert Preprocessing.from_dict(config.preprocessing) == dataclasses.replace(
+        DIGITS, classes=None
+    )
+    assert config.id2label == {0: "a", 1: "b"}
+    again = TranslutionForImageClassification.from_pretrained(tmp_path / "whole")
+    assert again.model.preprocessing == DIGITS
+    described = DIGITS.to_dict()
+    del described["classes"]
+    config = TranslutionImageConfig(
+        options=again.config.options, preprocessing=described, num_labels=3
+    )
+    assert TranslutionForImageClassification(config).model.preprocessing.classes is None
+    assert AutoImageProcessor.from_pretrained(tmp_path / "whole").preprocessing == DIGITS
+
+
+def test_what_a_processor_refuses(tmp_path):
+    with pytest.raises(ValueError, match="preprocessing: got None"):
+        TranslutionImageProcessor()
+    with pytest.raises(ValueError, match=r"preprocessing\.crop: got 2"):
+        TranslutionImageProcessor(DIGITS.to_dict() | {"crop": 2})
+    with pytest.raises(ValueError, match="size: the preprocessing of this model is fixed"):
+        TranslutionImageProcessor(DIGITS)(Image.new("L", (8, 8)), size=5)
+    with pytest.raises(ValueError, match=r"preprocessing\.crop: got 2"):
+        TranslutionImageConfig(options=VIT, preprocessing=DIGITS.to_dict() | {"crop": 2})
+    model = digits_model()
+    model.preprocessing = None
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(PROCESSOR)
+    with pytest.raises(ValueError, match=r"its config\.json has no preprocessing"):
+        AutoImageProcessor.from_pretrained(tmp_path)
+
+
+def test_the_auto_class_reads_a_language_model_of_this_library(tmp_path):
+    model, _ = writer()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(again(ids()).logits, model(ids()), atol=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -80,7 +80,7 @@ def export(
         with Console(stderr=True).status("tracing the model") as status:
             program = portable(exported, x, dynamic)
             status.update(f"writing {out.name}")
-            written = save_program(program, to, out)
+            written = save_program(program, to, out, _preprocessing(original, x))
         seconds = time.perf_counter() - start
         console.print(f"{out}: {written / 1e6:,.1f} MB, {seconds:.1f} s", soft_wrap=True)
         if quantise:
@@ -103,3 +103,11 @@ def export(
             if not far.share <= tolerance:
                 console.print(f"translution: this is more than {tolerance:g} of the largest output")
                 raise typer.Exit(1)
+
+
+def _preprocessing(model: Any, x: Any) -> Any:
+    """The preprocessing of a model for images of the size of `x`, or None if it has none."""
+    from dataclasses import replace
+
+    known = getattr(model, "preprocessing", None)
+    return None if known is None else replace(known, image_size=tuple(x.shape[-2:]))

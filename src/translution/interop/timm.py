@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +28,38 @@ from torch import Tensor, nn
 
 from ..models import PVT, SAN, Backbone, ResNet, Swin, ViT, create_model, list_models
 from ..models.backbone import init_truncated_normal
+from ..models.preprocessing import Preprocessing
 from ..models.registry import families
 
 __all__: list[str] = []  # timm adds the names of what it registers
 
 # The poolings by timm's names; backbones have one.
 POOLS = {"token": "cls", "avg": "mean"}
+
+
+def pretrained_cfg(preprocessing: Preprocessing) -> dict[str, Any]:
+    """A model's preprocessing as timm's `pretrained_cfg`, which `timm.data` makes transforms from.
+
+    timm's transforms do not place a digit on a canvas. For a model of digits a warning says that
+    they need images that are on their canvas already.
+    """
+    if preprocessing.canvas is not None:
+        side = preprocessing.canvas
+        warnings.warn(
+            f"timm's transforms place no digit on a canvas: give them images of {side}×{side} "
+            "pixels with the digit in the centre",
+            stacklevel=2,
+        )
+    size = preprocessing.channels, *preprocessing.image_size
+    described = {
+        "input_size": size, "mean": preprocessing.mean, "std": preprocessing.std,
+        "crop_pct": preprocessing.crop, "crop_mode": "center",
+        "interpolation": preprocessing.resample, "classifier": "head",
+    }  # fmt: skip
+    if preprocessing.classes is not None:
+        names = preprocessing.classes
+        described |= {"num_classes": len(names), "label_names": names}
+    return described
 
 
 class _Timm(nn.Module):
@@ -46,6 +74,16 @@ class _Timm(nn.Module):
     head: nn.Module
     drop_rate: float = 0.0
     global_pool: str = "avg"
+    preprocessing: Preprocessing | None
+
+    @classmethod
+    def from_pretrained(cls, source: Path | str, **hub: Any) -> Any:
+        """As `Pretrained.from_pretrained`; the preprocessing becomes timm's `pretrained_cfg`."""
+        model: Any = super().from_pretrained(source, **hub)
+        if model.preprocessing is not None:
+            described = {"num_classes": model.num_classes} | pretrained_cfg(model.preprocessing)
+            model.pretrained_cfg = model.default_cfg = described
+        return model
 
     def _know(self, num_features: int, maps: list[tuple[int, int, str]]) -> None:
         """maps: channels, pixels per place and module of each."""
@@ -111,6 +149,8 @@ class _Timm(nn.Module):
             self.config = dataclasses.replace(self.config, num_classes=num_classes)
             self.head = nn.Linear(self.num_features, num_classes).to(like)
             init_truncated_normal(self.head)
+        if self.preprocessing is not None:  # its names are those of the earlier classes
+            self.preprocessing = dataclasses.replace(self.preprocessing, classes=None)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:

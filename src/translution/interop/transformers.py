@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     GenerationMixin,
@@ -35,6 +36,7 @@ from ..models import GPT, create_model
 from ..models.pretrained import Pretrained
 from ..models.registry import current_options
 from ..modules import cache as modules_cache
+from .image_processor import BACKENDS, TranslutionImageProcessor, entries_of, take_entries
 
 __all__ = [
     "TranslutionCache",
@@ -42,6 +44,7 @@ __all__ = [
     "TranslutionForImageClassification",
     "TranslutionGPTConfig",
     "TranslutionImageConfig",
+    "TranslutionImageProcessor",
 ]
 
 M = TypeVar("M", bound="_Wrapped")
@@ -63,6 +66,7 @@ class TranslutionImageConfig(PreTrainedConfig):
         architecture: one of `translution.list_models`; kept as its family, "vit" or a backbone's.
         options: of that model, as in `translution.create_model`; those not given are filled in.
             The number of classes is `num_labels` (or the length of `id2label`).
+        preprocessing: how an image becomes the model's input, as `Preprocessing.to_dict` gives it.
 
     Raises:
         ValueError: an unknown architecture or option, values that don't fit, features_only, or a
@@ -72,10 +76,12 @@ class TranslutionImageConfig(PreTrainedConfig):
     model_type = "translution-image"
     architecture: str = "vit"
     options: dict[str, Any] | None = None
+    preprocessing: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         options = dict(self.options or {})
         given = options.pop("num_classes", None)
+        take_entries(self, kwargs)
         if self.id2label is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = 1000 if given is None else given
         super().__post_init__(**kwargs)
@@ -116,6 +122,7 @@ class TranslutionGPTConfig(PreTrainedConfig):
     options: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        take_entries(self, kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
         super().__post_init__(**kwargs)
         model = _resolve(self.architecture, self.options or {})
@@ -147,6 +154,7 @@ class _Wrapped(PreTrainedModel):
     """A model of this library behind transformers' interface, as `.model`."""
 
     config_class: ClassVar[Any]
+    base_model_prefix = "model"  # the weights in a folder of this library lack it
     _no_split_modules: ClassVar[Any] = ["Block"]
     _classes_option: ClassVar[str | None] = None
 
@@ -156,6 +164,7 @@ class _Wrapped(PreTrainedModel):
         if self._classes_option:
             options[self._classes_option] = config.num_labels
         self.model = create_model(config.architecture, **options)
+        self.model.preprocessing = TranslutionImageProcessor.described_by(config)
         for parameter in self.model.parameters():
             # the model has started its weights itself; on the meta device they are still to come
             parameter._is_hf_initialized = not parameter.is_meta
@@ -170,6 +179,7 @@ class _Wrapped(PreTrainedModel):
             config: more of the configuration, such as id2label.
         """
         told = _plain(model.config)
+        config = entries_of(model) | config
         made = cls.config_class(architecture=model.family, options=told, **config)
         with torch.device("meta"):
             wrapped = cls(made)
@@ -386,3 +396,4 @@ for _config, _auto, _model in (
 ):
     AutoConfig.register(_config.model_type, _config)
     _auto.register(_config, _model)
+AutoImageProcessor.register(TranslutionImageConfig, image_processor_classes=BACKENDS)

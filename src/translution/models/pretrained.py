@@ -3,8 +3,11 @@
 A saved model is a folder with these files:
 
     <folder>/model.safetensors   the weights
-            /config.json         the architecture and all its options, from which it is built
+            /config.json         the architecture and all its options, from which it is built, and
+                                 the preprocessing of images and the names of the classes
             /README.md           the model card
+            /preprocessor_config.json    with the preprocessing: names the class of transformers
+                                 that applies it
 
 A checkpoint of a training run, which has `checkpoint.json` instead of `config.json`, can be loaded
 too. No file is unpickled. Saving and loading need safetensors, and the Hub needs huggingface_hub.
@@ -28,6 +31,7 @@ from .._version import __version__
 from ..utils.files import write_whole
 from ..utils.words import shortened
 from .card import model_card
+from .preprocessing import PROCESSOR, PROCESSOR_FILE, Preprocessing, file_entries
 from .registry import create_model, current_options, families
 
 __all__ = [
@@ -51,6 +55,8 @@ WEIGHTS, CONFIG, CARD, ABOUT = "model.safetensors", "config.json", "README.md", 
 PARTS = "parts"  # replaces WEIGHTS in a checkpoint whose tables were divided over processes
 FORMAT = "translution-checkpoint-1"
 KIND, VERSION = "translution-model-", 1  # the entry "format" of config.json
+# what transformers calls the models of each task, so that its Auto classes find a folder's
+MODEL_TYPES = {"image-classification": "translution-image", "text-generation": "translution-gpt"}
 # A card with this line was written by this library and may be replaced; others are kept.
 MARK = "<!-- Written by translution, and replaced at the next save unless this line goes. -->"
 
@@ -63,9 +69,11 @@ class Pretrained(nn.Module):
     Attributes:
         config: the model's options, a dataclass of one of the registered families.
         task: the Hub's name for the model's task.
+        preprocessing: how an image becomes the model's input, or None if that is not known.
     """
 
     config: Any
+    preprocessing: Preprocessing | None = None
     task: ClassVar[str] = "image-classification"
 
     def save_pretrained(
@@ -74,6 +82,7 @@ class Pretrained(nn.Module):
         data: str | None = None,
         results: Mapping[str, float] | None = None,
         classes: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         """Save weights, configuration and model card to a folder.
 
@@ -84,12 +93,15 @@ class Pretrained(nn.Module):
                 so does a README.md that was not written by this library.
             data: a description of the training data, for the card.
             results: measured numbers by name, such as {"accuracy, test": 0.97}, for the card.
-            classes: the names of the classes in the order of the logits, for config.json.
+            classes: the names of the classes in the order of the logits, for config.json. The
+                default is those of the preprocessing.
+            preprocessing: how an image becomes the model's input, for config.json. The default is
+                `self.preprocessing`.
 
         Raises:
             ValueError: the weights do not fit the configuration (because tables are divided over
-                processes, or a part of the model was replaced), or the number of class names is
-                wrong.
+                processes, or a part of the model was replaced), the number of class names is
+                wrong, or the preprocessing is that of another model.
             OSError: the folder cannot be written.
             ImportError: safetensors is not installed.
         """
@@ -104,18 +116,21 @@ class Pretrained(nn.Module):
             plain = type(self)(self.config)
         if wrong := misfits(plain, weights):
             raise ValueError(f"model: does not fit its configuration: {shortened(wrong, '; ')}")
-        named = {} if classes is None else {"classes": self._classes(classes)}
+        images = file_entries(preprocessing or self.preprocessing, classes, self.config)
         config = {
-            "format": f"{KIND}{VERSION}", "translution": __version__, "architecture": self.family,
-            "options": dataclasses.asdict(self.config), **named,
+            "format": f"{KIND}{VERSION}", "translution": __version__,
+            "model_type": MODEL_TYPES.get(self.task), "architecture": self.family,
+            "options": dataclasses.asdict(self.config), **images,
         }  # fmt: skip
-        card = model_card(plain, self.family, self.task, data, results, classes)
+        card = model_card(plain, self.family, self.task, data, results, images.get("classes"))
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / WEIGHTS
         write_whole(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))
         text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
         write_whole(folder / CONFIG, lambda to: to.write_text(text, "utf-8"))
+        if "preprocessing" in images:
+            write_whole(folder / PROCESSOR_FILE, lambda to: to.write_text(PROCESSOR, "utf-8"))
         path = folder / CARD
         if not path.exists() or MARK in path.read_text("utf-8", errors="replace"):
             write_whole(path, lambda to: to.write_text(card + f"\n{MARK}\n", "utf-8"))
@@ -165,6 +180,7 @@ class Pretrained(nn.Module):
         classes: Sequence[str] | None = None,
         private: bool | None = None,
         token: str | None = None,
+        preprocessing: Preprocessing | None = None,
         **commit: Any,
     ) -> str:
         """Save the model to a repository on the Hub, in one commit.
@@ -173,7 +189,7 @@ class Pretrained(nn.Module):
 
         Args:
             name: "owner/name" of the repository.
-            data, results, classes: as in `save_pretrained`.
+            data, results, classes, preprocessing: as in `save_pretrained`.
             private, token: as in `huggingface_hub.HfApi.create_repo`.
             commit: commit_message, revision (a branch), create_pr and other arguments of
                 `huggingface_hub.HfApi.upload_folder`.
@@ -187,7 +203,7 @@ class Pretrained(nn.Module):
         """
         hub = _needed("huggingface_hub")
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, data, results, classes)
+            self.save_pretrained(folder, data, results, classes, preprocessing)
             api = hub.HfApi(token=token, library_name="translution")
             repo = api.create_repo(name, private=private, exist_ok=True).repo_id
             commit = {"commit_message": "A model made with translution"} | commit
@@ -203,23 +219,17 @@ class Pretrained(nn.Module):
             f"config: got {type(self.config).__name__}, want one of {list(families())}"
         )
 
-    def _classes(self, names: Sequence[str]) -> list[str]:
-        want = getattr(self.config, "num_classes", 0)
-        if len(names) != want:
-            raise ValueError(f"classes: got {len(names)} names, but the model has {want} classes")
-        return list(names)
-
     @classmethod
     def _from_config(cls: type[P], folder: Path) -> P:
         """The model that a folder describes, with newly initialised weights."""
         if (folder / CONFIG).is_file():
-            source, config = folder / CONFIG, read_config(folder)
-            name, options = config["architecture"], config["options"]
+            source, about = folder / CONFIG, read_config(folder)
+            name, options = about["architecture"], about["options"]
             # JSON has no tuples
             options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         else:
-            source, about = folder / ABOUT, read_about(folder)["model"]
-            name, options = about["name"], about["options"]
+            source, about = folder / ABOUT, read_about(folder)
+            name, options = about["model"]["name"], about["model"]["options"]
         try:
             model = create_model(name, **current_options(name, options, saved=True))
         except (TypeError, ValueError) as error:
@@ -228,6 +238,7 @@ class Pretrained(nn.Module):
             model = cls(model.config)
         if not isinstance(model, cls):
             raise ValueError(f"{source}: is a {type(model).__name__}, want a {cls.__name__}")
+        model.preprocessing = Preprocessing.of_file(about, source, model.config)
         return model
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from ...models.preprocessing import Preprocessing
 from ..config import Options
 from .augment import AugmentOptions
 
@@ -87,6 +89,24 @@ class ImageOptions(Options):
     bad: Literal["refuse", "skip"] = "refuse"
     cache: bool | None = None
     augment: AugmentOptions = AugmentOptions()
+
+    def preprocessing(self, classes: Sequence[str] | None = None) -> Preprocessing:
+        """What these options do to an image in evaluation, as the description for a model.
+
+        Args:
+            classes: the names of the classes.
+        """
+        return Preprocessing(
+            self.image_size,
+            self.channels,
+            self.mean,
+            self.std,
+            self.crop,
+            self.resample,
+            digit_size=None if self.canvas is None else DIGIT_SIDES[self.format],
+            canvas=self.canvas,
+            classes=None if classes is None else tuple(classes),
+        )
 
     @model_validator(mode="before")
     @classmethod

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...interop.images import fit, prepare
+from ...models.preprocessing import Preprocessing
 from .digits import anywhere, centre, place
 from .image_options import ImageOptions
 from .order import generator_of
 from .parts import PARTS, Part
 from .sources import Source, read_source
-from .transform import centred_box, decode, fit, image_files, random_box
+from .transform import decode, image_files, random_box
 
 __all__ = [
     "ImageBatch",
@@ -57,26 +59,38 @@ def collate(items: Sequence[tuple[Tensor, int] | None]) -> ImageBatch:
     )
 
 
-def load_image(path: Path | str, options: ImageOptions) -> Tensor:
+def load_image(path: Path | str, options: ImageOptions | Preprocessing) -> Tensor:
     """Read an image file and prepare it as evaluation does: uint8 [channels, height, width].
+
+    Args:
+        path: the file.
+        options: the options of the data, or the preprocessing that is saved with a model.
 
     Raises:
         ValueError: an image that cannot be decoded.
         OSError: a file that cannot be read.
     """
+    preprocessing = options.preprocessing() if isinstance(options, ImageOptions) else options
     try:
-        image = decode(Path(path).read_bytes(), options.channels)
+        image = decode(Path(path).read_bytes(), preprocessing.channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    box = centred_box(*image.size, options.image_size, options.crop)
-    return fit(image, options.image_size, box, options.resample)
+    return prepare(image, preprocessing)
 
 
-def open_images(options: ImageOptions, part: Part, seed: int) -> Images:
+def open_images(
+    options: ImageOptions, part: Part, seed: int, preprocessing: Preprocessing | None = None
+) -> Images:
     """Open a part of the data. Equal seeds give equal parts, orders and pixels.
 
     Without `options.valid`, the seed decides which training images are held out for validation, so
     both parts must be opened with the same seed.
+
+    Args:
+        options: the options of the data.
+        part: which part.
+        seed: the seed of the run.
+        preprocessing: replaces that of the options in evaluation, for example by a checkpoint's.
 
     Raises:
         ValueError: wrong data; the message names the part and the file or row.
@@ -98,7 +112,7 @@ def open_images(options: ImageOptions, part: Part, seed: int) -> Images:
     if limit is not None:
         order = torch.randperm(len(chosen), generator=generator_of(seed, 1, PARTS.index(part)))
         chosen = chosen[order[:limit]]
-    return Images(options, part, seed, source, chosen.sort().values)
+    return Images(options, part, seed, source, chosen.sort().values, preprocessing)
 
 
 class Images(torch.utils.data.Dataset[Any]):
@@ -108,12 +122,19 @@ class Images(torch.utils.data.Dataset[Any]):
     Attributes:
         classes: the names of the classes; label i stands for the i-th.
         channels: 1 (grey) or 3 (RGB).
+        preprocessing: what evaluation does to an image, with the names of the classes.
         labels: int64 [images].
         unreadable: how many images cannot be read, or None if they were not all decoded yet.
     """
 
     def __init__(
-        self, options: ImageOptions, part: Part, seed: int, source: Source, chosen: Tensor
+        self,
+        options: ImageOptions,
+        part: Part,
+        seed: int,
+        source: Source,
+        chosen: Tensor,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         """chosen: the rows of `source` that belong to this part, int64 [images]."""
         self.options = options
@@ -121,6 +142,7 @@ class Images(torch.utils.data.Dataset[Any]):
         self.seed = seed
         self.classes = source.classes
         self.channels: int = options.channels
+        self.preprocessing = preprocessing or options.preprocessing(source.classes)
         self.labels = source.labels[chosen]
         self.unreadable: int | None = None
         self._source = source
@@ -158,10 +180,9 @@ class Images(torch.utils.data.Dataset[Any]):
             image = self._decoded(index) if self._cache is None else self._cache[index]
         if image is None:
             return None
-        if crops:
-            box = random_box(*image.size, size, crops, options.augment.ratio, generator)
-        else:
-            box = centred_box(*image.size, size, options.crop)
+        if not crops:
+            return prepare(image, self.preprocessing), label
+        box = random_box(*image.size, size, crops, options.augment.ratio, generator)
         return fit(image, size, box, options.resample), label
 
     def _digit_on_canvas(self, index: int, generator: torch.Generator) -> Tensor:

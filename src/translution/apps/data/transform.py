@@ -1,4 +1,4 @@
-"""Image files: finding them, decoding them with Pillow, and resizing them."""
+"""Image files: finding them, decoding them with Pillow, and random parts of them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
-__all__ = ["centred_box", "decode", "find", "fit", "image_files", "random_box"]
+from ...interop.images import Box, centred_box, converted, rounded
+
+__all__ = ["decode", "find", "image_files", "random_box"]
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".avif",
 )  # fmt: skip
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TRIES = 10  # attempts to draw a random box that lies within the image
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 # -- finding -------------------------------------------------------------------------------------
@@ -95,46 +92,16 @@ def decode(content: bytes, channels: int) -> Image.Image:
         file = Image.open(io.BytesIO(content))
         file.load()
         image = ImageOps.exif_transpose(file)
-        if file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PNG"):
-            image = _rounded(image)  # Pillow's convert() would clip at 255
-        return _plain(image, "RGB" if channels == 3 else "L")
+        if file.mode == "I" and file.format == "PNG":  # of 16 bits
+            image = rounded(image)
+        return converted(image, channels)
     except UnidentifiedImageError:  # its message contains an address in memory
         raise ValueError("not an image, or of an unknown format") from None
     except Exception as error:  # for damaged data Pillow raises nearly every class
         raise ValueError(f"not a readable image ({error})") from None
 
 
-def _rounded(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
-def _plain(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}: 32 bits per value have no known range, want 8 or 16")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        image = white
-    return image if image.mode == mode else image.convert(mode)
-
-
-# -- fitting -------------------------------------------------------------------------------------
-
-
-def centred_box(width: int, height: int, size: tuple[int, int], crop: float) -> Box:
-    """The part of an image that evaluation uses: centred, of the shape of `size` (height, width).
-
-    It covers the share `crop` of the side that limits it. Cutting it out and resizing it does in
-    one step what is usually done in two: resizing to size / crop and cutting out the centre. An
-    image that already has `size` is used whole.
-    """
-    if (height, width) == tuple(size):
-        return 0, 0, width, height
-    rows = crop * min(height, width * size[0] / size[1])
-    columns = rows * size[1] / size[0]
-    left, top = (width - columns) / 2, (height - rows) / 2
-    return left, top, left + columns, top + rows
+# -- cutting -------------------------------------------------------------------------------------
 
 
 def random_box(
@@ -167,15 +134,3 @@ def random_box(
             left, top = int(x * (width - columns + 1)), int(y * (height - rows + 1))
             return left, top, left + columns, top + rows
     return centred_box(width, height, size, 1.0)
-
-
-def fit(image: Image.Image, size: tuple[int, int], box: Box, resample: str) -> Tensor:
-    """Cut out a box and resize it to `size`: uint8 [channels, height, width].
-
-    An image that already has this size is not resampled.
-    """
-    height, width = size
-    if image.size != (width, height) or box != (0, 0, width, height):
-        image = image.resize((width, height), RESAMPLING[resample], box=box)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()

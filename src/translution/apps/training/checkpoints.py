@@ -2,7 +2,8 @@
 
 A checkpoint contains
     model.safetensors   the weights; with `ema`, the averaged ones
-    checkpoint.json     the name and options of the model, the step and the metrics
+    checkpoint.json     the name and options of the model, the preprocessing of images, the step
+                        and the metrics
     tokenizer.json      the tokenizer of a language model
     parts               a folder instead of model.safetensors, if tables are divided over devices
     state.pt            what only a resumed run needs
@@ -37,6 +38,7 @@ from torch import nn
 from ..._version import __version__
 from ...interop import parallel
 from ...models import create_model
+from ...models.preprocessing import Preprocessing
 from ...models.pretrained import (
     ABOUT,
     FORMAT,
@@ -51,6 +53,7 @@ from ...models.pretrained import (
 )
 from ...models.registry import current_options
 from ...utils.files import umask
+from ..data.image_options import ImageOptions
 from ..data.tokenizers import load_tokenizer, save_tokenizer
 
 __all__ = [
@@ -79,7 +82,7 @@ class Checkpoint:
     """A model that was loaded from a checkpoint, in evaluation mode.
 
     path: the folder of the checkpoint.
-    model: the model.
+    model: the model. Its `preprocessing` says how an image becomes its input.
     config: the configuration of the run, as plain values.
     step: the number of steps that the model was trained for.
     classes: the names of the classes, for a classifier.
@@ -151,6 +154,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         parallel.load(model, path / PARTS)
     else:
         load_weights(model, read_weights(path), path / WEIGHTS)
+    if isinstance(model, Pretrained):
+        model.preprocessing = _preprocessing(about, path / ABOUT, model)
     tokenizer = path / TOKENIZER
     return Checkpoint(
         path=path,
@@ -161,6 +166,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         tokenizer=load_tokenizer(tokenizer) if tokenizer.exists() else None,
         metrics=about["metrics"],
     )
+
+
+def _preprocessing(about: dict[str, Any], source: Path, model: Pretrained) -> Preprocessing | None:
+    """The preprocessing in a checkpoint.json; older ones have only the options of the data."""
+    data = about["config"].get("data", {})
+    if "preprocessing" not in about and data.get("kind") == "images":
+        about = about | {"preprocessing": ImageOptions.model_validate(data).preprocessing().entry()}
+    return Preprocessing.of_file(about, source, model.config)
 
 
 class Folders(CheckpointIO):

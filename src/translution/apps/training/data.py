@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
+from ...models.preprocessing import Preprocessing
 from ..data.images import Images, collate, open_images
 from ..data.order import InOrder, Shuffled
 from ..data.parts import Part
@@ -29,6 +30,7 @@ class Data(LightningDataModule):
         config: the configuration of the run.
         tokenizer: replaces the one of the configuration, for example by that of a checkpoint.
         parts: parts that are open already. Those that this object opens are added to it.
+        preprocessing: replaces that of the configuration, for example by that of a checkpoint.
     """
 
     order: InOrder  # that of the part that is being evaluated
@@ -38,9 +40,10 @@ class Data(LightningDataModule):
         config: Config,
         tokenizer: Tokenizer | None = None,
         parts: Parts | None = None,
+        preprocessing: Preprocessing | None = None,
     ):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.preprocessing = config, tokenizer, preprocessing
         self._open: Parts = {} if parts is None else parts
 
     def part(self, name: Part) -> Images | Windows:
@@ -53,7 +56,7 @@ class Data(LightningDataModule):
         if name not in self._open:
             data, seed = self.config.data, self.config.seed
             if data.kind == "images":
-                self._open[name] = open_images(data, name, seed)
+                self._open[name] = open_images(data, name, seed, self.preprocessing)
             else:
                 self._open[name] = open_text(data, name, seed, tokenizer=self.tokenizer)
         return self._open[name]

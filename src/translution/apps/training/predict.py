@@ -1,4 +1,4 @@
-"""Classifying image files with a checkpoint."""
+"""Classifying image files with a trained model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.augment import Augment
+from ...interop.images import normalised
+from ...models.preprocessing import Preprocessing
+from ...models.pretrained import Pretrained
 from ..data.images import load_image
 from .checkpoints import Checkpoint
-from .config import Config
 
 __all__ = ["Prediction", "predict"]
 
@@ -32,7 +33,7 @@ class Prediction(NamedTuple):
 
 @torch.inference_mode()
 def predict(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Pretrained,
     files: Sequence[Path],
     top: int = 1,
     batch_size: int = 64,
@@ -41,7 +42,8 @@ def predict(
     """Classify image files, in their order.
 
     Args:
-        checkpoint: a classifier of images.
+        checkpoint: a classifier of images, from `open_checkpoint` or `from_pretrained`. Its
+            preprocessing says what is done to an image.
         files: the image files.
         top: the number of classes to give for each file.
         batch_size: the number of images that are classified at once.
@@ -51,21 +53,28 @@ def predict(
         One prediction per file. For a file that cannot be read, its `error` says why.
 
     Raises:
-        ValueError: the checkpoint is not a classifier of images.
+        ValueError: the model is not a classifier of images, or has no preprocessing.
     """
-    config = Config.model_validate(checkpoint.config)
-    if checkpoint.classes is None or config.data.kind != "images":
-        raise ValueError(f"checkpoint: {checkpoint.path} is not a classifier of images")
-    data, classes = config.data, checkpoint.classes
-    augment = Augment(data.augment, len(classes), data.image_size, data.mean, data.std).eval()
-    model, augment = checkpoint.model.to(device), augment.to(device)
+    model: Any = checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint
+    name = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else "the model"
+    if getattr(model, "task", None) != "image-classification":
+        raise ValueError(f"checkpoint: {name} is not a classifier of images")
+    preprocessing: Preprocessing | None = model.preprocessing
+    if preprocessing is None:
+        raise ValueError(
+            f"checkpoint: {name} was saved without its preprocessing, want one written by "
+            "'translution share', or by save_pretrained with the argument preprocessing"
+        )
+    classes = preprocessing.classes or tuple(map(str, range(model.config.num_classes)))
+    model = model.to(device)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for first in range(0, len(files), batch_size):
         batch_files = files[first : first + batch_size]
-        loaded = [_load(path, data) for path in batch_files]
+        loaded = [_load(path, preprocessing) for path in batch_files]
         images = [image for image in loaded if isinstance(image, torch.Tensor)]
         likely: Iterator[Any] = iter(())
         if images:
-            batch, _ = augment(torch.stack(images).to(device), torch.zeros(len(images)).long())
+            batch = normalised(torch.stack(images).to(device), preprocessing).to(dtype)
             best = model(batch).float().softmax(-1).topk(min(top, len(classes)))
             likely = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, image in zip(batch_files, loaded, strict=True):
@@ -76,9 +85,9 @@ def predict(
                 yield Prediction(path, [classes[i] for i in indices], values)
 
 
-def _load(path: Path, options: Any) -> torch.Tensor | str:
+def _load(path: Path, preprocessing: Preprocessing) -> torch.Tensor | str:
     """An image, or why it could not be read."""
     try:
-        return load_image(path, options)
+        return load_image(path, preprocessing)
     except (ValueError, OSError) as error:
         return str(error)

@@ -11,7 +11,9 @@ __all__ = ["predict"]
 
 
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint's.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a run, a checkpoint or a saved model.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to give for each image.")] = 1,
     output: Annotated[
@@ -31,6 +33,7 @@ def predict(
     from rich.progress import track
     from rich.table import Table
 
+    from ...models.pretrained import CONFIG, Pretrained
     from ...utils.files import write_whole
     from ..data.transform import image_files
     from .checkpoints import open_checkpoint
@@ -40,7 +43,9 @@ def predict(
     if output is not None and output.suffix not in (".csv", ".json"):
         raise ValueError(f"output: got {output}, want a name that ends in .csv or .json")
     files = image_files(images)
-    results = run(open_checkpoint(checkpoint), files, top, batch_size, pick_device(device))
+    saved = (checkpoint.expanduser() / CONFIG).is_file()  # save_pretrained wrote it
+    model = Pretrained.from_pretrained(checkpoint) if saved else open_checkpoint(checkpoint)
+    results = run(model, files, top, batch_size, pick_device(device))
     errors = Console(stderr=True)
     done = list(track(results, "Classifying", len(files), console=errors, transient=True))
     good = [one for one in done if one.error is None]

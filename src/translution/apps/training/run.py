@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch import nn
 
 from ...models import create_model, model_options
+from ...models.preprocessing import Preprocessing
 from ...utils.files import write_whole
 from ...utils.measuring import multiply_adds
 from ...utils.words import shortened
@@ -134,6 +136,7 @@ def _train(
             "model": {"name": name, "options": options},
             "config": config.model_dump(mode="json"),
             "classes": part.classes if isinstance(part, Images) else None,
+            "preprocessing": part.preprocessing.entry() if isinstance(part, Images) else None,
         },
         None if isinstance(part, Images) else part.tokenizer,
     )
@@ -181,7 +184,7 @@ def evaluate(
         OSError: data that cannot be read.
     """
     checkpoint = open_checkpoint(path)
-    data = Data(config, checkpoint.tokenizer, parts)
+    data = Data(config, checkpoint.tokenizer, parts, _preprocessing(config, checkpoint.model))
     samples = data.part(part)
     if isinstance(samples, Images) and samples.classes != checkpoint.classes:
         raise ValueError(
@@ -195,6 +198,17 @@ def evaluate(
         run = trainer.test if part == "test" else trainer.validate
         run(task, datamodule=data, verbose=False)
     return meter.measured
+
+
+def _preprocessing(config: Config, model: nn.Module) -> Preprocessing | None:
+    """That of the configuration. Images of any format are placed on the canvas of a model of
+    digits, as `predict` does."""
+    if config.data.kind != "images":
+        return None
+    own, options = getattr(model, "preprocessing", None), config.data.preprocessing()
+    if own is None or options.canvas is not None:
+        return options
+    return replace(options, digit_size=own.digit_size, canvas=own.canvas)
 
 
 def make_trainer(config: Config, **more: Any) -> Trainer:

@@ -39,6 +39,7 @@ def _send(folder: Path, name: str, private: bool) -> str:
     """Upload the files that `Checkpoint.export` writes, in one commit. Returns its address."""
     import huggingface_hub
 
+    from ...models.preprocessing import PROCESSOR_FILE
     from ...models.pretrained import CARD, CONFIG, WEIGHTS
     from .checkpoints import TOKENIZER
 
@@ -47,7 +48,7 @@ def _send(folder: Path, name: str, private: bool) -> str:
         repo = api.create_repo(name, private=private or None, exist_ok=True).repo_id
         commit = api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Upload a model of translution",
-            allow_patterns=[WEIGHTS, CONFIG, CARD, TOKENIZER],
+            allow_patterns=[WEIGHTS, CONFIG, CARD, TOKENIZER, PROCESSOR_FILE],
         )  # fmt: skip
     except Exception as error:  # those of the library, and of the HTTP library that it uses
         said = " ".join(str(error).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -15,12 +16,16 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from ...models.preprocessing import Preprocessing
 from ...utils.files import write_whole
 
-__all__ = ["KINDS", "check_kind", "open_program", "save_program"]
+__all__ = ["KINDS", "METADATA", "check_kind", "open_program", "save_program"]
 
 KINDS = {"torch": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 """The kinds of files that a program can be saved as, with the suffix of each."""
+
+METADATA = "preprocessing"
+"""The name of the entry with the preprocessing in a file of a program."""
 
 ONE_FILE = 2_000_000_000
 """The most bytes of weights in an ONNX file; larger weights are saved in a second file."""
@@ -47,8 +52,16 @@ def check_kind(kind: str, path: Path) -> None:
         raise ValueError("to: got 'aoti', which needs a C++ compiler (g++ or clang++, or CXX=)")
 
 
-def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
+def save_program(
+    program: ExportedProgram,
+    kind: str,
+    path: Path | str,
+    preprocessing: Preprocessing | None = None,
+) -> int:
     """Write a program of `portable` to a file.
+
+    In an ONNX file of a classifier or language model, the input is named "image" or "ids", and the
+    output "logits".
 
     Args:
         program: the program.
@@ -56,6 +69,9 @@ def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
             this machine and which `torch._inductor.aoti_load_package` reads.
         path: the file, with the suffix that `KINDS` gives for the kind. ONNX weights of more than
             2 GB are written to a second file beside it, with ".data" added to the name.
+        preprocessing: how an image becomes the input of the program. It is written into the file,
+            as JSON under the name `METADATA`: in ONNX's metadata, in a file of torch's archive, or
+            in the metadata of the compiled package.
 
     Returns:
         the bytes that were written.
@@ -67,8 +83,11 @@ def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
     path = Path(path)
     check_kind(kind, path)
     write = {"torch": _write_torch, "onnx": _write_onnx, "aoti": _write_aoti}[kind]
+    metadata = {}
+    if preprocessing is not None:
+        metadata[METADATA] = json.dumps(preprocessing.to_dict(), ensure_ascii=False)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        write(program, Path(folder) / path.name)
+        write(program, Path(folder) / path.name, metadata)
         # move the program's file last, so that it exists only when the others do
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
         size = sum(file.stat().st_size for file in files)
@@ -77,24 +96,39 @@ def save_program(program: ExportedProgram, kind: str, path: Path | str) -> int:
     return size
 
 
-def _write_torch(program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
+def _write_torch(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    torch.export.save(program, path, extra_files=metadata)
 
 
-def _write_onnx(program: ExportedProgram, path: Path) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     tensors = [*program.state_dict.values(), *program.constants.values()]
     size = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
     # a program for any batch size has range constraints; name its dynamic axis
     named = ({0: "batch"},) if program.range_constraints else None
-    exported = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=named)
+    inputs, outputs = _names(program)
+    exported = torch.onnx.export(
+        program, dynamo=True, verbose=False, dynamic_shapes=named, input_names=inputs,
+        output_names=outputs,
+    )  # fmt: skip
     assert exported is not None
+    exported.model.metadata_props.update(metadata)
     exported.save(path, external_data=size > ONE_FILE)
 
 
-def _write_aoti(program: ExportedProgram, path: Path) -> None:
+def _names(program: ExportedProgram) -> tuple[list[str] | None, list[str] | None]:
+    """The names of a program's input and output; None keeps those that the exporter makes."""
+    x = program.example_inputs[0][0]
+    name = {(False, 2): "ids", (True, 4): "image"}.get((x.is_floating_point(), x.ndim))
+    if name is None or len(program.graph_signature.user_outputs) != 1:
+        return None, None
+    return [name], ["logits"]
+
+
+def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(program, package_path=str(path))
+    options = {"aot_inductor.metadata": metadata}
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def open_program(kind: str, path: Path | str) -> Callable[[Tensor], list[Tensor]]:

@@ -23,8 +23,8 @@ def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
     Args:
         model: a model of this library.
         batch: the number of samples.
-        size: tokens, or pixels per side. The default is the size that the model was made for, and
-            224 pixels for a model that takes any size.
+        size: tokens, or pixels per side. The default is the size that the model was made for; for
+            a model that takes any size, that of its preprocessing, or 224 pixels without one.
 
     Returns:
         token ids [batch, size] for a GPT, else images [batch, channels, size, size].
@@ -35,7 +35,9 @@ def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
     shape = input_shape(config)
     if isinstance(model, GPT):
         return torch.randint(config.vocab_size, (batch, size or shape[0]), device=device)
-    image = (size, size) if size else shape[1:]
+    preprocessing = getattr(model, "preprocessing", None)
+    image = shape[1:] if preprocessing is None else preprocessing.image_size
+    image = (size, size) if size else image
     return torch.randn(batch, shape[0], *image, device=device, dtype=dtype)
 
 
