@@ -95,6 +95,15 @@ def _class_folders(place: str, part: Part) -> list[Path]:
     stray = sorted(path.name for path in inside if path.suffix.lower() in SUFFIXES)
     stray = [name for name in stray if (root / name).is_file()]
     folders = sorted((path for path in inside if path.is_dir()), key=lambda path: path.name)
+    above = (root.resolve(), *root.resolve().parents)
+    names = dict.fromkeys(above, "a folder that contains all classes")
+    for folder in folders:
+        if (real := folder.resolve()) in names:
+            raise ValueError(
+                f"{part}: {place}: the class {folder.name!r} is the same folder as "
+                f"{names[real]}, want a folder of its own for each class"
+            )
+        names[real] = f"the class {folder.name!r}"
     if stray or not folders:
         got = f"the image {stray[0]} beside them" if stray else "none"
         raise ValueError(f"{part}: {place}: want a folder for each class, got {got}")
