@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from .._renamed import current_arguments
 
-__all__ = ["check_choice", "check_positive", "configure", "head_dim_of", "input_shape", "pair"]
+__all__ = [
+    "check_choice", "check_positive", "configure", "head_dim_of", "hidden_channels", "input_shape",
+    "pair",
+]  # fmt: skip
 
 C = TypeVar("C")
 
@@ -74,3 +78,14 @@ def head_dim_of(dim: int, heads: int, head_dim: int | None) -> int:
     if head_dim < 1:
         raise ValueError(f"head_dim: got {head_dim}, want at least 1")
     return head_dim
+
+
+def hidden_channels(dim: int, ratio: float, name: str = "mlp_ratio") -> int:
+    """The hidden channels of an MLP, from its channels and their ratio.
+
+    Raises:
+        ValueError: the ratio is negative or not finite; the message calls it `name`.
+    """
+    if not 0 <= ratio < math.inf:
+        raise ValueError(f"{name}: got {ratio}, want a finite number of at least 0")
+    return int(dim * ratio)
