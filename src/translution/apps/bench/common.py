@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...utils.files import write_whole
+from ...utils.files import check_target, write_whole
 from ...utils.measuring import commit_here, machine
 
 __all__ = [
@@ -32,7 +32,7 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
     """Sizes, and whether causal: "7x7" -> (7, 7), False; "256c" -> (256,), True."""
     causal = text.strip().endswith("c")
     parts = text.strip().removesuffix("c").lower().replace("×", "x").split("x")
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"grid: got {text!r}, want sizes such as 7x7, 256 or 256c (causal)")
     return tuple(int(part) for part in parts), causal
 
@@ -45,16 +45,15 @@ def told_grid(grid: tuple[int, ...] | list[int], causal: bool = False) -> str:
 def ints(name: str, text: str) -> list[int]:
     """Numbers of at least 1, divided by commas."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"{name}: got {text!r}, want numbers such as 16,64")
     return [int(part) for part in parts]
 
 
 def check_file(name: str, file: str) -> None:
     """Refuse a file that can't be written, before anything runs; "" is none."""
-    target = Path(file).absolute()
-    if file and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"{name}: got {file}, want a file in a folder that exists")
+    if file:
+        check_target(name, Path(file))
 
 
 def header(device: torch.device, command: str = "") -> dict[str, Any]:

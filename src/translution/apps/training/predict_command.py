@@ -31,7 +31,7 @@ def predict(
     from rich.progress import track
     from rich.table import Table
 
-    from ...utils.files import write_whole
+    from ...utils.files import check_target, write_whole
     from ..data.transform import image_files
     from .checkpoints import open_checkpoint
     from .engine import pick_device
@@ -39,6 +39,8 @@ def predict(
 
     if output is not None and output.suffix not in (".csv", ".json"):
         raise ValueError(f"output: got {output}, want a name that ends in .csv or .json")
+    if output is not None:
+        check_target("output", output)
     files = image_files(images)
     results = run(open_checkpoint(checkpoint), files, top, batch_size, pick_device(device))
     errors = Console(stderr=True)
