@@ -60,6 +60,8 @@ def find(pattern: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
         ValueError: nothing was found.
         OSError: a folder that cannot be read.
     """
+    if not str(pattern):  # it would stand for the working directory
+        raise ValueError("got an empty name, want that of a file or folder, or a glob")
     path = Path(pattern).expanduser()
     roots = [path] if path.exists() else list(_matching(str(path)))
     if not roots:
