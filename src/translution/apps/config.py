@@ -215,7 +215,11 @@ def _message(kind: type[Options], error: Any, source: str, given: set[str]) -> s
         message = "is missing"
     elif error["type"] != "value_error" and not error["type"].startswith("union_tag"):
         message = f"got {shown(error['input'])}, {message[0].lower()}{message[1:]}"
-    where = "command line" if any(key == g or g.startswith(f"{key}.") for g in given) else source
+    where = (
+        "command line"
+        if any(f"{key}.".startswith(f"{g}.") or g.startswith(f"{key}.") for g in given)
+        else source
+    )
     line = f"{where}: {key}: {message}" if key else f"{where}: {message}"
     return " ".join(line.split())
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from ...utils.files import write_whole
 from ..config import Options
 from .parts import Part
+from .progress import bars_on_terminals
 from .text_options import TextOptions
 from .transform import find
 
@@ -293,6 +294,7 @@ def _parquet(options: TextOptions, file: Path) -> Place:
 def _hub(options: TextOptions, split: str) -> Place:
     import datasets
 
+    bars_on_terminals()
     name, column = f"{options.name}[{split}]", options.text_column
     try:
         table = datasets.load_dataset(

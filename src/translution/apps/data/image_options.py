@@ -29,11 +29,14 @@ REQUIRED = {
 }  # fmt: skip
 
 
-Side = Annotated[int, Field(gt=0, le=2**14)]  # pixels
+MOST_PIXELS = 2**14  # of a side
+Side = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 SCALE = (1e-6, 1e6)  # the least and largest deviation, and the largest mean
 
 
 def _pair(value: Any) -> Any:
+    if isinstance(value, int) and not 0 < value <= MOST_PIXELS:
+        raise ValueError(f"got {value}, want 1 to {MOST_PIXELS} pixels")
     return (value, value) if isinstance(value, int) else value
 
 
@@ -102,7 +105,9 @@ class ImageOptions(Options):
         defaults: dict[str, Any] = {"channels": 1 if side else 3, "crop": 1.0 if side else 0.875}
         if side:
             defaults["canvas"] = side
-            defaults["image_size"] = content.get("canvas") or side
+            canvas = content.get("canvas") or side
+            wrong = isinstance(canvas, int) and not 0 < canvas <= MOST_PIXELS
+            defaults["image_size"] = side if wrong else canvas  # so that only the canvas is named
         if (content.get("channels") or defaults["channels"]) == 1:
             defaults |= {"mean": (0.5,), "std": (0.5,)}
         else:

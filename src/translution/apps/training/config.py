@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,26 +48,27 @@ class ModelOptions(Options):
     @model_validator(mode="after")
     def _check(self) -> ModelOptions:
         known = model_options(self.name)
-        for option, value in self.given.items():
+        for option, value in (self.model_extra or {}).items():
             if option not in known:
                 raise ValueError(f"{option}: {self.name!r} has no such option, but {sorted(known)}")
-            _check_size(option, value)
             try:
-                TypeAdapter(known[option], config=_LAX).validate_python(value)
+                _adapter(known[option]).validate_python(value)
             except ValidationError as error:
                 said = error.errors()[0]["msg"]
                 raise ValueError(
                     f"{option}: got {shown(value)}, {said[0].lower()}{said[1:]}"
                 ) from None
+        for option, value in self.given.items():
+            _check_size(option, value)
         return self
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given. A number becomes text where an option is one, like "50"."""
-        known = model_options(self.name)
+        """The options that were given, as values of their types: YAML reads 1e3 as a text."""
+        known, extra = model_options(self.name), self.model_extra or {}
         return {
-            option: str(value) if known.get(option) is str else value
-            for option, value in (self.model_extra or {}).items()
+            option: _adapter(known[option]).validate_python(value)
+            for option, value in extra.items()
         }
 
     def complete(self, from_data: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +109,14 @@ def _check_size(option: str, value: Any) -> None:
 
 
 MOST_NUMBER, MOST_LAYERS = 2**24, 10_000
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    """What checks and converts an option of this type."""
+    return TypeAdapter(hint, config=_LAX)
+
+
 # options that follow from the data
 FROM_DATA = {"image_size", "in_channels", "num_classes", "vocab_size", "context"}
 _LAX = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
