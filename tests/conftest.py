@@ -16,6 +16,7 @@ if (
 TOGETHER = (
     "tests/apps/test_bench_gpu.py",
     "tests/apps/test_compare.py",
+    "tests/apps/test_demo_guard.py",
     "tests/apps/test_demo_page.py",
     "tests/apps/test_first_run.py",
     "tests/apps/test_recipes.py",
@@ -38,6 +39,7 @@ SLOW = (
     "apps/test_bench_gpu.py",
     "apps/test_compare.py::test_command_line_end_to_end",
     "apps/test_compare.py::test_several_runs_at_a_time",
+    "apps/test_demo_guard.py",
     "apps/test_demo_page.py",
     "apps/test_experiments.py::test_from_the_command_line",
     "apps/test_first_run.py::test_ctrl_c",

@@ -158,8 +158,9 @@ def bomb():
         (encoded(Image.new("L", (5000, 4000))), "5000×4000 pixels"),
         (bomb(), "pixels"),
         (encoded(Image.new("RGB", (30, 30), "red")), "one colour"),
+        (encoded(Image.new("RGB", (30, 30), "red"), "EPS"), "another format than"),
     ],
-    ids=["empty", "text", "damaged", "bytes", "pixels", "bomb", "plain"],
+    ids=["empty", "text", "damaged", "bytes", "pixels", "bomb", "plain", "eps"],
 )
 def test_uploads_that_are_refused(content, said):
     with pytest.raises(ValueError, match=said):

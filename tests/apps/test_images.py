@@ -74,6 +74,56 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     assert image_files([str(tmp_path / "a[1].png")]) == [tmp_path / "a[1].png"]
 
 
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "more").mkdir(parents=True)
+    for path in (photos / "a.png", photos / "more" / "b.png", tmp_path / "c.png"):
+        picture().save(path)
+    for link, target in (
+        ("loop", "."), ("again", "."), ("more/up", ".."), ("alias", "more"),
+        ("self", "self"),
+    ):  # fmt: skip
+        (photos / link).symlink_to(target)
+    want = [photos / "a.png", photos / "more" / "b.png"]
+    for patterns in (["."], [".", "loop", "again/more"], ["*"], ["**"], ["**/*.png"], ["**/more"]):
+        found = image_files([str(photos / pattern) for pattern in patterns])
+        found = [file.resolve() for file in found]
+        assert found == (want[1:] if patterns == ["**/more"] else want), patterns
+    (photos / "out").symlink_to("../..")
+    assert image_files([str(photos)]) == want
+    (photos / "other").symlink_to("../elsewhere")  # a folder outside is followed, once
+    (tmp_path / "elsewhere").mkdir()
+    picture().save(tmp_path / "elsewhere" / "d.png")
+    (photos / "third").symlink_to("other")
+    assert len(image_files([str(photos)])) == 3
+    (photos / "gone.png").symlink_to("absent")  # it is named when it is read
+    assert photos / "gone.png" in image_files([str(photos)])
+
+
+def test_a_pipe_is_no_image(tree):
+    os.mkfifo(tree / "train" / "cat" / "pipe.png")
+    assert len(open_images(folder(tree), "train", 0)) == 16
+    with pytest.raises(ValueError, match=r"pipe\.png: is neither a file nor a folder"):
+        image_files([str(tree / "train" / "cat" / "pipe.png")])
+    with pytest.raises(ValueError, match="no file in it ends in"):
+        image_files([str(tree / "train" / "cat" / "pipe*")])
+
+
+def test_a_class_that_is_a_link_to_others_is_refused(tree):
+    (tree / "train" / "kitten").symlink_to("cat")
+    with pytest.raises(
+        ValueError, match=r"train: .*'kitten' is the same folder as the class 'cat'"
+    ):
+        open_images(folder(tree), "train", 0)
+    (tree / "train" / "kitten").unlink()
+    (tree / "train" / "all").symlink_to(".")
+    with pytest.raises(ValueError, match="'all' is the same folder as a folder that contains"):
+        open_images(folder(tree), "train", 0)
+    (tree / "train" / "all").unlink()
+    (tree / "train" / "cat" / "up").symlink_to("..")  # its dogs are not cats
+    assert open_images(folder(tree), "train", 0).labels.tolist() == [0] * 8 + [1] * 8
+
+
 def test_load_image(tree):
     options = folder(tree, image_size=[6, 8], channels=1)
     image = load_image(tree / "train" / "cat" / "0.png", options)

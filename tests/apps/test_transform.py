@@ -74,11 +74,29 @@ def test_of_an_animation_the_first():
     assert (pixels(content, 1) == np.asarray(first)).all()
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000"])
+def test_the_formats_of_the_suffixes_are_read(form):
+    assert pixels(encoded(picture(), form)).shape == (12, 10, 3)
+
+
+@pytest.mark.parametrize("form", ["EPS", "PCX", "TGA", "ICO", "SGI"])
+def test_other_formats_are_not_opened(form, monkeypatch):
+    """Pillow starts Ghostscript for EPS."""
+    content = encoded(picture(), form)
+    Image.init()
+    opener, accept = Image.OPEN[form]
+    opened = []
+    monkeypatch.setitem(Image.OPEN, form, (lambda *a: opened.append(a) or opener(*a), accept))
+    with pytest.raises(ValueError, match=r"another format than [A-Z, ]*BMP, GIF"):
+        decode(content, 3)
+    assert not opened
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"", "it is empty"),
-        (b"hello", "not an image, or of an unknown format"),
+        (b"hello", "not an image, or of another format than .*GIF, JPEG, .*PNG"),
         (encoded(picture(40, 40), "JPEG")[:-200], "not a readable image .Truncated"),
         (encoded(NOISE, "JPEG")[:-200], "image file is truncated"),
         (encoded(picture(40, 40))[:-30], "truncated|not a readable"),

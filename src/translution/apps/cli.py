@@ -127,6 +127,12 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"translution: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        print(f"translution: not enough memory{f': {reason}' if reason else ''}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -136,6 +142,12 @@ def main() -> None:
 def _plainly(message: Any, *_: Any, **__: Any) -> str:
     """Format a warning as one line without the file and line number that it came from."""
     return f"translution: {message}\n"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python or torch could not allocate memory. torch has no class for it on the CPU."""
+    named = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or named
 
 
 def _app() -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -56,9 +58,7 @@ def usage_error(error: Any) -> str:
             if name and typers in said:
                 return f"{name}: {ours}{see}"
         return f"{said[:1].lower()}{said[1:]}{see}"
-    name = max(param.opts, key=len)
-    if param.param_type_name == "argument":
-        name = (param.metavar or name).strip("[].").upper()
+    name = _name(param)
     if type(error).__name__ == "MissingParameter":
         return f"{name}: got nothing, want a value{see}"
     if not (found := getattr(error.__cause__, "errors", None)):
@@ -68,6 +68,14 @@ def usage_error(error: Any) -> str:
     if want := WANTED.get(first["type"]):
         return f"{name}: got {given}, want {want.format(**first.get('ctx', {}))}"
     return f"{name}: got {given}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+
+
+def _name(param: Any) -> str:
+    """An option or argument as messages name it: --out, CONFIG."""
+    name = max(param.opts, key=len)
+    if param.param_type_name == "argument":
+        name = (param.metavar or name).strip("[].").upper()
+    return str(name)
 
 
 class Command(TyperCommand):
@@ -119,13 +127,34 @@ class _Commands(dict[str, Any]):
             text += f"\n\n{EITHER}"
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command(name, cls=Command, context_settings=settings, help=_paragraphs(text))(run)
-        return typer.main.get_command(app)
+        command: Any = typer.main.get_command(app)
+        hints = typing.get_type_hints(run)
+        for param in command.params:
+            if _has_path(hints.get(param.name)):
+                _refuse_empty(param)
+        return command
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self.table else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.table)
+
+
+def _has_path(hint: Any) -> bool:
+    return hint is Path or any(map(_has_path, typing.get_args(hint)))
+
+
+def _refuse_empty(param: Any) -> None:
+    """Let a file or folder not be "", which would stand for the working directory."""
+    process = param.process_value
+
+    def checked(context: Any, value: Any) -> Any:
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise ValueError(f"{_name(param)}: got '', want the name of a file or folder")
+        return process(context, value)
+
+    param.process_value = checked
 
 
 def application(table: Mapping[str, tuple[str, str, str]]) -> typer.Typer:

@@ -23,7 +23,7 @@ from ..modules.cache import Cache
 from ..modules.convolution import Convolution2d
 from ..modules.reduced import ReducedACmix2d
 from ..modules.translution import Translution1d, Translution2d
-from .configuration import check_choice
+from .configuration import check_choice, hidden_channels
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING",
@@ -252,7 +252,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        hidden = int(dim * mlp_ratio)
+        hidden = hidden_channels(dim, mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ __all__ = [
     "configure",
     "head_dim_of",
     "height_width",
+    "hidden_channels",
     "input_shape",
 ]
 
@@ -81,3 +83,14 @@ def head_dim_of(dim: int, heads: int, head_dim: int | None) -> int:
     if head_dim < 1:
         raise ValueError(f"head_dim: got {head_dim}, want at least 1")
     return head_dim
+
+
+def hidden_channels(dim: int, ratio: float, name: str = "mlp_ratio") -> int:
+    """The hidden channels of an MLP, from its channels and their ratio.
+
+    Raises:
+        ValueError: the ratio is negative or not finite; the message calls it `name`.
+    """
+    if not 0 <= ratio < math.inf:
+        raise ValueError(f"{name}: got {ratio}, want a finite number of at least 0")
+    return int(dim * ratio)

@@ -16,7 +16,7 @@ from ..layouts import Sizes
 from ..modules.convolution_path import pad_to_multiple
 from ..modules.reduced import ReducedACmix2d, ReducedAttention2d
 from .backbone import Backbone, DropPath, drop_path_rates, init_truncated_normal
-from .configuration import check_choice, check_positive, configure, height_width
+from .configuration import check_choice, check_positive, configure, height_width, hidden_channels
 from .registry import register_family, register_model
 
 __all__ = ["PVT", "PVTS", "PVTConfig", "pvt"]
@@ -202,7 +202,14 @@ class PVT(Backbone):
             for j in range(depth):
                 last = bool(prefix) and j == depth - 1 and not c.full_last_block
                 attention = c.attention(i, grid, prefix, last)
-                blocks.append(Block(dim, int(dim * c.mlp_ratios[i]), attention, next(rates)))
+                blocks.append(
+                    Block(
+                        dim,
+                        hidden_channels(dim, c.mlp_ratios[i], "mlp_ratios"),
+                        attention,
+                        next(rates),
+                    )
+                )
             stages.append(Stage(before, dim, c.patch_sizes[i], grid, blocks))
             before = dim
         self.stages = nn.ModuleList(stages)

@@ -19,7 +19,7 @@ from .backbone import (
     drop_path_rates,
     init_truncated_normal,
 )
-from .configuration import check_choice, check_positive, configure
+from .configuration import check_choice, check_positive, configure, hidden_channels
 from .registry import register_family, register_model
 
 __all__ = ["SWINS", "Swin", "SwinConfig", "swin"]
@@ -170,7 +170,8 @@ class Swin(Backbone):
             parts: list[nn.Module] = [PatchMerging(self.channels[i - 1])] if i else []
             for j in range(depth):
                 attention = c.attention(channels, heads, shifted=j % 2 == 1)
-                parts.append(Block(channels, int(channels * c.mlp_ratio), attention, next(rates)))
+                hidden = hidden_channels(channels, c.mlp_ratio)
+                parts.append(Block(channels, hidden, attention, next(rates)))
             stages.append(nn.Sequential(*parts))
         self.stages = nn.ModuleList(stages)
         # For logits only the last map is normed. Its norm has the same name in both cases.

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["umask", "write_whole"]
+__all__ = ["check_target", "umask", "write_whole"]
 
 
 def write_whole(path: Path, save: Callable[[Path], object]) -> None:
@@ -28,6 +28,27 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def check_target(name: str, path: Path) -> None:
+    """Check that a file can be written, before a long computation whose result it will hold.
+
+    Args:
+        name: the argument that named the file, for messages.
+        path: the file.
+
+    Raises:
+        ValueError: the path is a folder, or its folder does not exist or cannot be written to.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: got {path}, want a path in a folder that exists")
+    if path.is_dir():
+        raise ValueError(f"{name}: got the folder {path}, want a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(4096))  # a full disk still makes empty files
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be written: {error.strerror}") from None
 
 
 def umask() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...utils.files import write_whole
+from ...utils.files import check_target, write_whole
 from ...utils.measuring import commit_here, machine
 
 __all__ = [
@@ -39,7 +39,7 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], bool]:
     """
     causal = text.strip().endswith("c")
     parts = text.strip().removesuffix("c").lower().replace("×", "x").split("x")
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"grid: got {text!r}, want sizes such as 7x7, 256 or 256c (causal)")
     return tuple(int(part) for part in parts), causal
 
@@ -60,7 +60,7 @@ def ints(name: str, text: str) -> list[int]:
         ValueError: the text contains something else.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"{name}: got {text!r}, want numbers such as 16,64")
     return [int(part) for part in parts]
 
@@ -75,9 +75,8 @@ def check_file(name: str, file: str) -> None:
     Raises:
         ValueError: the path is a folder, or its folder does not exist.
     """
-    target = Path(file).absolute()
-    if file and (target.is_dir() or not target.parent.is_dir()):
-        raise ValueError(f"{name}: got {file}, want a file in a folder that exists")
+    if file:
+        check_target(name, Path(file))
 
 
 def header(device: torch.device, command: str = "") -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ..config import Options
 __all__ = ["Augment", "AugmentOptions"]
 
 LEVELS = 30  # RandAugment's magnitude goes from 0 to this
+OPERATIONS = 100  # the most that RandAugment applies to an image
+ALPHA = (1e-3, 1e3)  # least and largest of the Beta distribution
 GREY = 0.5  # fills what a rotation or shift by RandAugment uncovers
 ERASED = (0.02, 1 / 3)  # least and largest share of the area that is erased
 STRETCH = (0.3, 3.3)  # least and largest ratio of its height to its width
@@ -40,7 +42,7 @@ class AugmentOptions(Options):
 
     resized_crop: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    pad: int = Field(default=0, ge=0)
+    pad: int = Field(default=0, ge=0, le=2**14)
     flip: Share = 0.0
     randaugment: tuple[int, int] | None = None
     erasing: Share = 0.0
@@ -60,14 +62,16 @@ class AugmentOptions(Options):
                 f"ratio: got {list(self.ratio)}, want least and largest stretch, above 0"
             )
         n, m = self.randaugment or (1, 0)
-        if n < 1 or not 0 <= m <= LEVELS:
+        if not 1 <= n <= OPERATIONS or not 0 <= m <= LEVELS:
             raise ValueError(
-                f"randaugment: got {[n, m]}, want [n, m] with n of at least 1 and "
+                f"randaugment: got {[n, m]}, want [n, m] with n from 1 to {OPERATIONS} and "
                 f"m from 0 to {LEVELS} (null switches it off)"
             )
+        least, most = ALPHA
         for name in ("mixup", "cutmix"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: got {getattr(self, name)}, want a finite alpha")
+            alpha = getattr(self, name)
+            if alpha and not least <= alpha <= most:
+                raise ValueError(f"{name}: got {alpha}, want 0, or from {least:g} to {most:g}")
         return self
 
     @property

@@ -22,13 +22,15 @@ from pydantic import ValidationError
 from ...utils.files import write_whole
 from ..config import Options
 from .parts import Part
+from .progress import bars_on_terminals
 from .text_options import TextOptions
 from .transform import find
 
-__all__ = ["Piece", "Place", "Scan", "Source", "pieces", "places", "scan"]
+__all__ = ["ENCODING", "Piece", "Place", "Scan", "Source", "pieces", "places", "scan"]
 
 PIECE = 2**17  # characters; a longer document is tokenised in pieces, and no token spans two pieces
 BLOCK = 2**17  # bytes that are read at once; `documents` is matched against the first so many bytes
+ENCODING = "utf-8-sig"  # UTF-8, of which a byte order mark at the beginning is not text
 
 # The number of a document within its place, and a part of its text.
 Fragment = tuple[int, str]
@@ -250,7 +252,7 @@ def _read_file(file: Path, documents: str) -> Iterator[Fragment]:
 
 def _blocks(file: IO[bytes]) -> Iterator[str]:
     """Read a file in blocks of text. A block ends at the end of a line unless the line is long."""
-    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, read = codecs.getincrementaldecoder(ENCODING)(), 0
     while True:
         raw = file.read(BLOCK)
         if raw and not raw.endswith(b"\n"):
@@ -292,6 +294,7 @@ def _parquet(options: TextOptions, file: Path) -> Place:
 def _hub(options: TextOptions, split: str) -> Place:
     import datasets
 
+    bars_on_terminals()
     name, column = f"{options.name}[{split}]", options.text_column
     try:
         table = datasets.load_dataset(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ...models.preprocessing import Preprocessing
-from ..config import Options
+from ..config import Count, Options, Place
 from .augment import AugmentOptions
 
 __all__ = ["ImageOptions"]
@@ -31,7 +31,14 @@ REQUIRED = {
 }  # fmt: skip
 
 
+MOST_PIXELS = 2**14  # of a side
+Side = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
+SCALE = (1e-6, 1e6)  # the least and largest deviation, and the largest mean
+
+
 def _pair(value: Any) -> Any:
+    if isinstance(value, int) and not 0 < value <= MOST_PIXELS:
+        raise ValueError(f"got {value}, want 1 to {MOST_PIXELS} pixels")
     return (value, value) if isinstance(value, int) else value
 
 
@@ -64,26 +71,26 @@ class ImageOptions(Options):
 
     kind: Literal["images"] = "images"
     format: Literal["folder", "parquet", "hub", "digits", "mnist"]
-    train: str | None = None
-    valid: str | None = None
-    test: str | None = None
+    train: Place | None = None
+    valid: Place | None = None
+    test: Place | None = None
     holdout: float = Field(0.1, ge=0, lt=1)
-    name: str | None = None
+    name: Place | None = None
     subset: str | None = None
     revision: str | None = None
-    folder: str | None = None
+    folder: Place | None = None
     image_column: str = "image"
     label_column: str = "label"
     classes: tuple[str, ...] | None = None
-    image_size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
+    image_size: Annotated[tuple[Side, Side], BeforeValidator(_pair)]
     channels: Literal[1, 3]
-    canvas: PositiveInt | None = None
-    moved: bool | PositiveInt = False
+    canvas: Side | None = None
+    moved: bool | Side = False
     crop: float = Field(gt=0, le=1)
     resample: Literal["bilinear", "bicubic"] = "bicubic"
-    train_limit: PositiveInt | None = None
-    valid_limit: PositiveInt | None = None
-    test_limit: PositiveInt | None = None
+    train_limit: Count | None = None
+    valid_limit: Count | None = None
+    test_limit: Count | None = None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     bad: Literal["refuse", "skip"] = "refuse"
@@ -118,7 +125,9 @@ class ImageOptions(Options):
         defaults: dict[str, Any] = {"channels": 1 if side else 3, "crop": 1.0 if side else 0.875}
         if side:
             defaults["canvas"] = side
-            defaults["image_size"] = content.get("canvas") or side
+            canvas = content.get("canvas") or side
+            wrong = isinstance(canvas, int) and not 0 < canvas <= MOST_PIXELS
+            defaults["image_size"] = side if wrong else canvas  # so that only the canvas is named
         if (content.get("channels") or defaults["channels"]) == 1:
             defaults |= {"mean": (0.5,), "std": (0.5,)}
         else:
@@ -144,11 +153,28 @@ class ImageOptions(Options):
         if self.canvas is not None and self.canvas < DIGIT_SIDES[self.format]:
             side = DIGIT_SIDES[self.format]
             raise ValueError(f"canvas: got {self.canvas}, want at least a digit's side of {side}")
+        if self.moved:
+            free = (self.canvas or 0) - DIGIT_SIDES[self.format]
+            if self.moved > (reach := free - free // 2):
+                raise ValueError(
+                    f"moved: got {self.moved}, but a digit can move by {reach} pixels at most on a "
+                    f"canvas of {self.canvas}"
+                )
+        if self.augment.pad > min(self.image_size):
+            raise ValueError(
+                f"augment.pad: got {self.augment.pad}, want at most the image's side of "
+                f"{min(self.image_size)}"
+            )
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(
                     f"{key}: got {len(getattr(self, key))} values, want {self.channels} (channels)"
                 )
+        least, most = SCALE
         if not all(value > 0 for value in self.std):
             raise ValueError(f"std: got {list(self.std)}, want values above 0")
+        if not all(least <= value <= most for value in self.std):
+            raise ValueError(f"std: got {list(self.std)}, want values from {least:g} to {most:g}")
+        if not all(abs(value) <= most for value in self.mean):
+            raise ValueError(f"mean: got {list(self.mean)}, want values up to {most:g}")
         return self

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ByteProgress"]
+__all__ = ["ByteProgress", "bars_on_terminals"]
+
+
+def bars_on_terminals() -> None:
+    """Let the library datasets draw its progress bars on terminals only."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 class ByteProgress:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .digits import load_digits, mnist
 from .image_options import ImageOptions
 from .parts import Part
+from .progress import bars_on_terminals
 from .transform import SUFFIXES, find
 
 __all__ = ["Source", "read_source"]
@@ -95,6 +96,15 @@ def _class_folders(place: str, part: Part) -> list[Path]:
     stray = sorted(path.name for path in inside if path.suffix.lower() in SUFFIXES)
     stray = [name for name in stray if (root / name).is_file()]
     folders = sorted((path for path in inside if path.is_dir()), key=lambda path: path.name)
+    above = (root.resolve(), *root.resolve().parents)
+    names = dict.fromkeys(above, "a folder that contains all classes")
+    for folder in folders:
+        if (real := folder.resolve()) in names:
+            raise ValueError(
+                f"{part}: {place}: the class {folder.name!r} is the same folder as "
+                f"{names[real]}, want a folder of its own for each class"
+            )
+        names[real] = f"the class {folder.name!r}"
     if stray or not folders:
         got = f"the image {stray[0]} beside them" if stray else "none"
         raise ValueError(f"{part}: {place}: want a folder for each class, got {got}")
@@ -207,9 +217,12 @@ def _parquet(options: ImageOptions, part: Part, place: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{part}: {error}") from None
     columns: dict[Path, set[str]] = {}
+    rows: dict[Path, int] = {}
     for file in files:
         try:
-            columns[file] = set(pyarrow.parquet.read_schema(file).names)
+            about = pyarrow.parquet.read_metadata(file)
+            columns[file] = set(about.schema.to_arrow_schema().names)
+            rows[file] = about.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{part}: {file}: not a readable Parquet file ({error})") from None
         if columns[file] != columns[files[0]]:
@@ -217,8 +230,11 @@ def _parquet(options: ImageOptions, part: Part, place: str) -> Any:
                 f"{part}: {file} has the columns {sorted(columns[file])}, but {files[0]} has "
                 f"{sorted(columns[files[0]])}"
             )
-    try:
-        return datasets.Dataset.from_parquet([str(file) for file in files])
+    if not any(rows.values()):
+        raise ValueError(f"{part}: {place}: it has no rows")
+    bars_on_terminals()
+    try:  # datasets refuses files without rows
+        return datasets.Dataset.from_parquet([str(file) for file in files if rows[file]])
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise ValueError(f"{part}: {place}: {error.__cause__ or error}") from None
 
@@ -226,6 +242,7 @@ def _parquet(options: ImageOptions, part: Part, place: str) -> Any:
 def _hub(options: ImageOptions, part: Part, place: str) -> Any:
     import datasets
 
+    bars_on_terminals()
     try:
         return datasets.load_dataset(
             str(options.name), options.subset, split=place, revision=options.revision

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...utils.words import shortened
-from .documents import Piece, Place, Scan, pieces, places, scan
+from .documents import ENCODING, Piece, Place, Scan, pieces, places, scan
 from .order import seed_of
 from .parts import Part
 from .progress import ByteProgress
@@ -218,7 +218,8 @@ def _documents_of(options: TextOptions, part: Part, seed: int, progress: bool) -
         if same := [place.name for place in found if os.path.realpath(place.name) in train]:
             raise ValueError(f"{part}: {shortened(same)} is in train too")
     names = [place.name for place in found]
-    key = _key(names, options.documents, options.text_column, options.bad, FORMAT)
+    # the encoding makes files that were scanned before their byte order mark was removed new ones
+    key = _key(names, options.documents, options.text_column, options.bad, FORMAT, ENCODING)
     file = options.root / "scans" / f"{key}.json"
     try:
         with _locked(file), ByteProgress(f"Reading {source}", None, progress) as advance:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ..config import Options
+from ..config import Count, Options, Place
 from .tokenizers import TokenizerOptions
 
 __all__ = ["TextOptions"]
@@ -22,7 +22,7 @@ KEYS = {
 }
 
 Several = Annotated[
-    tuple[str, ...],
+    tuple[Place, ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
     Field(min_length=1),
 ]
@@ -61,15 +61,15 @@ class TextOptions(Options):
     suffixes: Several = (".txt", ".md", ".rst", ".py")
     documents: str = "file"
     text_column: str = "text"
-    name: str | None = None
+    name: Place | None = None
     subset: str | None = None
     revision: str | None = None
-    context: PositiveInt
+    context: int = Field(ge=1, le=2**24)
     tokenizer: TokenizerOptions = TokenizerOptions()
-    shards: str | None = None
-    workers: PositiveInt | None = None
+    shards: Place | None = None
+    workers: int | None = Field(None, ge=1, le=1024)
     windows: Literal["disjoint", "random"] = "disjoint"
-    epoch_windows: PositiveInt = 32_000
+    epoch_windows: Count = 32_000
     bad: Literal["refuse", "skip"] = "refuse"
     verify: bool = False
 

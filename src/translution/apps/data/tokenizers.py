@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ...utils.files import write_whole
-from ..config import Options
+from ..config import Count, Options, Place
 
 __all__ = [
     "TokenizerOptions",
@@ -45,12 +45,12 @@ class TokenizerOptions(Options):
     """
 
     kind: Literal["bytes", "characters", "bpe", "file", "hub"] = "bytes"
-    vocab_size: int | None = Field(default=None, ge=257, le=2**31)
-    limit: int = Field(default=2**30, ge=1)
-    path: str | None = None
-    name: str | None = None
-    revision: str | None = None
-    end: str = END
+    vocab_size: int | None = Field(default=None, ge=257, le=2**24)
+    limit: Count = 2**30
+    path: Place | None = None
+    name: Place | None = None
+    revision: Place | None = None
+    end: Place = END
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerOptions:

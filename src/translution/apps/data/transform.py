@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
+import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...interop.images import Box, centred_box, converted, rounded
 
-__all__ = ["decode", "find", "image_files", "random_box"]
+__all__ = ["decode", "find", "image_files", "open_image", "random_box"]
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
@@ -38,36 +41,100 @@ def image_files(patterns: Sequence[str]) -> list[Path]:
 
     Raises:
         ValueError: a pattern without images.
+        OSError: a folder that cannot be read.
     """
-    return list(dict.fromkeys(file for pattern in patterns for file in find(pattern, SUFFIXES)))
+    return _once(file for pattern in patterns for file in find(pattern, SUFFIXES))
 
 
 def find(pattern: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Find the file of this name, or all files with these suffixes in a folder or by a glob.
 
+    Symbolic links are followed. A file that is reached by several of them is returned once.
+
     Raises:
         ValueError: nothing was found.
+        OSError: a folder that cannot be read.
     """
+    if not str(pattern):  # it would stand for the working directory
+        raise ValueError("got an empty name, want that of a file or folder, or a glob")
     path = Path(pattern).expanduser()
-    roots = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+    roots = [path] if path.exists() else list(_matching(str(path)))
     if not roots:
         raise ValueError(f"{pattern}: there is no such file or folder, and nothing matches it")
-    if roots == [path] and path.is_file():
-        return [path]
-    found = {file for root in roots for file in ([root] if root.is_file() else _below(root))}
+    if roots == [path] and not path.is_dir():
+        if path.is_file():
+            return [path]
+        raise ValueError(f"{pattern}: is neither a file nor a folder")
+    alone = [root for root in roots if not root.is_dir() and not _is_special(root)]
+    folders = (files for root in roots if root.is_dir() for _, files in _walk(root))
+    found = {*alone, *itertools.chain.from_iterable(folders)}
     wanted = [file for file in found if file.suffix.lower() in suffixes]
     if not wanted:
         raise ValueError(f"{pattern}: no file in it ends in {' '.join(suffixes)}")
-    return sorted(wanted, key=_natural)
+    # of several paths to a file, the shortest is kept
+    return sorted(_once(sorted(wanted, key=lambda file: (len(file.parts), file))), key=_natural)
 
 
-def _below(folder: Path) -> list[Path]:
-    """All files below a folder, without hidden ones."""
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in files if not name.startswith(".")]
-    return found
+def _matching(pattern: str) -> Iterator[Path]:
+    """The paths that match a glob, of which ** stands for any folders, as `_walk` finds them."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    at = parts.index("**")
+    for start in glob.glob(str(Path(*parts[:at]))):
+        for folder, _ in _walk(Path(start)) if os.path.isdir(start) else ():
+            yield from _matching(str(Path(glob.escape(str(folder)), *parts[at + 1 :])))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder and all those below it with their files, without hidden ones.
+
+    Each folder is returned once. A symbolic link to a folder that contains this one is not
+    followed, because it leads back.
+    """
+    real = os.path.realpath(folder)
+    seen = {real, *map(str, Path(real).parents)}
+    folders, links = deque([folder]), deque[Path]()
+    while folders or links:
+        if folders:
+            here = folders.popleft()
+        else:  # after all real folders, whose paths are shorter
+            here = links.popleft()
+            if (real := os.path.realpath(here)) in seen:
+                continue
+            seen.add(real)
+        found = []
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = here / entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    if (real := os.path.realpath(path)) not in seen:
+                        seen.add(real)
+                        folders.append(path)
+                elif entry.is_file(follow_symlinks=False):
+                    found.append(path)
+                elif path.is_dir():
+                    links.append(path)
+                elif not _is_special(path):
+                    found.append(path)
+        yield here, found
+
+
+def _is_special(path: Path) -> bool:
+    """Whether reading a path could wait forever: a pipe, a socket or a device."""
+    return path.exists() and not path.is_file()
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """The files without those that symbolic links between folders lead to again."""
+    real = functools.lru_cache(maxsize=None)(os.path.realpath)
+    unique: dict[tuple[str, str], Path] = {}
+    for file in files:
+        unique.setdefault((real(file.parent), file.name), file)
+    return list(unique.values())
 
 
 def _natural(path: Path) -> list[str | int]:
@@ -75,6 +142,26 @@ def _natural(path: Path) -> list[str | int]:
 
 
 # -- decoding ------------------------------------------------------------------------------------
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Open an encoded image, of which only the header is read.
+
+    Only the formats of `SUFFIXES` are read, whatever Pillow can open besides: for some of the
+    others it starts a further program.
+
+    Raises:
+        UnidentifiedImageError: content of another format.
+    """
+    return Image.open(io.BytesIO(content), formats=_formats())
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Pillow's names of the formats of `SUFFIXES`, as far as it was built with them."""
+    Image.init()
+    named = {Image.EXTENSION[suffix] for suffix in SUFFIXES if suffix in Image.EXTENSION}
+    return sorted(named & Image.OPEN.keys())
 
 
 def decode(content: bytes, channels: int) -> Image.Image:
@@ -89,14 +176,15 @@ def decode(content: bytes, channels: int) -> Image.Image:
     if not content:
         raise ValueError("it is empty")
     try:
-        file = Image.open(io.BytesIO(content))
+        file = open_image(content)
         file.load()
         image = ImageOps.exif_transpose(file)
         if file.mode == "I" and file.format == "PNG":  # of 16 bits
             image = rounded(image)
         return converted(image, channels)
     except UnidentifiedImageError:  # its message contains an address in memory
-        raise ValueError("not an image, or of an unknown format") from None
+        formats = ", ".join(_formats())
+        raise ValueError(f"not an image, or of another format than {formats}") from None
     except Exception as error:  # for damaged data Pillow raises nearly every class
         raise ValueError(f"not a readable image ({error})") from None
 

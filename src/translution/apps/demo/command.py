@@ -61,7 +61,7 @@ def demo(
             if show:
                 open_in_browser(address_of(listening, "localhost"))
 
-        serve(models, listening, started)
+        serve(models, listening, started, host)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.digits import load_digits, place
 from .cards import Tally, digit_card, named
 from .controls import NONE_CHOSEN, Chosen, Heads, Pad, Sketch, Status, legend, problem
+from .guard import numbers
 from .live import Newest, computed
 from .models import Answer, DigitModel
 from .sketch import MOST_BYTES, from_image, from_lines
@@ -212,24 +213,25 @@ class DigitsView:
         self.ask()
 
     def _moved(self, event: events.GenericEventArguments) -> None:
-        if event.args["stamp"] != self.pad_stamp:  # of a digit that was there before
+        sent = numbers(event.args, "stamp", "row", "column")
+        if sent is None or sent[0] != self.pad_stamp:  # of a digit that was there before
             return
-        self.row, self.column = (
-            min(max(int(event.args[k]), 0), self.most) for k in ("row", "column")
-        )
+        self.row, self.column = (min(max(value, 0), self.most) for value in sent[1:])
         self.ask()
 
     def _looked(self, event: events.GenericEventArguments) -> None:
+        if (sent := numbers(event.args, "patch")) is None:
+            return
         across = self.canvas // self.step if self.step else 1
-        self.patch = min(max(int(event.args["patch"]), 0), across * across - 1)
+        self.patch = min(max(sent[0], 0), across * across - 1)
         self.draw()
         self._tell()
 
     def _drawn(self, event: events.GenericEventArguments) -> None:
-        if event.args["blank"] != self.sketch.blank:
+        if numbers(event.args, "blank") != [self.sketch.blank]:
             return
         try:
-            digit = from_lines(event.args["lines"])
+            digit = from_lines(event.args.get("lines"))
         except (ValueError, TypeError) as error:
             self.refused.text = f"The drawing: {error}"
             return

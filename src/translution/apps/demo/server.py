@@ -15,6 +15,8 @@ from nicegui import ui
 
 from .cards import COLOURS
 from .digits import DigitsView
+from .guard import OwnPagesOnly, log_in_lines, names_of
+from .listening import is_loopback
 from .models import Models
 from .text import TextView
 
@@ -50,8 +52,17 @@ def page(models: Models) -> None:
                 ui.context.client.on_delete(view.stop)
 
 
-def serve(models: Models, listening: socket.socket, started: Callable[[], None]) -> None:
-    """Serve the page until the process is told to end. started: called once it answers."""
+def serve(
+    models: Models, listening: socket.socket, started: Callable[[], None], host: str = "localhost"
+) -> None:
+    """Serve the page until the process is ended.
+
+    Args:
+        models: what the page shows.
+        listening: the socket of the server.
+        started: called once the server answers.
+        host: the address or name that the user gave for the server.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +74,9 @@ def serve(models: Models, listening: socket.socket, started: Callable[[], None])
     ui.run_with(app, show_welcome_message=False, tailwind=True)
     # to find its server NiceGUI looks at every object there is; torch has one that complains
     warnings.filterwarnings("ignore", message=".*reduce_op", category=FutureWarning)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    log_in_lines()
+    guarded = OwnPagesOnly(app, names_of(listening, host), not is_loopback(listening))
+    config = uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -6,7 +6,6 @@ Those came from bitmaps of 32×32 that the writing filled, in blocks of 4×4 who
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..data.transform import decode
+from ..data.transform import decode, open_image
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "SIDE", "bitmap", "from_image", "from_lines", "reduced"]
 
@@ -94,7 +93,7 @@ def from_image(content: bytes) -> Tensor:
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has {len(content):,} bytes, want at most {MOST_BYTES:,}")
     try:
-        with Image.open(io.BytesIO(content)) as file:  # reads the header only
+        with open_image(content) as file:
             width, height = file.size
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MOST_PIXELS:,} pixels") from None

@@ -10,6 +10,7 @@ from nicegui import events, ui
 
 from .cards import text_card
 from .controls import NONE_CHOSEN, Chosen, Heads, Status, legend, problem
+from .guard import numbers
 from .live import Newest
 from .models import TextAnswer, TextModel
 
@@ -63,7 +64,11 @@ class TextView:
         self.ask()
 
     def ask(self) -> None:
-        self.newest.ask(Request(self.chosen.ticked, self.prompt.value or ""))
+        self.newest.ask(Request(self.chosen.ticked, self._text()))
+
+    def _text(self) -> str:
+        """The prompt. The browser's limit on its length may have been evaded."""
+        return str(self.prompt.value or "")[:MOST]
 
     def _ticked(self) -> None:
         """Only who is ticked may write."""
@@ -77,7 +82,10 @@ class TextView:
         self.ask()
 
     def _clicked(self, event: events.GenericEventArguments) -> None:
-        self.start = max(0, int(event.args))
+        sent = numbers({"start": event.args}, "start")
+        if sent is None:
+            return
+        self.start = max(0, sent[0])
         self.draw()
 
     def _append(self, choose: Callable[[torch.Tensor], int]) -> None:
@@ -85,13 +93,13 @@ class TextView:
         if model is None:
             self.message.text = f"Append: {NONE_CHOSEN}"
             return
-        request = Request([model], self.prompt.value or "")
+        request = Request([model], self._text())
 
         def done(_: Request, answers: dict[Any, TextAnswer | None]) -> None:
             answer = answers[model]
             if answer is None:
                 self.message.text = "Append: want a prompt with a token."
-            elif request.prompt == (self.prompt.value or ""):  # and not typed on since
+            elif request.prompt == self._text():  # and not typed on since
                 self.message.text = ""
                 text = model.continued(request.prompt, choose(answer.probabilities))
                 self.prompt.value = text[:MOST]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..config import Options, parse, read
+from ..config import Options, Seed, parse, read
 from ..training.config import Config
 
 __all__ = [
@@ -122,8 +122,8 @@ class Experiment(Options):
     regimes: dict[str, Changes] = Field({"": {}}, min_length=1)
     tests: dict[str, Changes] = Field({"": {}}, min_length=1)
     rates: tuple[float, ...] = Field(min_length=1)
-    seeds: int = Field(3, ge=1)
-    seed: int = Field(0, ge=0)
+    seeds: int = Field(3, ge=1, le=1000)
+    seed: Seed = 0
     measures: tuple[Literal[tuple(MEASURES)], ...]  # type: ignore[valid-type]
     time: Budget | None = None
     parameters: Budget | None = None

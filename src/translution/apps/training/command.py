@@ -68,7 +68,7 @@ def evaluate(
     import json as json_module
 
     from ...models.configuration import check_choice
-    from ...utils.files import write_whole
+    from ...utils.files import check_target, write_whole
     from ..config import parse
     from .checkpoints import find_checkpoint, read_about
     from .config import Config
@@ -77,6 +77,8 @@ def evaluate(
     from .run import evaluate as run
 
     check_choice("part", part, ("valid", "test"))
+    if json is not None:
+        check_target("json", json)
     if own := [key for key in context.args if re.match(r"(--)?model\b", key)]:
         raise ValueError(
             f"model: a checkpoint has its own model, got {own[0]}; want keys of data and train"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,11 +13,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 
 from ...models import create_model, list_models, model_options
 from ...models.registry import current_options
-from ..config import Options, as_yaml
+from ..config import Count, Options, Place, Seed, as_yaml, shown
 from ..data.images import ImageOptions
 from ..data.text import TextOptions
 
 __all__ = ["Config", "ModelOptions", "TrainOptions", "config_file"]
+
+
+LARGEST = 1e30  # a float32 can hold it, also if an optimizer multiplies it
 
 
 class ModelOptions(Options):
@@ -44,23 +48,27 @@ class ModelOptions(Options):
     @model_validator(mode="after")
     def _check(self) -> ModelOptions:
         known = model_options(self.name)
-        for option, value in self.given.items():
+        for option, value in (self.model_extra or {}).items():
             if option not in known:
                 raise ValueError(f"{option}: {self.name!r} has no such option, but {sorted(known)}")
             try:
-                TypeAdapter(known[option], config=_LAX).validate_python(value)
+                _adapter(known[option]).validate_python(value)
             except ValidationError as error:
                 said = error.errors()[0]["msg"]
-                raise ValueError(f"{option}: got {value!r}, {said[0].lower()}{said[1:]}") from None
+                raise ValueError(
+                    f"{option}: got {shown(value)}, {said[0].lower()}{said[1:]}"
+                ) from None
+        for option, value in self.given.items():
+            _check_size(option, value)
         return self
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were given. A number becomes text where an option is one, like "50"."""
-        known = model_options(self.name)
+        """The options that were given, as values of their types: YAML reads 1e3 as a text."""
+        known, extra = model_options(self.name), self.model_extra or {}
         return {
-            option: str(value) if known.get(option) is str else value
-            for option, value in (self.model_extra or {}).items()
+            option: _adapter(known[option]).validate_python(value)
+            for option, value in extra.items()
         }
 
     def complete(self, from_data: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +95,31 @@ class ModelOptions(Options):
         return complete
 
 
+def _check_size(option: str, value: Any) -> None:
+    """Check numbers that no model of this library can have: torch refuses them in its own words,
+    or a process that builds so many layers never ends.
+
+    Raises:
+        ValueError: such a number.
+    """
+    most = MOST_LAYERS if option in ("depth", "depths") else MOST_NUMBER
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, int | float) and abs(number) > most:
+            raise ValueError(f"{option}: got {shown(value)}, want no number above {most:,}")
+
+
+MOST_NUMBER, MOST_LAYERS = 2**24, 10_000
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    """What checks and converts an option of this type."""
+    return TypeAdapter(hint, config=_LAX)
+
+
 # options that follow from the data
 FROM_DATA = {"image_size", "in_channels", "num_classes", "vocab_size", "context"}
-_LAX = ConfigDict(coerce_numbers_to_str=True)
+_LAX = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 class TrainOptions(Options):
@@ -122,32 +152,32 @@ class TrainOptions(Options):
     workers: the number of processes that load data, per device.
     """
 
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(64, ge=1)
-    accumulate: int = Field(1, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
-    min_learning_rate: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)
+    steps: Count | None = None
+    epochs: float | None = Field(None, gt=0, le=1e9)
+    batch_size: int = Field(64, ge=1, le=2**20)
+    accumulate: int = Field(1, ge=1, le=2**20)
+    learning_rate: float = Field(3e-4, gt=0, le=LARGEST)
+    min_learning_rate: float = Field(0.0, ge=0, le=LARGEST)
+    warmup: int = Field(0, ge=0, le=10**12)
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, le=1e6)
     decay: Literal["all", "matrices"] = "all"
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(None, gt=0, le=LARGEST)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     ema: float | None = Field(None, gt=0, lt=1)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
-    validate_every: int = Field(500, ge=1)
-    validate_batches: int | None = Field(None, ge=1)
-    save_every: int = Field(500, ge=1)
-    log_every: int = Field(10, ge=1)
+    validate_every: Count = 500
+    validate_batches: Count | None = None
+    save_every: Count = 500
+    log_every: Count = 10
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: int = Field(1, ge=1)
-    nodes: int = Field(1, ge=1)
+    devices: int = Field(1, ge=1, le=1024)
+    nodes: int = Field(1, ge=1, le=2**20)
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    offset_ranks: int = Field(1, ge=1)
-    workers: int = Field(0, ge=0)
+    offset_ranks: int = Field(1, ge=1, le=2**20)
+    workers: int = Field(0, ge=0, le=1024)
 
     def warmup_within(self, steps: int) -> int:
         """`warmup`, or a tenth of the steps if the run is not longer than the warm-up."""
@@ -188,8 +218,8 @@ class Config(Options):
     model, data, train: what is trained, on what, and how.
     """
 
-    out: str | None = None
-    seed: int = Field(0, ge=0)
+    out: Place | None = None
+    seed: Seed = 0
     model: ModelOptions
     data: Annotated[ImageOptions | TextOptions, Field(discriminator="kind")]
     train: TrainOptions

@@ -69,7 +69,12 @@ def generate(
         top_p=(top_p, 0 < top_p <= 1, "more than 0, at most 1 (all)"),
         slide=(slide, slide >= -1, "1 to the context, 0 (none) or -1 (a quarter)"),
         stop=("an empty text", "" not in (stop or []), "one character at least"),
+        seed=(seed, seed >= -(2**63) and seed + samples <= 2**64, "an integer of 64 bits"),
     )
+    for name, texts in (("prompt", [prompt]), ("stop", stop or [])):
+        for given in texts:
+            if not _is_unicode(given):
+                raise ValueError(f"{name}: got {given!a}, want UTF-8")
     where = torch.device(pick_device(device))
     text = read_prompt(prompt, prompt_file)
     opened = open_checkpoint(checkpoint)
@@ -92,6 +97,11 @@ def _check(**options: tuple[Any, bool, str]) -> None:
             raise ValueError(f"{name}: got {got}, want {want}")
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text of the command line was UTF-8: other bytes become surrogates in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_prompt(prompt: str, prompt_file: str) -> str:
     """Read the text to continue from the option, from standard input or from a file.
 
@@ -106,7 +116,7 @@ def read_prompt(prompt: str, prompt_file: str) -> str:
     source = prompt_file or "stdin"
     data = Path(prompt_file).read_bytes() if prompt_file else sys.stdin.buffer.read()
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 at byte {error.start}") from None
     if not text:

@@ -34,7 +34,7 @@ def predict(
     from rich.table import Table
 
     from ...models.pretrained import CONFIG, Pretrained
-    from ...utils.files import write_whole
+    from ...utils.files import check_target, write_whole
     from ..data.transform import image_files
     from .checkpoints import open_checkpoint
     from .engine import pick_device
@@ -42,6 +42,8 @@ def predict(
 
     if output is not None and output.suffix not in (".csv", ".json"):
         raise ValueError(f"output: got {output}, want a name that ends in .csv or .json")
+    if output is not None:
+        check_target("output", output)
     files = image_files(images)
     saved = (checkpoint.expanduser() / CONFIG).is_file()  # save_pretrained wrote it
     model = Pretrained.from_pretrained(checkpoint) if saved else open_checkpoint(checkpoint)

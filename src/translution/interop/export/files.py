@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from ...models.preprocessing import Preprocessing
-from ...utils.files import write_whole
+from ...utils.files import check_target, write_whole
 
 __all__ = ["KINDS", "METADATA", "check_kind", "open_program", "save_program"]
 
@@ -35,15 +36,14 @@ def check_kind(kind: str, path: Path) -> None:
     """Check that this machine can write a file of this kind at this path.
 
     Raises:
-        ValueError: the kind is unknown, the suffix does not fit it, the folder does not exist, or a
-            needed package or compiler is missing.
+        ValueError: the kind is unknown, the suffix does not fit it, the file cannot be written, or
+            a needed package or compiler is missing.
     """
     if kind not in KINDS:
         raise ValueError(f"to: got {kind!r}, want one of {list(KINDS)}")
     if path.suffix != KINDS[kind]:
         raise ValueError(f"out: got {path}, want a name that ends in {KINDS[kind]} for {kind!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"out: got {path}, want a path in a folder that exists")
+    check_target("out", path)
     needed = ("onnx", "onnxscript") if kind == "onnx" else ()
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -97,7 +97,10 @@ def save_program(
 
 
 def _write_torch(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    torch.export.save(program, path, extra_files=metadata)
+    # torch's own writer ends the process if the disk is full
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=metadata)
+    path.write_bytes(content.getbuffer())
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
