@@ -171,7 +171,7 @@ def test_a_gpt_of_another_context():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_shared_to_relative_and_back(bias):
-    layer = Translution2d(8, 3, heads=2, relative="v", bias=bias, prefix=1, init="independent")
+    layer = Translution2d(8, 3, heads=2, relative="v", qkv_bias=bias, prefix=1, init="independent")
     x = torch.randn(2, 10, 8)
     y = layer(x)
     names = [n for n, _ in layer.named_parameters()]
@@ -180,7 +180,7 @@ def test_shared_to_relative_and_back(bias):
     assert layer.relative == "qv"
     assert layer.q_proj.weight.ndim == 3
     torch.testing.assert_close(layer(x), y)
-    again = Translution2d(8, 3, heads=2, relative="qv", bias=bias, prefix=1)
+    again = Translution2d(8, 3, heads=2, relative="qv", qkv_bias=bias, prefix=1)
     again.load_state_dict(layer.state_dict())
     make_shared(layer, "qk")
     assert layer.relative == "v"
@@ -230,7 +230,9 @@ def test_all_layers_of_a_model_change_hands():
 
 
 def test_all_layers_change_or_none():
-    good, bad = (Translution1d(8, 4, heads=2, relative="v", rotary=r) for r in (False, True))
+    good, bad = (
+        Translution1d(8, 4, heads=2, relative="v", position=name) for name in ("none", "rotary")
+    )
     with pytest.raises(ValueError, match=r"1: relative: got 'q', but q and k have rotary"):
         make_relative(nn.ModuleList([good, bad]), "q")
     assert good.relative == "v"
