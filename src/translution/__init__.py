@@ -13,7 +13,15 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import functional
-    from .interop.conversion import convert, make_relative, make_shared, resize_offsets
+    from .interop.conversion import (
+        convert,
+        load_converted,
+        make_relative,
+        make_shared,
+        patch_grid,
+        resize_offsets,
+        save_converted,
+    )
     from .interop.published import export_published, load_published
     from .layouts import Layout
     from .models import (
@@ -74,18 +82,24 @@ __all__ = [
     "functional",
     "gpt",
     "list_models",
+    "load_converted",
     "load_published",
     "make_relative",
     "make_shared",
+    "patch_grid",
     "register_model",
     "resize_offsets",
+    "save_converted",
     "vit",
 ]
 
 _ELSEWHERE = {
     "Layout": "layouts",
-    **dict.fromkeys(["convert", "make_relative", "make_shared", "resize_offsets"],
-                    "interop.conversion"),
+    **dict.fromkeys(
+        ["convert", "load_converted", "make_relative", "make_shared", "patch_grid",
+         "resize_offsets", "save_converted"],
+        "interop.conversion",
+    ),
     **dict.fromkeys(["export_published", "load_published"], "interop.published"),
     **dict.fromkeys(
         ["GPT", "GPTConfig", "ViT", "ViTConfig", "attention_weights", "create_model", "gpt",

@@ -117,14 +117,14 @@ def test_images_of_another_shape():
     model = image_model("dinov2")
     given = {"pixel_values": torch.randn(2, 3, 8, 32)}  # 1×4 patches, not 2×2
     same(model, given, relative="qkv")
-    layer = model.encoder.layer[0].attention if hasattr(model, "encoder") else model.layers[0]
-    layer = next(m for m in layer.modules() if isinstance(m, Converted))
+    layer = next(m for m in model.modules() if isinstance(m, Converted))
     nn.init.normal_(layer.layer.v_proj.weight)
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(layer.patches.grid))
     wide = torch.randn(1, 3, 8, 32)
-    assert layer.patches.grid == (1, 4)
-    tall = model(wide.transpose(2, 3))[0]
-    assert layer.patches.grid == (4, 1)
-    assert tall.isfinite().all()
+    assert model(wide)[0].isfinite().all()
+    assert model(wide.transpose(2, 3))[0].isfinite().all()
+    assert seen == [(1, 4), (4, 1)]
     with pytest.raises(ValueError, match=r"grid: got 5 tokens on axis 1"):
         model(torch.randn(1, 3, 32, 40))
 
@@ -684,7 +684,7 @@ for name in "nms", "qnms":  # what torchvision registers, and misses here
     torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float t) -> Tensor")
 import timm
 from timm.models.vision_transformer import VisionTransformer
-from translution.interop.conversion import Converted, convert
+from translution.interop.conversion import Converted, convert, patch_grid
 torch.manual_seed(0)
 small = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
 x = torch.randn(2, 3, 32, 32)
@@ -735,6 +735,24 @@ y = model(wide)
 convert(model, relative="qkv")
 torch.testing.assert_close(model(wide), y, rtol=3e-5, atol=3e-5)
 assert torch.equal(pickle.loads(pickle.dumps(model))(wide), model(wide))
+torch.nn.init.normal_(model.blocks[0].attn.layer.v_proj.weight)
+try:
+    model.forward_features(wide)  # the model itself is not called, and 8 patches may be 2x4 or 4x2
+except ValueError as error:
+    assert "nothing says which grid" in str(error), error
+else:
+    raise AssertionError
+with patch_grid(model, (2, 4)):
+    features = model.forward_features(wide)
+assert torch.equal(model.forward_head(features), model(wide))
+model.set_grad_checkpointing()
+grads = []
+for checkpointing in False, True:
+    model.set_grad_checkpointing(checkpointing)
+    model.train().zero_grad()
+    (model(wide).sum() + model(wide.mT).pow(2).sum()).backward()
+    grads.append(model.blocks[0].attn.layer.v_proj.weight.grad.clone())
+torch.testing.assert_close(*grads)
 model = VisionTransformer(**small, dynamic_img_size=True).eval()
 y = model(wide)
 convert(model, relative="qkv", grid=(2, 4), prefix=1)  # takes any size: also fewer patches
@@ -745,7 +763,8 @@ print("fine")
 
 @pytest.mark.skipif(not TIMM.is_dir(), reason=f"timm is not in {TIMM}")
 def test_timm():
-    env = os.environ | {"PYTHONPATH": str(TIMM)}
+    path = os.pathsep.join(filter(None, [str(TIMM), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, check=False
     )

@@ -230,7 +230,9 @@ def test_all_layers_of_a_model_change_hands():
 
 
 def test_all_layers_change_or_none():
-    good, bad = (Translution1d(8, 4, heads=2, relative="v", position=p) for p in ("none", "rotary"))
+    good, bad = (
+        Translution1d(8, 4, heads=2, relative="v", position=name) for name in ("none", "rotary")
+    )
     with pytest.raises(ValueError, match=r"1: relative: got 'q', but q and k have rotary"):
         make_relative(nn.ModuleList([good, bad]), "q")
     assert good.relative == "v"

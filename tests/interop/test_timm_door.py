@@ -54,8 +54,8 @@ def refused(part, call):
 
 
 def run(code, folder):
-    paths = [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + code], capture_output=True, text=True, cwd=folder,
         env=environment, check=False,

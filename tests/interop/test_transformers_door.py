@@ -207,8 +207,24 @@ def test_padding():
         for cached in (True, False):
             with pytest.raises(ValueError, match="attention_mask: got padding in generation"):
                 wrapped.generate(text, attention_mask=mask, max_new_tokens=2, use_cache=cached)
-    with pytest.raises(ValueError, match=r"attention_mask: got shape \(2, 1, 5, 5\)"):
-        wrapped(text, attention_mask=torch.ones(2, 1, 5, 5))
+    for shape in (2, 1, 5, 5), (2, 4), (2, 9), (3, 5), (5,):
+        with pytest.raises(ValueError, match=r"attention_mask: got shape .*want .* \(2, 5\)"):
+            wrapped(text, attention_mask=torch.ones(shape))
+    with torch.no_grad():
+        out = wrapped(text, use_cache=True, attention_mask=torch.ones(2, 5))
+        one, cache = text[:, :1], out.past_key_values
+        wrapped(one, past_key_values=cache, attention_mask=torch.ones(2, 6))
+        with pytest.raises(ValueError, match=r"got shape \(2, 1\), want .* \(2, 7\)"):
+            wrapped(one, past_key_values=cache, attention_mask=torch.ones(2, 1))
+
+
+def test_a_tied_head_is_refused():
+    with pytest.raises(ValueError, match="tie_word_embeddings: got True, want False"):
+        TranslutionGPTConfig(options=GPT, tie_word_embeddings=True)
+    config = TranslutionGPTConfig(options=GPT)
+    config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match="tie_word_embeddings: got True, want False"):
+        AutoModelForCausalLM.from_config(config)
 
 
 def test_errors():
@@ -379,3 +395,18 @@ def test_the_auto_class_reads_a_language_model_of_this_library(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.allclose(again(ids()).logits, model(ids()), atol=1e-6)
+
+
+def test_quantised_loading(tmp_path):
+    """In eight and four bits, by the libraries that transformers loads weights with."""
+    model = classifier(options=VIT | {"dim": 32})
+    model.save_pretrained(tmp_path)
+    assert isinstance(model.get_input_embeddings(), torch.nn.Module)  # torchao asks for it
+    x = torch.randn(2, 3, 8, 8)
+    pytest.importorskip("bitsandbytes")
+    for bits, off in (8, 0.1), (4, 0.5):
+        how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+        small = AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=how)
+        assert not small.model.blocks[0].mixer.q_proj.weight.is_floating_point()
+        near = small(x.to(small.dtype)).logits
+        assert (near - model(x).logits).abs().max() < off * model(x).logits.abs().max()

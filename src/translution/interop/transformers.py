@@ -114,7 +114,8 @@ class TranslutionGPTConfig(PreTrainedConfig):
             transformers calls the options vocab_size, dim, depth, heads and context.
 
     Raises:
-        ValueError: an unknown architecture or option, values that don't fit, or an image model.
+        ValueError: an unknown architecture or option, values that don't fit, an image model, or
+            tie_word_embeddings=True: the models of this library have a head of their own.
     """
 
     model_type = "translution-gpt"
@@ -125,6 +126,7 @@ class TranslutionGPTConfig(PreTrainedConfig):
         take_entries(self, kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
         super().__post_init__(**kwargs)
+        _check_untied(self)
         model = _resolve(self.architecture, self.options or {})
         if not isinstance(model, GPT):
             raise ValueError(f"architecture: got {self.architecture!r}, want a language model")
@@ -142,6 +144,14 @@ class TranslutionGPTConfig(PreTrainedConfig):
     num_attention_heads = _option("heads")
     max_position_embeddings = _option("context")
     del _option
+
+
+def _check_untied(config: Any) -> None:
+    if getattr(config, "tie_word_embeddings", False):
+        raise ValueError(
+            "tie_word_embeddings: got True, want False: the embedding and the head of this model "
+            "have weights of their own"
+        )
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -204,6 +214,10 @@ class TranslutionForImageClassification(_Wrapped):
     main_input_name = "pixel_values"
     _classes_option = "num_classes"
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The part that turns pixels into the first tokens or the first map."""
+        return getattr(self.model, "embed", None) or next(self.model.children())
+
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> Any:
@@ -237,6 +251,10 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
     config_class = TranslutionGPTConfig
     main_input_name = "input_ids"
 
+    def __init__(self, config: Any):
+        _check_untied(config)
+        super().__init__(config)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -251,7 +269,8 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
         """
         Args:
             input_ids: int64 [batch, length]; after those that past_key_values have seen.
-            attention_mask: [batch, length], 1 for text and 0 for padding, on its right only.
+            attention_mask: [batch, length], with past_key_values the length of all tokens so far;
+                1 for text and 0 for padding, which may be on the right only.
             past_key_values: of an earlier call with use_cache.
             labels: int64 [batch, length], input_ids again; -100 is not asked for.
             use_cache: return past_key_values; without gradients.
@@ -263,7 +282,8 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
             past_key_values; as a tuple with return_dict=False.
 
         Raises:
-            ValueError: padding elsewhere, more tokens than the context, or unknown arguments.
+            ValueError: padding elsewhere, an attention_mask of another shape, more tokens than the
+                context, or unknown arguments.
         """
         unknown = set(loss) - {"num_items_in_batch", "ignore_index", "shift_labels"}
         if any(loss[name] is not None for name in unknown):
@@ -273,7 +293,9 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
                 f"past_key_values: got {type(past_key_values).__name__}, want a TranslutionCache"
             )
         if attention_mask is not None:
-            _check_padding(attention_mask, past_key_values is not None)
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            shape = input_ids.shape[0], seen + input_ids.shape[1]
+            _check_padding(attention_mask, shape, past_key_values is not None)
         if past_key_values is None and use_cache:
             past_key_values = TranslutionCache(self.model)
         caches = None if past_key_values is None else past_key_values.caches
@@ -292,7 +314,7 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
     ) -> dict[str, Any]:
         """No padding, and no positions: these are where the tokens stand."""
         if attention_mask is not None:
-            _check_padding(attention_mask, True)
+            _check_padding(attention_mask, tuple(input_ids.shape), True)
         made = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[arg-type]
         return {name: value for name, value in made.items() if name != "position_ids"}
 
@@ -374,10 +396,18 @@ def _as_dict(model: _Wrapped, return_dict: bool | None) -> bool:
     return bool(model.config.return_dict if return_dict is None else return_dict)
 
 
-def _check_padding(mask: Tensor, cached: bool) -> None:
-    """Whether a mask is one that changes nothing."""
-    if mask.ndim != 2:
-        raise ValueError(f"attention_mask: got shape {tuple(mask.shape)}, want (batch, length)")
+def _check_padding(mask: Tensor, shape: tuple[int, int], cached: bool) -> None:
+    """Check that a mask changes nothing.
+
+    Args:
+        mask: 1 for text and 0 for padding.
+        shape: the batch, and the number of tokens with those in the cache.
+        cached: whether text is generated with caches, which allow no padding.
+    """
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(mask.shape)}, want (batch, length) {shape}"
+        )
     text = mask != 0
     if cached and not bool(text.all()):
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..modules.checks import check_tensor
 from .pretrained import Pretrained
 
 __all__ = ["Backbone", "ChannelNorm", "DropPath", "drop_path_rates", "init_truncated_normal"]
@@ -48,12 +49,14 @@ class Backbone(Pretrained):
         """Return the image.
 
         Raises:
-            ValueError: it has another number of axes or channels.
+            ValueError: it is no tensor, has another number of axes or channels, or has no pixels.
         """
-        if image.ndim != 4 or image.shape[1] != self.in_channels:
+        wanted = f"(batch, {self.in_channels}, height, width)"
+        check_tensor("image", image, wanted)
+        fits = image.ndim == 4 and image.shape[1] == self.in_channels
+        if not fits or min(image.shape[2:]) < 1:
             raise ValueError(
-                f"image: got shape {tuple(image.shape)}, want (batch, {self.in_channels}, height, "
-                "width)"
+                f"image: got shape {tuple(image.shape)}, want {wanted}, each of at least 1"
             )
         return image
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
 from ..modules.cache import Cache
+from ..modules.checks import check_tensor
 from .blocks import IMAGE_MIXERS, MIXERS, SIZES, Block, Mixing, mixers_of_blocks
 from .configuration import check_choice, check_positive, configure, head_dim_of
 from .pretrained import Pretrained
@@ -105,6 +106,7 @@ class GPT(Pretrained):
 
         Arguments and errors are those of `forward`.
         """
+        check_tensor("ids", ids, "int64 (batch, length)")
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.shape[1]:
             raise ValueError(
                 f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 (batch, length)"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
 from ..layouts import Sizes
+from ..modules.checks import check_tensor
 from .blocks import MIXERS, SIZES, Block, Mixing, mixers_of_blocks
 from .configuration import check_choice, check_positive, configure, head_dim_of, height_width
 from .pretrained import Pretrained
@@ -189,6 +190,7 @@ class ViT(Pretrained):
         """
         c = self.config
         (ph, pw), most = height_width(c.patch_size), height_width(c.image_size)
+        check_tensor("image", image, f"(batch, {c.in_channels}, height, width)")
         fits = image.ndim == 4 and image.shape[1] == c.in_channels
         if fits:
             height, width = int(image.shape[2]), int(image.shape[3])

@@ -83,7 +83,7 @@ class LocalAttention2d(ImageAttention):
         self.position_proj = nn.Conv2d(2, self.head_dim, 1, bias=False, **factory)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_image(x, self.in_channels, self.q_proj.weight)
+        check_image(x, self.in_channels, self.q_proj)
         # Channels-last suits the 1×1 convolutions, the attention and the grouped convolution.
         # (Not through `contiguous(memory_format=...)`, which vmap does not take.)
         x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -231,7 +231,7 @@ class Attention(nn.Module):
             raise ValueError(f"x: got {got}, want (batch, tokens, dim {self.dim})")
         if not x.dtype.is_floating_point:
             raise ValueError(f"x: got {x.dtype}, want a floating point dtype")
-        check_dtype("x", x, self.o_proj.weight)
+        check_dtype("x", x, self.o_proj)
         layout = self.layout
         if grid is None and len(layout.grid) == 1:
             grid = max(int(x.shape[1]) - layout.prefix, 1)

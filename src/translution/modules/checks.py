@@ -6,11 +6,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..functional.offset import autocast_enabled
 
-__all__ = ["check_dtype", "check_grid", "check_image", "check_int"]
+__all__ = ["check_dtype", "check_grid", "check_image", "check_int", "check_tensor"]
 
 
 def check_int(name: str, value: Any, least: int) -> None:
@@ -19,22 +20,36 @@ def check_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name}: got {value!r}, want an int of at least {least}")
 
 
-def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Check that an input has the dtype of the weights, unless autocast is on and converts it."""
-    if x.dtype != weight.dtype and not autocast_enabled(x):
+def check_dtype(name: str, x: Tensor, layer: nn.Module) -> None:
+    """Check that an input has the dtype of a layer's weights, unless autocast converts it.
+
+    A layer whose weights are quantised, or which has none, converts its input itself.
+    """
+    dtype = getattr(getattr(layer, "weight", None), "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return
+    if x.dtype != dtype and not autocast_enabled(x):
         raise ValueError(
-            f"{name}: got {x.dtype}, want that of the weights, {weight.dtype} (or use autocast)"
+            f"{name}: got {x.dtype}, want that of the weights, {dtype} (or use autocast)"
         )
 
 
-def check_image(x: Tensor, channels: int, weight: Tensor) -> None:
-    """Check that x is an image [batch, channels, height, width] in the dtype of these weights."""
-    if x.ndim != 4 or x.shape[1] != channels or not x.dtype.is_floating_point:
+def check_tensor(name: str, x: Any, wanted: str) -> None:
+    """Check that x is a tensor; `wanted` describes it, for the message."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: got {type(x).__name__}, want a tensor, {wanted}")
+
+
+def check_image(x: Tensor, channels: int, layer: nn.Module) -> None:
+    """Check that x is an image [batch, channels, height, width] in the dtype of a layer."""
+    wanted = f"floating point of shape (batch, {channels}, height, width)"
+    check_tensor("x", x, wanted)
+    fits = x.ndim == 4 and x.shape[1] == channels and min(x.shape[2:]) >= 1
+    if not fits or not x.dtype.is_floating_point:
         raise ValueError(
-            f"x: got {x.dtype} of shape {tuple(x.shape)}, want floating point of shape "
-            f"(batch, {channels}, height, width)"
+            f"x: got {x.dtype} of shape {tuple(x.shape)}, want {wanted}, each of at least 1"
         )
-    check_dtype("x", x, weight)
+    check_dtype("x", x, layer)
 
 
 def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import Sizes
-from .checks import check_grid, check_int
+from .checks import check_grid, check_int, check_tensor
 
 __all__ = ["Convolution2d"]
 
@@ -58,6 +58,7 @@ class Convolution2d(nn.Module):
             ValueError: x has another number of tokens or channels.
         """
         height, width = self.grid if grid is None else check_grid(grid)
+        check_tensor("x", x, "(batch, tokens, dim)")
         if x.ndim != 3 or x.shape[1] != height * width or x.shape[2] != self.dim:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, want (batch, {height * width} tokens, "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..functional import shift_and_sum, shift_kernels
 
@@ -50,7 +51,9 @@ class ConvolutionPath(nn.Module):
     a group into one map per tap of the kernel. These maps are convolved to out_channels / channels
     outputs by kernels that start as pure shifts (`shift_kernels`), so that a new layer sums shifted
     maps and training can learn other kernels. Both steps are linear and follow each other directly,
-    so they are computed as one grouped convolution where that needs fewer multiplications.
+    so they are computed as one grouped convolution where that needs fewer multiplications. If `fc`
+    is anything but a plain nn.Linear (an adapter, a quantised layer, a layer with hooks or a
+    parametrisation), it is called as a module instead.
 
     Args:
         slices: the number of slices, 3 · heads in the paper.
@@ -135,7 +138,7 @@ class ConvolutionPath(nn.Module):
         scale = 1.0 if multiplier is None else multiplier
         shifts = None if self.shifts is None else self.shifts * scale
         bias = None if self.bias is None else self.bias * scale
-        if shifts is not None and self.at_once:
+        if shifts is not None and self.at_once and _is_plain_linear(self.fc):
             size = maps[0].shape[2:]
             maps += tuple(upsample_nearest(m, factor, 2)[..., : size[0], : size[1]] for m in coarse)
             y = self._convolved_at_once(self._slices(maps), shifts)
@@ -165,6 +168,10 @@ class ConvolutionPath(nn.Module):
 
     def _mapped(self, maps: tuple[Tensor, ...], coarse: tuple[Tensor, ...], factor: int) -> Tensor:
         """The map of each tap, [batch, height, width, channels, taps]: `fc` of the slices."""
+        if coarse and not _is_plain_linear(self.fc):
+            size = maps[0].shape[2:]
+            maps += tuple(upsample_nearest(m, factor, 2)[..., : size[0], : size[1]] for m in coarse)
+            coarse = ()
         x = self._slices(maps)
         if not coarse:
             return self.fc(x)
@@ -193,6 +200,14 @@ class ConvolutionPath(nn.Module):
             f"slices={self.slices}, channels={self.channels}, out_channels={self.out_channels}, "
             f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
         )
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but multiply by its weight and add its bias."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks
+    hooks += (layer._backward_pre_hooks,)
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+    return plain and not is_traceable_wrapper_subclass(layer.weight)  # as torchao's weights are
 
 
 class ACmixBase(ImageAttention):

@@ -101,7 +101,7 @@ class PatchwiseAttention2d(ImageAttention):
         )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_image(x, self.in_channels, self.q_proj.weight)
+        check_image(x, self.in_channels, self.q_proj)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
 from ..layouts import Sizes
-from .checks import check_dtype, check_grid, check_int
+from .checks import check_dtype, check_grid, check_int, check_tensor
 from .convolution_path import ConvolutionPath, pad_to_multiple
 
 __all__ = ["ReducedACmix2d", "ReducedAttention2d"]
@@ -127,6 +127,7 @@ class ReducedAttention2d(nn.Module):
     def _checked(self, x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
         height, width = self.grid if grid is None else check_grid(grid)
         tokens = self.prefix + height * width
+        check_tensor("x", x, "(batch, tokens, dim)")
         fits = x.ndim == 3 and x.shape[1] == tokens and x.shape[2] == self.dim
         if not fits or not x.dtype.is_floating_point:
             also = f" after {self.prefix} prefix tokens" if self.prefix else ""
@@ -135,7 +136,7 @@ class ReducedAttention2d(nn.Module):
                 f"{tokens}, {self.dim}) for the grid {(height, width)}{also} (another grid is "
                 "given as grid=)"
             )
-        check_dtype("x", x, self.q_proj.weight)
+        check_dtype("x", x, self.q_proj)
         return height, width
 
     def extra_repr(self) -> str:

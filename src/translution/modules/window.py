@@ -84,7 +84,7 @@ class WindowAttention2d(ImageAttention):
         nn.init.trunc_normal_(self.position_bias, std=0.02)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        check_image(x, self.dim, self.q_proj.weight)
+        check_image(x, self.dim, self.q_proj)
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,17 +15,20 @@ from ...modules.attention import check_relative
 from ...modules.projections import projection
 from ...modules.translution import Translution1d, Translution2d
 from .geometry import embedding_of, geometry_of
-from .module import Converted, Patches, rotated
+from .grids import follow_patches
+from .module import Converted
+from .rotary import put_rotation_into_table, rotary_frequencies
 from .sources import Family, Source, family_of
 
-__all__ = ["Change", "Plan", "convert"]
+__all__ = ["KINDS", "Change", "Plan", "attach", "convert"]
 
-KINDS = {
+KINDS: dict[tuple[str, int], Any] = {
     ("translution", 1): Translution1d,
     ("translution", 2): Translution2d,
     ("alpha", 1): AlphaTranslution1d,
     ("alpha", 2): AlphaTranslution2d,
 }
+"""The class of a new layer, by the argument `to` of `convert` and the number of axes."""
 
 Candidate = tuple[str, nn.Module, Family | None]
 """A layer's name, the layer, and its family; the family of a converted layer is None."""
@@ -115,11 +118,13 @@ def convert(
     before it is called, so leave cross-attention out with `layers`; a layer that was converted by
     mistake raises a ValueError with its name when it is called.
 
-    Make the optimizer after the conversion, because the parameters are new. To load weights that
-    were saved after a conversion, build the original model, convert it with the same arguments, and
-    call load_state_dict; from_pretrained of transformers cannot build the new layers. Text is
-    generated with a DynamicCache, the default of transformers, which holds a layer's inputs where
-    its key or value is relative. Other caches raise a ValueError when they are passed.
+    Make the optimizer after the conversion, because the parameters are new. `save_converted` and
+    `load_converted` save and load the converted model; save_pretrained and from_pretrained of
+    transformers cannot, because they cannot build the new layers. `translution export` exports a
+    folder of `save_converted`, and `translution.interop.export.portable` the model itself, which
+    torch.onnx.export and torch.export cannot export without it. Text is generated with a
+    DynamicCache, the default of transformers, which holds a layer's inputs where its key or value
+    is relative. Other caches raise a ValueError when they are passed.
 
     Args:
         model: the model that contains the attention layers.
@@ -172,21 +177,29 @@ def convert(
         except ValueError as error:
             raise ValueError(f"{name} ({type(module).__name__}): {error}") from None
     if not dry_run:
-        for name, module, _ in chosen:
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, made[id(module)])
-        for change, new in zip(changes, made.values(), strict=True):
-            new.name = change.name
-            new.family.prepare(new)
-        for part in model.modules():  # nested tensors would read the replaced layer's weights
-            if isinstance(part, nn.TransformerEncoder):
-                part.use_nested_tensor = part.enable_nested_tensor = False
-        if embedding is not None:
-            patches = Patches()
-            embedding.register_forward_hook(patches.record)
-            for new in made.values():
-                new.patches = patches
+        attach(model, {name: made[id(module)] for name, module, _ in chosen})
     return Plan(to, relative, tuple(changes))
+
+
+def attach(model: nn.Module, layers: Mapping[str, Converted]) -> None:
+    """Put converted layers in the place of a model's own.
+
+    Args:
+        model: the model.
+        layers: each converted layer under every name that it gets in the model.
+    """
+    for name, new in layers.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+    first_names = {id(new): name for name, new in reversed(list(layers.items()))}
+    embedding = embedding_of(model)
+    patches = None if embedding is None else follow_patches(model, embedding, list(layers))
+    for new in {id(new): new for new in layers.values()}.values():
+        new.name, new.patches = first_names[id(new)], patches
+        new.family.prepare(new)
+    for part in model.modules():  # nested tensors would read the replaced layer's weights
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = part.enable_nested_tensor = False
 
 
 def _check_relative(relative: Any) -> str:
@@ -280,7 +293,7 @@ def _new_layer(model: nn.Module, module: nn.Module, family: Family, target: Targ
             )
     rotation = None
     if source.rotary and set(tables) & set("qk"):
-        rotation = _rotary_frequencies(model, target)
+        rotation = rotary_frequencies(model, target.buckets)
     weight = source.matrices["q"][0]
     more: dict[str, Any] = {"relative": ""}  # the tables are set below
     if target.to == "alpha":
@@ -310,7 +323,7 @@ def _new_layer(model: nn.Module, module: nn.Module, family: Family, target: Targ
     if target.to == "alpha":
         _start_as_attention(layer)
     if rotation is not None and not target.dry_run:
-        _put_rotation_into_table(layer, *rotation)
+        put_rotation_into_table(layer, *rotation)
     made = Converted(layer, source, family, family.arguments(module))
     made.training = module.training
     return made
@@ -358,42 +371,6 @@ def _start_as_attention(layer: Any) -> None:
         layer.v_table.weight.zero_()
         for p in layer.v_proj.parameters():
             p.mul_(2)
-
-
-def _rotary_frequencies(model: nn.Module, target: Target) -> tuple[Tensor, float]:
-    """The frequencies [head_dim / 2] and the scaling factor of a model's rotary positions."""
-    if target.buckets is not None:
-        raise ValueError(
-            "relative: q and k have rotary positions, so a table needs a matrix for every offset; "
-            "want grid= (the longest input) and no buckets, or relative 'v', or to='alpha'"
-        )
-    embeddings: list[Any] = [m for m in model.modules() if hasattr(m, "inv_freq")]
-    kinds = {getattr(m, "rope_type", "default") for m in embeddings}
-    if len(embeddings) != 1 or kinds & {"dynamic", "longrope"}:
-        raise ValueError(
-            f"relative: got {len(embeddings)} rotary embeddings of the types {sorted(kinds)}, want "
-            "one whose frequencies don't depend on the input; or relative 'v', or to='alpha'"
-        )
-    return embeddings[0].inv_freq, float(getattr(embeddings[0], "attention_scaling", 1.0))
-
-
-@torch.no_grad()
-def _put_rotation_into_table(layer: Any, rates: Tensor, factor: float) -> None:
-    """Multiply the matrix of each offset by the rotation of that offset.
-
-    The scores then equal those of rotary positions, because (R_i q)·(R_j k) = (R_{i-j} q)·k. If
-    only k has a table, its matrices are rotated by the negative offset.
-    """
-    name = "q" if "q" in layer.relative else "k"
-    table = getattr(layer, f"{name}_proj")
-    first = 0 if layer.layout.causal else 1 - layer.layout.grid[0]
-    offset = torch.arange(first, layer.layout.grid[0], device=rates.device, dtype=torch.float64)
-    angle = (offset if name == "q" else -offset)[:, None] * rates.double()
-    angle = torch.cat([angle, angle], -1).to(table.weight.device)
-    for p in table.parameters():
-        cos, sin = (t.view(len(t), *(1,) * (p.ndim - 1), -1) for t in (angle.cos(), angle.sin()))
-        heads = p.double().unflatten(-1, (layer.heads, -1))
-        p.copy_((rotated(heads, cos, sin) * factor**2).flatten(-2))
 
 
 def _change(name: str, module: nn.Module, made: Converted) -> Change:

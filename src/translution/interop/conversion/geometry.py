@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .resizing import check_sizes
+from .grids import check_sizes
 
 __all__ = ["embedding_of", "geometry_of"]
 

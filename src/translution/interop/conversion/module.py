@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -12,26 +13,11 @@ from torch import Tensor, nn
 
 from ...layouts import Layout
 from ...operands import Operand, as_operand
+from .grids import Patches, only_grid
+from .rotary import rotated
 from .sources import Family, Source
 
-__all__ = ["Converted", "Patches", "rotated"]
-
-
-class Patches:
-    """The patch grid of the images that a model currently processes.
-
-    Its method `record` is a forward hook of the model's patch embedding.
-
-    Attributes:
-        grid: rows and columns of patches in the last batch; None before the first batch.
-    """
-
-    def __init__(self) -> None:
-        self.grid: tuple[int, ...] | None = None
-
-    def record(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Store the grid of the convolution's output [batch, dim, rows, columns]."""
-        self.grid = tuple(output.shape[-2:])
+__all__ = ["Converted"]
 
 
 class Converted(nn.Module):
@@ -49,7 +35,7 @@ class Converted(nn.Module):
         arguments: the argument names of that forward, in order.
 
     Attributes:
-        patches: the patch grid of the input, for image models; None for text.
+        patches: finds the patch grid of the input, for image models; None for other models.
         name: the name of the layer in the converted model.
 
     Raises:
@@ -146,6 +132,8 @@ class Converted(nn.Module):
         if self.grouped == 1 or name not in ("k", "v") or side.weight is not None:
             return side
         heads = side.x.unflatten(-1, (-1, self.layer.head_dim))
+        if heads.shape[-2] == self.layer.heads:  # `make_shared` of a table, which is for each head
+            return side
         return Operand(heads.repeat_interleave(self.grouped, -2).flatten(-2))
 
     def _scores(self, sides: dict[str, Operand], layout: Layout) -> Tensor:
@@ -172,8 +160,11 @@ class Converted(nn.Module):
         layout = self.layer.layout
         if len(layout.grid) == 1:
             grid: tuple[int, ...] = (max(held + new - layout.prefix, 1),)
+        elif self.patches is None:
+            grid = layout.grid
         else:
-            grid = (self.patches.grid if self.patches else None) or layout.grid
+            grid = self.patches.grid or only_grid(layout.spec, operator.index(held + new))
+        grid = tuple(operator.index(n) for n in grid)  # a layout needs numbers while tracing
         if layout.prefix + math.prod(grid) != held + new:
             raise ValueError(
                 f"tokens: got {held + new}, want {layout.prefix + math.prod(grid)} for the grid "
@@ -195,9 +186,3 @@ def _cached_layout_of(spec: str, grid: tuple[int, ...], held: int) -> Layout:
     layout = Layout.parse(spec)
     layout = layout if grid == layout.grid else layout.at(grid)
     return layout.select(queries=range(held, layout.tokens)) if held else layout
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channel pairs (p, p + d/2) of the last axis, in the order that Llama uses."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin

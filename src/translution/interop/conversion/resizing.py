@@ -17,9 +17,10 @@ from ...modules.attention import Attention, check_relative
 from ...modules.positions import RelativeBias
 from ...modules.projections import RelativeLinear, projection
 from ...modules.translution import Translution1d, Translution2d, Translution3d
+from .grids import check_sizes
 from .module import Converted
 
-__all__ = ["check_sizes", "make_relative", "make_shared", "resize_offsets"]
+__all__ = ["make_relative", "make_shared", "resize_offsets"]
 
 Sizes = int | Sequence[int]
 
@@ -79,15 +80,6 @@ def resize_offsets(
     for whole, size in zip(models, sizes, strict=True):
         if size is not None:
             _resize_model(whole, size)
-
-
-def check_sizes(grid: Any, axes: int) -> tuple[int, ...]:
-    """One size per axis, from a sequence or from one int for all axes."""
-    sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * axes
-    valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes)
-    if len(sizes) != axes or not valid:
-        raise ValueError(f"grid: got {grid!r}, want {axes} ints of at least 1 (or one for all)")
-    return sizes
 
 
 def _resized(layer: Attention, grid: Sizes | None, window: Any) -> Layout:
