@@ -396,7 +396,7 @@ def _as_dict(model: _Wrapped, return_dict: bool | None) -> bool:
     return bool(model.config.return_dict if return_dict is None else return_dict)
 
 
-def _check_padding(mask: Tensor, shape: tuple[int, int], cached: bool) -> None:
+def _check_padding(mask: Tensor, shape: tuple[int, ...], cached: bool) -> None:
     """Check that a mask changes nothing.
 
     Args:

@@ -25,7 +25,7 @@ from ..._version import __version__
 from ...layouts import Layout
 from ...modules.projections import RelativeLinear, projection
 from ...utils.files import write_whole
-from ...utils.words import some
+from ...utils.words import shortened
 from .converting import KINDS, attach
 from .module import Converted
 from .sources import family_of
@@ -261,7 +261,7 @@ def _check(
         if name in shapes and shapes[name] != want[name]
     ]
     if wrong:
-        raise ValueError(f"{folder / WEIGHTS}: does not fit the model: {some(wrong, '; ')}")
+        raise ValueError(f"{folder / WEIGHTS}: does not fit the model: {shortened(wrong, '; ')}")
     return made
 
 
