@@ -72,8 +72,16 @@ def seconds_in_turn(
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
-    """Flops per second of a plain large matrix product."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+    """Floating-point operations per second of a plain large matrix product.
+
+    Without a size, one is chosen that takes a fraction of a second: some CPUs multiply matrices of
+    16 bits a hundred times more slowly than others.
+    """
+    if size is None and device.type != "cuda":
+        size = 256
+        while size < 2048 and size**3 / matmul_rate(dtype, device, size) < 0.01:
+            size *= 2
+    size = size or 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, device, 5)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config import parse
 from ..data.augment import Augment
 from ..data.images import load_image
 from .checkpoints import Checkpoint
@@ -51,9 +52,9 @@ def predict(
         One prediction per file. For a file that cannot be read, its `error` says why.
 
     Raises:
-        ValueError: the checkpoint is not a classifier of images.
+        ValueError: the checkpoint is not a classifier of images, or its outputs are not finite.
     """
-    config = Config.model_validate(checkpoint.config)
+    config = parse(Config, checkpoint.config, str(checkpoint.path))
     if checkpoint.classes is None or config.data.kind != "images":
         raise ValueError(f"checkpoint: {checkpoint.path} is not a classifier of images")
     data, classes = config.data, checkpoint.classes
@@ -66,7 +67,10 @@ def predict(
         likely: Iterator[Any] = iter(())
         if images:
             batch, _ = augment(torch.stack(images).to(device), torch.zeros(len(images)).long())
-            best = model(batch).float().softmax(-1).topk(min(top, len(classes)))
+            logits = model(batch).float()
+            if not logits.isfinite().all():
+                raise ValueError(f"checkpoint: {checkpoint.path} gives values that are not finite")
+            best = logits.softmax(-1).topk(min(top, len(classes)))
             likely = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, image in zip(batch_files, loaded, strict=True):
             if isinstance(image, str):
