@@ -40,7 +40,8 @@ from translution.apps.demo.sketch import (
     reduced,
 )
 from translution.apps.training.config import Config
-from translution.models.pretrained import ABOUT, FORMAT, WEIGHTS, read_about
+from translution.models.description import CHECKPOINT, read_description
+from translution.models.weights import WEIGHTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "demo.md"
 OWN = weights_folder()
@@ -183,10 +184,10 @@ def test_the_demos_own_models(models):
     assert [m.mixer for m in models.text] == ["translution", "alpha", "attention", "rotary"]
     assert [m.mixer for m in models.digits[:3]] == ["translution", "alpha", "acmix"]
     for planned in training.PLAN:
-        about = read_about(OWN / planned.name)
+        saved = read_description(OWN / planned.name)
         config = load(Config, training.RECIPES / planned.recipe, planned.changes)
-        assert about["config"] == config.model_dump(mode="json"), planned.name
-        assert about["step"] == config.train.steps
+        assert saved.config == config.model_dump(mode="json"), planned.name
+        assert saved.step == config.train.steps
 
 
 def test_the_accuracies_that_are_told_are_true(models):
@@ -265,9 +266,9 @@ def checkpoint(folder, data, name="vit", **options):
     model = create_model(name, **options)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / WEIGHTS)
     config = {"model": {"name": name, **options}, "data": data, "train": {"steps": 1}}
-    about = {"format": FORMAT, "model": {"name": name, "options": options}, "config": config,
-             "classes": None, "step": 1, "metrics": {}}  # fmt: skip
-    (folder / ABOUT).write_text(json.dumps(about))
+    about = {"format": "translution-checkpoint-1", "model": {"name": name, "options": options},
+             "config": config, "classes": None, "step": 1, "metrics": {}}  # fmt: skip
+    (folder / CHECKPOINT).write_text(json.dumps(about))
     return folder
 
 
@@ -500,8 +501,8 @@ def test_a_model_is_made_to_ship(tmp_path, name):
     out.mkdir()
     steps = ["train.steps=2", "train.batch_size=4", "train.validate_batches=1"]
     metrics = training.make(planned, out, [str(text)], *steps)
-    assert read_about(out / name)["metrics"] == metrics
-    assert str(tmp_path) not in (out / name / ABOUT).read_text()
+    assert read_description(out / name).metrics == metrics
+    assert str(tmp_path) not in (out / name / CHECKPOINT).read_text()
     (model,) = [m for kind in open_models([out / name]) for m in kind]
     assert model.metrics == metrics
     assert next(model.model.parameters()).dtype == torch.float32  # in the file they are halves
@@ -510,8 +511,7 @@ def test_a_model_is_made_to_ship(tmp_path, name):
 def test_the_documents_tell_the_measures_of_what_ships():
     text = DOCS.read_text("utf-8")
     for planned in training.PLAN:
-        about = read_about(OWN / planned.name)
-        metrics = about["metrics"]
+        metrics = read_description(OWN / planned.name).metrics
         if planned.name.startswith("digits"):
             shares = [metrics[f"test_accuracy_{where}"] for where in ("centred", "moved")]
             told = " | ".join(f"{100 * share:.1f}" for share in shares)

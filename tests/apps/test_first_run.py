@@ -37,7 +37,7 @@ from translution.apps.training.checkpoints import (
     find_checkpoint,
     latest,
     open_checkpoint,
-    read_about,
+    read_description,
 )
 from translution.apps.training.config import Config
 from translution.apps.training.run import LOCK
@@ -99,9 +99,10 @@ def test_a_run_says_what_it_is_and_what_to_do_next(ended):
     assert "steps  6 of 16 images (1.5 epochs); validation every 3\n" in out
     assert "Epoch" not in out
     assert re.search(r"step 3 of 6 \(epoch 0.75\): loss .*, valid loss .*, MFU \d+%", out)
-    last, best = read_about(run / "checkpoints" / "last-000006"), read_about(find_checkpoint(run))
-    assert f"  last  step 6: valid_loss {last['metrics']['valid_loss']:.5g}, " in out
-    assert f"  best  step {best['step']}: valid_loss {best['metrics']['valid_loss']:.5g}, " in out
+    last = read_description(run / "checkpoints" / "last-000006")
+    best = read_description(find_checkpoint(run))
+    assert f"  last  step 6: valid_loss {last.metrics['valid_loss']:.5g}, " in out
+    assert f"  best  step {best.step}: valid_loss {best.metrics['valid_loss']:.5g}, " in out
     assert "evaluate and the commands below use the best checkpoint" in out
     lines = out.splitlines()
     following = lines[lines.index("Next:") + 1 :]
@@ -320,7 +321,7 @@ def test_a_checkpoint_that_is_cut_is_passed_over_aloud(ended, tmp_path):
     words = ("train", recipe, f"--out={run}", "--resume", "--train.steps=8", "--train.save_every=8")
     code, out, err = command(*words)
     assert code == 0, err
-    assert f"cut    {state} is not whole" in out
+    assert f"cut    {state}: was changed or damaged" in out
     assert f"from   step 6, {best}\n" in out
     assert latest(run / "checkpoints").name == "last-000008"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -22,16 +23,20 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("pydantic")
 pytest.importorskip("kornia")
 pytest.importorskip("typer")
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from translution.apps import cli
-from translution.apps.config import load, parse
+from translution.apps.config import as_yaml, load, parse
 from translution.apps.training import callbacks, checkpoints
 from translution.apps.training.checkpoints import latest, open_checkpoint
-from translution.apps.training.config import Config
+from translution.apps.training.config import Config, config_file
+from translution.apps.training.engine import Diverged
 from translution.apps.training.logs import MetricsFile
+from translution.apps.training.predict import predict
 from translution.apps.training.run import evaluate, train
 from translution.apps.training.tasks import Classification, learning_rate
+from translution.models.pretrained import Pretrained
 
 TINY = {
     "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 16, "depth": 1,
@@ -325,7 +330,7 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
         open_checkpoint(path)
     for state in (copy / "checkpoints").glob("*/state.pt"):
         state.write_bytes(b"cut short")
-    with pytest.raises(ValueError, match=r"state.pt: cannot be read"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .* whole: .*state.pt: was changed"):
         train(config("--train.steps=14"), copy, resume=True)
     about = json.loads((path / "checkpoint.json").read_text())
     (path / "checkpoint.json").write_text(json.dumps(about | {"format": "other"}))
@@ -333,11 +338,144 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
         open_checkpoint(path)
 
 
+def rewrite(checkpoint, **values):
+    """Change keys of checkpoint.json; None removes one."""
+    file = checkpoint / "checkpoint.json"
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def flip(file, at=-1):
+    """Flip one bit."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "checkpoint.json"])
+def test_a_damaged_file_is_named_and_the_other_checkpoint_used(finished, tmp_path, capsys, name):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    last, best = (checkpoints.newest(run / "checkpoints", kind) for kind in ("last", "best"))
+    if name == "checkpoint.json":
+        (last / name).write_text("{")
+    else:
+        flip(last / name)
+    told = "not a translution model" if name == "checkpoint.json" else "was changed or damaged"
+    train(config("--train.steps=14"), run, resume=True)
+    out = capsys.readouterr().out
+    assert f"cut    {last / name}: {told}" in out
+    assert f"from   step {best.name[-2:].lstrip('0')}, {best}" in out
+    assert latest(run / "checkpoints").name == "last-000014"
+    assert checkpoints.damage(latest(run / "checkpoints")) is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.json"])
+def test_a_damaged_best_checkpoint_is_not_used(finished, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    last, best = (checkpoints.newest(run / "checkpoints", kind) for kind in ("last", "best"))
+    flip(best / name) if name == "model.safetensors" else (best / name).unlink()
+    for read in (open_checkpoint, lambda run: evaluate(run, "valid", config())):
+        with pytest.raises(ValueError, match=rf"{best / name}: .*; {last} is whole"):
+            read(run)
+    with pytest.raises(ValueError, match=str(best / name)):
+        Pretrained.from_pretrained(run)
+    (last / "state.pt").unlink()  # only a resumed run needs it
+    assert open_checkpoint(last).step == 12
+
+
+def wrong_keys():
+    """Each key of checkpoint.json that is required, missing and of another type."""
+    for key in ("architecture", "options", "config", "classes", "step", "metrics"):
+        yield key, None
+        yield key, True if key == "step" else 5
+    yield "step", -1
+    yield "files", ["a"]
+    yield "tied", "head"
+    yield "metrics", {"loss": "small"}
+    yield "classes", ["one"]
+
+
+@pytest.mark.parametrize(("key", "value"), list(wrong_keys()))
+def test_a_wrong_key_of_a_description_is_named(finished, tmp_path, key, value):
+    path = tmp_path / "copy"
+    shutil.copytree(latest(finished[0] / "checkpoints"), path)
+    rewrite(path, **{key: value})
+    for read in (open_checkpoint, Pretrained.from_pretrained):
+        with pytest.raises(ValueError, match=rf"checkpoint.json: {key}: ") as raised:
+            read(path)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("dim", 10**12, "its option dim is 1000000000000"),
+        ("depth", 10**9, "its option depth is 1000000000"),
+        ("depth", 10**6, "the model has many more"),
+        ("dim", 2**20, "has shape"),
+        ("dim", "wide", "dim: got 'wide', want"),
+        ("dim", None, "dim: got None, want"),
+        ("depth", True, "depth: got True, want"),
+        ("mlp_ratio", -1, "'vit': "),
+        ("mlp_ratio", 1e300, "'vit': "),
+        ("heads", 0, "'vit': heads"),
+    ],
+)
+def test_sizes_are_compared_before_they_are_allocated(finished, tmp_path, option, value, told):
+    path = tmp_path / "copy"
+    shutil.copytree(latest(finished[0] / "checkpoints"), path)
+    options = json.loads((path / "checkpoint.json").read_text())["options"]
+    rewrite(path, options=options | {option: value})
+    for read in (open_checkpoint, Pretrained.from_pretrained):
+        with pytest.raises(ValueError, match=told) as raised:
+            read(path)
+        assert str(path) in str(raised.value)
+
+
+def test_checkpoints_of_the_first_version_are_read(finished, tmp_path):
+    """They named the model in another way, and had no hashes."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    for path in (run / "checkpoints").iterdir():
+        content = json.loads((path / "checkpoint.json").read_text())
+        model = {"name": content["architecture"], "options": content["options"]}
+        rewrite(
+            path, format="translution-checkpoint-1", model=model, architecture=None, options=None,
+            files=None,
+        )  # fmt: skip
+    last = latest(run / "checkpoints")
+    assert same(open_checkpoint(last).model.state_dict(), weights(finished[0]))
+    for model, told in (
+        (None, "model: got None"), ({"name": 5, "options": {}}, "model.name: got 5"),
+        ({"name": "vit"}, "model.options: got None"),
+    ):  # fmt: skip
+        shutil.copytree(last, tmp_path / "copy", dirs_exist_ok=True)
+        rewrite(tmp_path / "copy", model=model)
+        with pytest.raises(ValueError, match=f"checkpoint.json: {told}"):
+            open_checkpoint(tmp_path / "copy")
+    train(config("--train.steps=14"), run, resume=True)
+
+
+def test_a_deleted_configuration_is_restored(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / "config.yaml").unlink()
+    with pytest.warns(UserWarning, match=r"config.yaml was missing, and is written again from"):
+        train(config("--train.steps=14"), run, resume=True)
+    (run / "config.yaml").unlink()
+    with pytest.warns(UserWarning, match=r"config.yaml was missing"):
+        assert config_file(run) == run / "config.yaml"
+    assert load(Config, run / "config.yaml") == config("--train.steps=14")
+
+
 def test_nothing_is_unpickled(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished[0], copy)
     for state in (copy / "checkpoints").glob("*/state.pt"):
         torch.save({"state": resource.getrusage}, state)
+        rewrite(state.parent, files={})  # as earlier versions, which stored no hashes
     with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
         train(config("--train.steps=14"), copy, resume=True)
 
@@ -367,8 +505,94 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(finished, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number(tmp_path):
-    with pytest.raises(ValueError, match=r"loss: is .* at step .*learning_rate"):
+    with pytest.raises(Diverged, match=r"loss: is .* at step .*learning_rate"):
         train(config("--train.learning_rate=1e30", "--train.clip=null"), tmp_path / "run")
+
+
+def nan_loss(at, monkeypatch, part="train"):
+    """Let the loss of one batch be NaN."""
+    real, count = Classification.loss, [0]
+
+    def loss(self, batch, meters):
+        value = real(self, batch, meters)
+        count[0] += meters is getattr(self, f"{part}ing_meters" if part == "train" else METERS)
+        if count[0] == at:
+            meters["loss"].update(torch.tensor(math.nan), 1)
+        return value
+
+    monkeypatch.setattr(Classification, "loss", loss)
+
+
+METERS = "validation_meters"
+
+
+@pytest.mark.parametrize(("part", "at"), [("train", 3), ("valid", 4)])
+def test_one_loss_that_is_nan_stops_the_run(tmp_path, monkeypatch, part, at):
+    """Also if later ones are finite; what was saved before stays as it is."""
+    nan_loss(at, monkeypatch, part)
+    with pytest.raises(Diverged, match="loss: is n"):
+        train(config("--train.accumulate=1"), tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*"))
+    assert kept == ([] if part == "train" else ["best-000004", "last-000006"])
+    found = (tmp_path / "run" / "metrics.csv").read_text() if kept else ""
+    assert "nan" not in found
+
+
+def test_a_test_with_a_loss_that_is_nan(finished, monkeypatch):
+    nan_loss(2, monkeypatch, "valid")
+    for part in ("valid", "test"):
+        with pytest.raises(Diverged, match=f"loss: is nan on data.{part}"):
+            evaluate(finished[0], part, config())
+        nan_loss(2, monkeypatch, "valid")
+
+
+def test_the_commands_end_with_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(as_yaml(config()))
+    words = ["train", str(tmp_path / "tiny.yaml"), f"--out={tmp_path / 'run'}",
+             "--train.learning_rate=1e30", "--train.clip=null", "--train.warmup=0"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["translution", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("translution: ")
+
+
+def test_weights_that_are_not_finite_are_not_saved(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    def poison(self, trainer, task, *_):
+        with torch.no_grad():
+            next(task.model.parameters()).view(-1)[0] = math.inf
+
+    monkeypatch.setattr(callbacks.Meter, "on_train_batch_end", poison)
+    with pytest.raises(Diverged, match=r"weights: .* are not finite at step \d+; want"):
+        train(config("--train.steps=20", "--train.save_every=1"), run, resume=True)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+
+def test_weights_that_are_not_finite_are_not_served(finished, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(latest(finished[0] / "checkpoints"), path)
+    poisoned = load_file(path / "model.safetensors")
+    poisoned["head.weight"][0, 0] = math.nan
+    save_file(poisoned, path / "model.safetensors")
+    with pytest.raises(ValueError, match="was changed or damaged"):
+        open_checkpoint(path)
+    rewrite(path, files={})
+    with pytest.raises(ValueError, match=r"head.weight have values that are not finite"):
+        open_checkpoint(path)
+    poisoned["head.weight"][0, 0] = 3e38  # finite, but what it gives is not
+    poisoned["head.weight"] *= 1e30
+    poisoned["head.weight"].clamp_(-3e38, 3e38)
+    poisoned["norm.weight"].fill_(1e30)
+    save_file(poisoned, path / "model.safetensors")
+    image = tmp_path / "a.png"
+    Image.new("L", (12, 12), 99).save(image)
+    with pytest.raises(ValueError, match=r"gives values that are not finite"):
+        list(predict(open_checkpoint(path), [image]))
 
 
 @pytest.mark.parametrize(

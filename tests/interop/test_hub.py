@@ -16,10 +16,12 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 import translution
-from translution.models import GPT, ResNet, ViT, create_model, pretrained
+from translution.models import GPT, ResNet, ViT, create_model
 from translution.models.blocks import TABLE_MIXERS
 from translution.models.card import model_card
-from translution.models.pretrained import MARK, Pretrained, find_checkpoint, read_weights
+from translution.models.description import Description, read_description, write_description
+from translution.models.pretrained import MARK, Pretrained, find_checkpoint
+from translution.models.weights import read_weights
 
 # One of each family, small.
 SMALL = {
@@ -98,7 +100,7 @@ def test_options_that_the_mixer_does_not_use_are_left_out_of_earlier_files(tmp_p
 def test_the_configuration_alone_is_enough(tmp_path):
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["format"] == "translution-model-1"
+    assert config["format"] == "translution-checkpoint-2"
     assert config["translution"] == translution.__version__
     rebuilt = create_model(config["architecture"], **config["options"])
     assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {
@@ -171,8 +173,8 @@ def test_errors_name_the_file(tmp_path):
     text = config.read_text()
     with pytest.raises(ValueError, match=r"is a ViT, want a GPT"):
         GPT.from_pretrained(tmp_path)
-    change(config, format="translution-model-2")
-    with pytest.raises(ValueError, match=r"config.json: format 'translution-model-2'.*newer"):
+    change(config, format="translution-checkpoint-3")
+    with pytest.raises(ValueError, match=r"config.json: format 'translution-checkpoint-3'.*newer"):
         ViT.from_pretrained(tmp_path)
     for broken in ("{", "[]", '{"model_type": "bert"}', '{"format": 1, "architecture": "vit"}'):
         config.write_text(broken)
@@ -180,7 +182,7 @@ def test_errors_name_the_file(tmp_path):
             ViT.from_pretrained(tmp_path)
     config.write_text(text)
     change(config, options=[])
-    with pytest.raises(ValueError, match=r"config.json: want an architecture's name"):
+    with pytest.raises(ValueError, match=r"config.json: options: got \[\], want dict"):
         ViT.from_pretrained(tmp_path)
     config.write_text(text)
     change(config, architecture="vti")
@@ -206,8 +208,8 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors: is missing$"):
         ViT.from_pretrained(tmp_path)
     (tmp_path / "parts").mkdir()
-    with pytest.raises(ValueError, match=r"open_checkpoint"):
-        read_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"parts/division.json: is missing$"):
+        read_weights(tmp_path, read_description(tmp_path))
 
 
 def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
@@ -239,8 +241,8 @@ def test_a_training_runs_folder(tmp_path):
         with torch.no_grad():
             model.head.weight += seed
         save_file(model.state_dict(), folder / "model.safetensors")
-        about = {"format": pretrained.FORMAT, "model": {"name": "gpt", "options": SMALL["gpt"]}}
-        (folder / "checkpoint.json").write_text(json.dumps(about))
+        described = Description("gpt", SMALL["gpt"], config={}, step=int(name[-1]))
+        write_description(folder, "checkpoint.json", described, ["model.safetensors"])
     assert same(GPT.from_pretrained(tmp_path), models["best-000006"])
     last = tmp_path / "checkpoints" / "last-000009"
     assert same(Pretrained.from_pretrained(last), models["last-000009"])

@@ -54,7 +54,8 @@ def export(
     from ..interop.export.quantization import quantise as quantised
     from ..interop.export.quantization import stored_bytes
     from ..models import create_model
-    from ..models.pretrained import CONFIG, Pretrained
+    from ..models.description import CONFIG
+    from ..models.pretrained import Pretrained
 
     check_kind(to, out)
     dynamic = batch == "dynamic"

@@ -110,7 +110,10 @@ def _stream(
     caches, new, token = model.make_caches() if cache else None, seen, seen[:, -1]
     for _ in range(max_new_tokens):
         hidden = model.hidden(new if cache else seen, caches)
-        token = torch.where(ended, token, choose(model.head(hidden[:, -1])))
+        logits = model.head(hidden[:, -1])
+        if not bool(logits.isfinite().all()):
+            raise ValueError("model: got logits that are not finite, want a model that was trained")
+        token = torch.where(ended, token, choose(logits))
         yield token
         ended |= torch.isin(token, ends)
         if stop and bool(ended.all()):

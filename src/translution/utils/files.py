@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_target", "umask", "write_whole"]
+__all__ = ["check_target", "umask", "whole_files", "write_whole"]
 
 
 def write_whole(path: Path, save: Callable[[Path], object]) -> None:
@@ -49,6 +51,34 @@ def check_target(name: str, path: Path) -> None:
             file.write(bytes(4096))  # a full disk still makes empty files
     except OSError as error:
         raise ValueError(f"{name}: {path} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move to `folder` after the block; none of them after an error.
+
+    Args:
+        folder: is created if it does not exist. Files of other names stay in it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder, prefix=".new-"))
+    try:
+        yield new
+        files = sorted(new.iterdir())
+        for file in files:
+            file.chmod(0o666 & ~umask())
+        for file in files:
+            os.replace(file, folder / file.name)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if not existed:
+            folder.rmdir()
+        raise
+    new.rmdir()
 
 
 def umask() -> int:

@@ -94,9 +94,15 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = Non
     Args:
         dtype: the dtype of the matrices.
         device: the device that computes the product.
-        size: the side of the square matrices; None takes 8192 on a CUDA device and 2048 elsewhere.
+        size: the side of the square matrices. None takes 8192 on a CUDA device, and elsewhere the
+            largest up to 2048 that takes a fraction of a second: some CPUs multiply matrices of 16
+            bits a hundred times more slowly than others.
     """
-    size = size or (8192 if device.type == "cuda" else 2048)
+    if size is None and device.type != "cuda":
+        size = 256
+        while size < 2048 and size**3 / matmul_rate(dtype, device, size) < 0.01:
+            size *= 2
+    size = size or 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, device, 5)
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...models import GPT, ViT, attention_weights
-from ...models.pretrained import ABOUT
+from ...models.description import CHECKPOINT
 from ...utils.words import MIXER_TITLES
 from ..config import parse
 from ..data.digits import place
@@ -210,7 +210,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
     """The checkpoints that lie directly in this folder, in the order of the page."""
     if not path.is_dir():
         return []
-    found = (one for one in path.iterdir() if (one / ABOUT).is_file())
+    found = (one for one in path.iterdir() if (one / CHECKPOINT).is_file())
     return sorted((one for one in found if not one.name.startswith(".")), key=_rank)
 
 

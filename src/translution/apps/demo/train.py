@@ -14,15 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...models.pretrained import ABOUT, WEIGHTS, read_about
-from ...utils.files import write_whole
+from ...models.description import CHECKPOINT, read_description, write_description
+from ...models.weights import WEIGHTS, save_weights
 from ..config import load
 from ..data.digits import anywhere, centre, load_digits, place
 from ..data.tokenizers import save_tokenizer
@@ -82,21 +82,27 @@ def make(planned: Planned, out: Path, text: list[str], *changes: str) -> dict[st
         train(local, run)
         ship(open_checkpoint(run), out / planned.name, config)
         metrics = _measured(out / planned.name, local)
-    about = read_about(out / planned.name) | {"metrics": metrics}
-    content = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    write_whole(out / planned.name / ABOUT, lambda to: to.write_text(content, "utf-8"))
+        saved = open_checkpoint(out / planned.name)
+        saved.metrics = metrics
+        ship(saved, out / planned.name, config)
     return metrics
 
 
 def ship(checkpoint: Checkpoint, folder: Path, config: Config) -> None:
     """Write a checkpoint in float16, without the state that only a resumed run needs."""
-    about = read_about(checkpoint.path) | {"config": config.model_dump(mode="json")}
-    weights = {k: v.half().contiguous() for k, v in checkpoint.model.state_dict().items()}
+    description = replace(
+        read_description(checkpoint.path),
+        config=config.model_dump(mode="json"),
+        metrics=checkpoint.metrics,
+    )
+    weights = {name: tensor.half() for name, tensor in checkpoint.model.state_dict().items()}
     with whole_folder(folder) as new:
-        save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
-        (new / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
+        save_weights(weights, new / WEIGHTS)
+        files = [WEIGHTS]
         if checkpoint.tokenizer is not None:
             save_tokenizer(checkpoint.tokenizer, new / TOKENIZER)
+            files.append(TOKENIZER)
+        write_description(new, CHECKPOINT, description, files)
 
 
 def _measured(folder: Path, config: Config) -> dict[str, float]:

@@ -24,7 +24,7 @@ from lightning import Callback
 
 from ...utils.files import write_whole
 from ..training.checkpoints import STATE, latest
-from ..training.engine import pick_device, terminate
+from ..training.engine import Diverged, pick_device, terminate
 from ..training.run import evaluate, train
 from .config import Experiment, Run
 from .costs import data_of, parameters_of, parts_of
@@ -83,11 +83,6 @@ class Maker:
                     config, folder / "run", resume=True, parts=parts_of(config),
                     callbacks=[_Reporting(run.folder)], tensorboard=self.tensorboard,
                 )  # fmt: skip
-            except ValueError as error:
-                if not str(error).startswith("loss: is "):
-                    raise
-                valid = None  # the learning rate is too high, which is a result too
-            if valid is not None:
                 at = latest(checkpoints)
                 assert at is not None
                 for test in self.experiment.tests:
@@ -95,6 +90,8 @@ class Maker:
                     tests[test] = evaluate(at, "test", tested, parts_of(tested))
                 if self.measuring is not None:
                     result |= self.measuring(at, run)
+            except Diverged:
+                valid, tests = None, {}  # this rate is too high: a result like any other
         result |= {
             "steps": data_of(config).steps,
             "dim": config.model.given.get("dim"),

@@ -23,6 +23,7 @@ from ...utils.measuring import known_matmul_rate
 from ..data.parts import Part
 from .checkpoints import Folders
 from .config import TrainOptions
+from .engine import REMEDY, Diverged
 from .logs import read_curves
 from .tasks import Task
 
@@ -82,11 +83,7 @@ class Meter(Callback):
             f"train_{name}": value
             for name, value in task.read(task.training_meters, "train").items()
         }
-        if not math.isfinite(values["train_loss"]):
-            raise ValueError(
-                f"loss: is {values['train_loss']} at step {step}; want a smaller "
-                "train.learning_rate, or train.clip (the earlier checkpoints are whole)"
-            )
+        _check_loss(values["train_loss"], f"at step {step} or since the last log")
         values["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = time.perf_counter() - self.began
         if self.units and seconds > 0:
@@ -102,6 +99,7 @@ class Meter(Callback):
         part: Part = "test" if trainer.testing else "valid"
         values = task.read(task.validation_meters, part)
         self.began, self.units = time.perf_counter(), 0
+        _check_loss(values["loss"], f"on data.{part} at step {trainer.global_step}")
         self.measured = {f"{part}_{name}": value for name, value in values.items()}
         self._log(trainer, task, self.measured)
 
@@ -116,6 +114,12 @@ class Meter(Callback):
         hidden = ("learning_rate", "skipped")
         shown = {name: value for name, value in values.items() if not name.endswith(hidden)}
         task.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+
+def _check_loss(loss: float, where: str) -> None:
+    """Stop the run, in all processes alike, if a loss in a mean was not finite."""
+    if not math.isfinite(loss):
+        raise Diverged(f"loss: is {loss} {where}; {REMEDY}")
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -206,6 +210,10 @@ class Keeper(Checkpoint):
         step = trainer.global_step
         if self.saved.get(kind) == step:  # all ranks must agree, so this does not look at files
             return
+        task: Any = trainer.lightning_module
+        sums = task.training_meters["loss"].metric_state  # since the last log, in this process
+        if not trainer.strategy.reduce_boolean_decision(bool(sums["mean_value"].isfinite())):
+            raise Diverged(f"loss: is not finite at step {step} or since the last log; {REMEDY}")
         self.saved[kind] = step
         path = self.folder / f"{kind}-{step:06d}"
         before = [p for p in self.folder.glob(f"{kind}-*") if p != path]

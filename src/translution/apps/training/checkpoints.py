@@ -2,8 +2,8 @@
 
 A checkpoint contains
     model.safetensors   the weights; with `ema`, the averaged ones
-    checkpoint.json     the name and options of the model, the preprocessing of images, the step
-                        and the metrics
+    checkpoint.json     the description: the name and options of the model, the configuration of the
+                        run, the step, the metrics, and the SHA-256 of the other files
     tokenizer.json      the tokenizer of a language model
     parts               a folder instead of model.safetensors, if tables are divided over devices
     state.pt            what only a resumed run needs
@@ -14,7 +14,6 @@ killed can be loaded. Only tensors and plain values are unpickled.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -23,38 +22,42 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.pytorch.plugins.io import CheckpointIO
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from ..._version import __version__
-from ...interop import parallel
-from ...models import create_model
+from ...models.description import (
+    CHECKPOINT,
+    DIVISION,
+    Description,
+    check_file,
+    description_file,
+    read_description,
+    write_description,
+)
 from ...models.preprocessing import Preprocessing
-from ...models.pretrained import (
-    ABOUT,
-    FORMAT,
+from ...models.pretrained import Pretrained, find_checkpoint, newest
+from ...models.weights import (
     PARTS,
     WEIGHTS,
-    Pretrained,
-    find_checkpoint,
-    load_weights,
-    newest,
-    read_about,
+    build,
+    described_model,
+    not_finite,
+    read_shapes,
     read_weights,
+    save_weights,
 )
-from ...models.registry import current_options
 from ...utils.files import umask
+from ...utils.words import shortened
 from ..data.image_options import ImageOptions
-from ..data.tokenizers import load_tokenizer, save_tokenizer
+from ..data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
+from .engine import REMEDY, Diverged
 
 __all__ = [
     "PARTS",
@@ -64,13 +67,13 @@ __all__ = [
     "Checkpoint",
     "Folders",
     "clear_remains",
+    "damage",
     "find_checkpoint",
-    "is_whole",
     "latest",
-    "load_weights",
     "newest",
     "open_checkpoint",
-    "read_about",
+    "read_description",
+    "resumable",
 ]
 
 STATE, TOKENIZER = "state.pt", "tokenizer.json"
@@ -113,27 +116,69 @@ class Checkpoint:
         training = {part: self.config[part] for part in ("data", "train")}
         text = yaml.safe_dump(training, sort_keys=False, allow_unicode=True)
         data = f"{self.step:,} steps of\n\n```yaml\n{text}```"
-        self.model.save_pretrained(folder, data, self.metrics, self.classes)
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, Path(folder).expanduser() / TOKENIZER)
+        tokenizer, files = self.tokenizer, {}
+        if tokenizer is not None:
+            files[TOKENIZER] = lambda to: save_tokenizer(tokenizer, to)
+        self.model.save_pretrained(folder, data, self.metrics, self.classes, files=files)
+
+
+def resumable(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint from which a run continues, and what is wrong with newer ones.
+
+    Args:
+        folder: the folder "checkpoints" of a run.
+
+    Returns:
+        the whole checkpoint with the most steps, or None; and the damage of each other one that has
+        as many steps or more.
+    """
+    found = [path for kind in ("last", "best") if (path := newest(folder, kind))]
+    damaged = list[str]()
+    for path in sorted(found, key=_step, reverse=True):
+        reason = damage(path)
+        if reason is None:
+            return path, damaged
+        damaged.append(reason)
+    return None, damaged
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps, from which a run continues.
+    """The whole checkpoint with the most steps, or the newest if none is whole."""
+    found = [path for kind in ("last", "best") if (path := newest(folder, kind))]
+    return resumable(folder)[0] or max(found, key=_step, default=None)
 
-    One with an incomplete state, as an interrupted copy leaves it, is only used if there is no
-    other.
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def damage(path: Path, state: bool = True) -> str | None:
+    """What is wrong with the files of a checkpoint, or None if it is whole.
+
+    Checkpoints of earlier versions have no SHA-256. Of these the lengths of the files are checked.
+
+    Args:
+        path: the folder of the checkpoint.
+        state: whether a run must be able to continue from it; otherwise it is enough if the model
+            can be loaded.
     """
-    return max(
-        (path for kind in ("last", "best") if (path := newest(folder, kind))),
-        key=lambda path: (is_whole(path), int(path.name.rpartition("-")[2])),
-        default=None,
-    )
-
-
-def is_whole(path: Path) -> bool:
-    """Whether the state of a checkpoint is complete, judged by its last bytes."""
-    return zipfile.is_zipfile(path / STATE)
+    try:
+        description = read_description(path)
+        shapes = read_shapes(path)
+        if not shapes:
+            return f"{path}: has no weights"
+        files = set(description.files) | ({STATE} if state else set())
+        for name in files if state else files - {STATE}:
+            check_file(path, name, description)
+        if (path / PARTS).is_dir():
+            parts = read_description(path / PARTS)
+            for name in parts.files:
+                check_file(path / PARTS, name, parts)
+        if state and not zipfile.is_zipfile(path / STATE):
+            return f"{path / STATE}: is not whole"
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -143,49 +188,73 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         path: the folder of a checkpoint, or that of a run, which stands for its best checkpoint.
 
     Raises:
-        ValueError: no checkpoint, or weights that do not fit the model; the message names them.
+        ValueError: no checkpoint, a file that was changed or damaged, weights that are not finite
+            or do not fit the model (the message names them), or a tokenizer that is not the one
+            of the training. If another checkpoint of the run is whole, the message names it.
         OSError: a file that cannot be read.
     """
     path = find_checkpoint(path)
-    about = read_about(path)
-    name, options = about["model"]["name"], about["model"]["options"]
-    model = create_model(name, **current_options(name, options, saved=True))
-    if (path / PARTS).is_dir():
-        parallel.load(model, path / PARTS)
-    else:
-        load_weights(model, read_weights(path), path / WEIGHTS)
+    try:
+        return _open(path)
+    except ValueError as error:
+        others = [newest(path.parent, kind) for kind in ("last", "best")]
+        for other in others:
+            if other is not None and other != path and damage(other, state=False) is None:
+                raise ValueError(f"{error}; {other} is whole") from None
+        raise
+
+
+def _open(path: Path) -> Checkpoint:
+    description, source = read_description(path), description_file(path)
+    model = build(lambda: described_model(description, source), description.options, path)
+    weights = read_weights(path, description)
+    if wrong := not_finite(weights):
+        raise ValueError(f"{path}: the weights {shortened(wrong)} have values that are not finite")
+    model.load_state_dict(weights)
     if isinstance(model, Pretrained):
-        model.preprocessing = _preprocessing(about, path / ABOUT, model)
-    tokenizer = path / TOKENIZER
+        model.preprocessing = _preprocessing(description, source, model)
+    tokenizer = None
+    if (path / TOKENIZER).exists() or TOKENIZER in description.files:
+        check_file(path, TOKENIZER, description)
+        tokenizer = load_tokenizer(path / TOKENIZER)
+        rows = getattr(model.config, "vocab_size", None)
+        if rows != vocab_size(tokenizer):
+            raise ValueError(
+                f"{path / TOKENIZER}: has {vocab_size(tokenizer)} tokens, but the model {rows}; "
+                "want the tokenizer of the training"
+            )
     return Checkpoint(
         path=path,
         model=model.eval(),
-        config=about["config"],
-        step=about["step"],
-        classes=about["classes"],
-        tokenizer=load_tokenizer(tokenizer) if tokenizer.exists() else None,
-        metrics=about["metrics"],
+        config=description.config or {},
+        step=description.step,
+        classes=description.classes,
+        tokenizer=tokenizer,
+        metrics=description.metrics,
     )
 
 
-def _preprocessing(about: dict[str, Any], source: Path, model: Pretrained) -> Preprocessing | None:
-    """The preprocessing in a checkpoint.json; older ones have only the options of the data."""
-    data = about["config"].get("data", {})
-    if "preprocessing" not in about and data.get("kind") == "images":
-        about = about | {"preprocessing": ImageOptions.model_validate(data).preprocessing().entry()}
-    return Preprocessing.of_file(about, source, model.config)
+def _preprocessing(
+    description: Description, source: Path, model: Pretrained
+) -> Preprocessing | None:
+    """The preprocessing in a description; older ones have only the options of the data."""
+    entry, data = description.preprocessing, (description.config or {}).get("data", {})
+    if entry is None and data.get("kind") == "images":
+        entry = ImageOptions.model_validate(data).preprocessing().entry()
+    content = {"preprocessing": entry, "classes": description.classes}
+    return Preprocessing.of_file(content, source, model.config)
 
 
 class Folders(CheckpointIO):
     """Writes and reads the checkpoints of Lightning as the folders that are described above.
 
     Args:
-        about: the content of checkpoint.json, without the step and the metrics.
+        description: that of the checkpoints, without the step, the metrics and the files.
         tokenizer: the tokenizer of a language model.
     """
 
-    def __init__(self, about: dict[str, Any], tokenizer: Tokenizer | None):
-        self.about, self.tokenizer = about, tokenizer
+    def __init__(self, description: Description, tokenizer: Tokenizer | None):
+        self.description, self.tokenizer = description, tokenizer
         self.metrics: dict[str, float] = {}
 
     def save_checkpoint(
@@ -194,23 +263,26 @@ class Folders(CheckpointIO):
         path = Path(path)
         state = dict(checkpoint)
         weights = {
-            name.removeprefix(PREFIX): tensor.detach().cpu().contiguous()
+            name.removeprefix(PREFIX): tensor
             for name, tensor in state.pop("state_dict").items()
             if name.startswith(PREFIX)
         }
+        if wrong := not_finite(weights):
+            step = state["global_step"]
+            raise Diverged(f"weights: {shortened(wrong)} are not finite at step {step}; {REMEDY}")
         with whole_folder(path) as folder:
-            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            save_weights(weights, folder / WEIGHTS)
             self._rest(state, folder)
 
     def _rest(self, state: dict[str, Any], folder: Path) -> None:
         """Write everything except the weights."""
-        about = {"format": FORMAT, "translution": __version__, **self.about}
-        about |= {"step": state["global_step"], "metrics": self.metrics}
-        text = json.dumps(about, indent=1, ensure_ascii=False)
-        (folder / ABOUT).write_text(text, "utf-8")
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder / TOKENIZER)
         torch.save(state, folder / STATE)
+        description = replace(self.description, step=state["global_step"], metrics=self.metrics)
+        names = (WEIGHTS, f"{PARTS}/{DIVISION}", TOKENIZER, STATE)
+        files = [name for name in names if (folder / name).is_file()]
+        write_description(folder, CHECKPOINT, description, files)
 
     @contextmanager
     def parts(self, checkpoint: dict[str, Any], path: Path, strategy: Any) -> Iterator[Path]:
@@ -231,6 +303,8 @@ class Folders(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(path)
+        description = read_description(path)
+        check_file(path, STATE, description)
         try:
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -239,7 +313,7 @@ class Folders(CheckpointIO):
             raise ValueError(message) from None
         if (path / PARTS).is_dir():
             return state | {"parts": path / PARTS}
-        weights = read_weights(path)
+        weights = read_weights(path, description)
         return state | {"state_dict": {PREFIX + name: value for name, value in weights.items()}}
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -254,7 +328,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `path` after the block, or removed after an error.
 
     Raises:
-        OSError: the folder cannot be written, also if torch or safetensors raise other classes.
+        OSError: the folder cannot be written, also if torch raises another class.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -270,8 +344,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         folder.chmod(0o777 & ~umask())
         os.replace(folder, path)
-    except (RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise OSError(
             f"{path}: cannot be written, the earlier checkpoints are whole: {reason}"
         ) from None

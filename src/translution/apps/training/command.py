@@ -38,7 +38,7 @@ def train(
     if show:
         typer.echo(loaded.print_complete(), nl=False)
         return
-    from .engine import is_main_process
+    from .engine import Diverged, is_main_process
     from .messages import next_commands, saved_metrics
     from .run import train as run
 
@@ -49,9 +49,20 @@ def train(
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command with --resume continues the run: {folder}", err=True)
         raise
+    except Diverged as error:
+        raise _exit(error) from None
     if is_main_process():
         typer.echo(f"{folder}:\n{saved_metrics(folder)}")
         typer.echo(next_commands(loaded, folder, parts))
+
+
+def _exit(error: ValueError) -> typer.Exit:
+    """Write a failure that is not due to wrong input, in one line, and give the exit code 1."""
+    from .engine import is_main_process
+
+    if is_main_process():
+        typer.echo(f"translution: {error}", err=True)
+    return typer.Exit(1)
 
 
 def evaluate(
@@ -70,9 +81,9 @@ def evaluate(
     from ...models.configuration import check_choice
     from ...utils.files import check_target, write_whole
     from ..config import parse
-    from .checkpoints import find_checkpoint, read_about
+    from .checkpoints import find_checkpoint, read_description
     from .config import Config
-    from .engine import is_main_process
+    from .engine import Diverged, is_main_process
     from .messages import metrics_line
     from .run import evaluate as run
 
@@ -84,12 +95,15 @@ def evaluate(
             f"model: a checkpoint has its own model, got {own[0]}; want keys of data and train"
         )
     path = find_checkpoint(checkpoint)
-    about = read_about(path)
-    found = parse(Config, about["config"], str(path), [*ONE_DEVICE, *context.args])
-    metrics = run(path, part, found)  # type: ignore[arg-type]
+    saved = read_description(path)
+    found = parse(Config, saved.config or {}, str(path), [*ONE_DEVICE, *context.args])
+    try:
+        metrics = run(path, part, found)  # type: ignore[arg-type]
+    except Diverged as error:
+        raise _exit(error) from None
     if not is_main_process():
         return
-    typer.echo(f"{path}, step {about['step']}:\n  {metrics_line(metrics)}")
+    typer.echo(f"{path}, step {saved.step}:\n  {metrics_line(metrics)}")
     if json is not None:
-        content = {"checkpoint": str(path), "step": about["step"], "part": part, **metrics}
+        content = {"checkpoint": str(path), "step": saved.step, "part": part, **metrics}
         write_whole(json, lambda to: to.write_text(json_module.dumps(content, indent=1), "utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,11 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ...models import create_model, list_models, model_options
+from ...models.description import read_description
+from ...models.pretrained import newest
 from ...models.registry import current_options
-from ..config import Count, Options, Place, Seed, as_yaml, shown
+from ...utils.files import write_whole
+from ..config import Count, Options, Place, Seed, as_yaml, parse, shown
 from ..data.images import ImageOptions
 from ..data.text import TextOptions
 
@@ -240,11 +244,16 @@ class Config(Options):
 def config_file(path: Path) -> Path:
     """The YAML file of a configuration, which may be given as the folder of a run.
 
+    If the file is missing in the folder of a run, it is written again from the configuration in a
+    checkpoint, with a warning.
+
     Raises:
         ValueError: there is no such file; the message suggests similar names.
     """
     file = path / "config.yaml" if path.is_dir() else path
     if file.is_file():
+        return file
+    if path.is_dir() and _restored(path, file):
         return file
     if path.is_dir():
         raise ValueError(
@@ -255,3 +264,20 @@ def config_file(path: Path) -> Path:
     close = [names[name] for name in difflib.get_close_matches(path.stem, names, n=3)]
     meant = f"; did you mean {' or '.join(close)}?" if close else ", want a YAML file"
     raise ValueError(f"CONFIG: no such file {path}{meant}")
+
+
+def _restored(run: Path, file: Path) -> bool:
+    """Write the configuration of a run from its newest checkpoint that can be read."""
+    for kind in ("last", "best"):
+        checkpoint = newest(run / "checkpoints", kind)
+        if checkpoint is None:
+            continue
+        try:
+            content = read_description(checkpoint).config or {}
+            text = as_yaml(parse(Config, content, str(checkpoint)))
+        except (ValueError, OSError):
+            continue
+        write_whole(file, lambda to, text=text: to.write_text(text, "utf-8"))
+        warnings.warn(f"{file} was missing, and is written again from {checkpoint}", stacklevel=3)
+        return True
+    return False

@@ -12,9 +12,28 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["DEVICES", "interruptible", "is_main_process", "pick_device", "quiet", "terminate"]
+__all__ = [
+    "DEVICES",
+    "REMEDY",
+    "Diverged",
+    "interruptible",
+    "is_main_process",
+    "pick_device",
+    "quiet",
+    "terminate",
+]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+REMEDY = (
+    "want a smaller train.learning_rate, or train.clip (checkpoints that were written before are "
+    "whole)"
+)
+
+
+class Diverged(ValueError):
+    """A loss or weights that are infinite or not a number."""
 
 
 def pick_device(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from ...utils.measuring import matmul_rate
 from ..data.images import Images
 from ..data.text import Windows
-from .checkpoints import latest, newest, read_about
+from .checkpoints import newest, read_description
 from .config import Config
 from .data import Data, Part, Parts
 from .engine import pick_device
@@ -130,12 +130,12 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 def saved_metrics(folder: Path) -> str:
     """The metrics of a run's last and best checkpoints, and which one the commands use."""
-    last, best = latest(folder / "checkpoints"), newest(folder / "checkpoints", "best")
+    last, best = (newest(folder / "checkpoints", kind) for kind in ("last", "best"))
     lines = []
     for kind, path in (("last", last), ("best", best)):
         if path is not None:
-            about = read_about(path)
-            lines.append(f"  {kind}  step {about['step']}: {metrics_line(about['metrics'])}")
+            saved = read_description(path)
+            lines.append(f"  {kind}  step {saved.step}: {metrics_line(saved.metrics)}")
     if best is not None:
         lines.append("  evaluate and the commands below use the best checkpoint")
     return "\n".join(lines)

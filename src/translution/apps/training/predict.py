@@ -53,7 +53,8 @@ def predict(
         One prediction per file. For a file that cannot be read, its `error` says why.
 
     Raises:
-        ValueError: the model is not a classifier of images, or has no preprocessing.
+        ValueError: the model is not a classifier of images, has no preprocessing, or its outputs
+            are not finite.
     """
     model: Any = checkpoint.model if isinstance(checkpoint, Checkpoint) else checkpoint
     name = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else "the model"
@@ -75,7 +76,10 @@ def predict(
         likely: Iterator[Any] = iter(())
         if images:
             batch = normalised(torch.stack(images).to(device), preprocessing).to(dtype)
-            best = model(batch).float().softmax(-1).topk(min(top, len(classes)))
+            logits = model(batch).float()
+            if not logits.isfinite().all():
+                raise ValueError(f"checkpoint: {name} gives values that are not finite")
+            best = logits.softmax(-1).topk(min(top, len(classes)))
             likely = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, image in zip(batch_files, loaded, strict=True):
             if isinstance(image, str):

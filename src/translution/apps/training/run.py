@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch import nn
 
 from ...models import create_model, model_options
+from ...models.description import Description
 from ...models.preprocessing import Preprocessing
 from ...utils.files import write_whole
 from ...utils.measuring import multiply_adds
@@ -27,22 +28,20 @@ from ..data.text import Windows
 from .callbacks import Keeper, Meter
 from .checkpoints import (
     PARTS,
-    STATE,
     Folders,
     clear_remains,
-    is_whole,
-    latest,
     newest,
     open_checkpoint,
-    read_about,
+    read_description,
+    resumable,
 )
-from .config import Config, TrainOptions
+from .config import Config, TrainOptions, config_file
 from .data import Data, Part, Parts
 from .engine import interruptible, is_main_process, pick_device, quiet
 from .logs import GroupedTensorBoard, MetricsFile
 from .messages import Cost, run_summary
 from .progress import progress
-from .strategies import Offset, Sharded
+from .strategies import Loopback, Offset, Sharded, is_started_elsewhere
 from .tasks import Classification, LanguageModel, Task
 
 __all__ = ["evaluate", "train"]
@@ -94,28 +93,27 @@ def _train(
     more: Sequence[Callback],
     tensorboard: bool,
 ) -> dict[str, float]:
-    check_folder(config, folder, resume)
+    at, damaged = check_folder(config, folder, resume)
     data = Data(config, parts=parts)
     name, options = model_of(config, data)
-    at = latest(folder / "checkpoints")
-    about: dict[str, Any] = {"step": 0} if at is None else read_about(at)
-    step = int(about["step"])
+    saved = None if at is None else read_description(at)
+    step = 0 if saved is None else saved.step
     length = "train.steps" if config.train.steps is not None else "train.epochs"
     if step > data.steps:
         raise ValueError(
             f"{length}: got {data.steps} steps, but {folder} is already at step {step}; want at "
             "least that, or another out"
         )
-    if at is not None and step == data.steps:
+    for reason in damaged:
+        _say(f"cut    {reason}: the run continues from the other checkpoint")
+    if saved is not None and step == data.steps:
         _say(
             f"{folder} is already at step {step} of {data.steps}; a larger --{length} continues it"
         )
-        return dict(about["metrics"])
+        return dict(saved.metrics)
     cost = _cost(name, options, data)
     _say(run_summary(config, data, name, options, cost))
     if at is not None:
-        for cut in _incomplete(folder, at):
-            _say(f"cut    {cut / STATE} is not whole: the run continues from the other checkpoint")
         _say(f"from   step {step}, {at}")
     if is_main_process():
         write_whole(folder / "config.yaml", lambda to: to.write_text(as_yaml(config), "utf-8"))
@@ -132,12 +130,13 @@ def _train(
         model.compile()
     part = data.part("train")
     io = Folders(
-        {
-            "model": {"name": name, "options": options},
-            "config": config.model_dump(mode="json"),
-            "classes": part.classes if isinstance(part, Images) else None,
-            "preprocessing": part.preprocessing.entry() if isinstance(part, Images) else None,
-        },
+        Description(
+            name,
+            options,
+            classes=part.classes if isinstance(part, Images) else None,
+            preprocessing=part.preprocessing.entry() if isinstance(part, Images) else None,
+            config=config.model_dump(mode="json"),
+        ),
         None if isinstance(part, Images) else part.tokenizer,
     )
     meter = Meter(config.train, cost.training_flops)
@@ -219,6 +218,9 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
     """
     options = config.train
     device = pick_device(options.device)
+    plugins = list(more.pop("plugins", ()))
+    if options.devices > 1 and options.nodes == 1 and not is_started_elsewhere():
+        plugins.append(Loopback())
     started, wanted = int(os.environ.get("WORLD_SIZE", 1)), options.devices * options.nodes
     if started > 1 and started != wanted:
         raise ValueError(
@@ -239,6 +241,7 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=False,  # `progress` replaces it
+        plugins=plugins,
         **more,
     )
     try:
@@ -274,7 +277,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
     run = folder / "config.yaml"
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
-    if folder.exists() and (not folder.is_dir() or (inside - {LOCK} and not run.exists())):
+    is_run = run.exists() or is_trained(folder)
+    if folder.exists() and (not folder.is_dir() or (inside - {LOCK} and not is_run)):
         raise ValueError(f"out: {folder} exists and is not a run; want a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -290,34 +294,44 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_folder(config: Config, folder: Path, resume: bool) -> None:
+def check_folder(config: Config, folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
     """Check that a run may start or continue in a folder, and remove incomplete checkpoints.
 
     A run without a checkpoint starts again.
 
+    Returns:
+        as `resumable`: the checkpoint from which the run continues, and the damage of newer ones.
+
     Raises:
-        ValueError: the folder has a run, and `resume` is false or its configuration differs.
+        ValueError: the folder has a run, and `resume` is false, its configuration differs, or none
+            of its checkpoints is whole.
     """
-    if not is_main_process():
-        return
-    saved = folder / "config.yaml"
-    if latest(folder / "checkpoints") is not None:
-        if not resume:
-            raise ValueError(
-                f"out: {folder} holds a run; --resume continues it; want that, or another out"
-            )
+    checkpoints = folder / "checkpoints"
+    if is_trained(folder) and not resume and is_main_process():
+        raise ValueError(
+            f"out: {folder} holds a run; --resume continues it; want that, or another out"
+        )
+    at, damaged = resumable(checkpoints)
+    if at is None and damaged:
+        raise ValueError(
+            f"out: no checkpoint of {folder} is whole: {'; '.join(damaged)}; want another out, or "
+            "remove them to start again"
+        )
+    if at is not None and is_main_process():
+        saved = config_file(folder)
         before, now = _flat(load(Config, saved)), _flat(config)
         other = [k for k in sorted(before | now) if before.get(k) != now.get(k) and k not in FREE]
         if other:
             changes = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in other)
             raise ValueError(f"--resume: {saved} has another configuration: {changes}")
-    clear_remains(folder / "checkpoints")
+    if is_main_process():
+        clear_remains(checkpoints)
+    return at, damaged
 
 
-def _incomplete(folder: Path, at: Path) -> list[Path]:
-    """The checkpoints that cannot be continued, so that the run continues from `at`."""
-    kept = [newest(folder / "checkpoints", kind) for kind in ("last", "best")]
-    return [path for path in kept if path not in (None, at) and not is_whole(path)]
+def is_trained(folder: Path) -> bool:
+    """Whether the folder of a run has a checkpoint, whole or not."""
+    return any(newest(folder / "checkpoints", kind) for kind in ("last", "best"))
 
 
 def _say(text: str) -> None:

@@ -39,8 +39,10 @@ def _send(folder: Path, name: str, private: bool) -> str:
     """Upload the files that `Checkpoint.export` writes, in one commit. Returns its address."""
     import huggingface_hub
 
+    from ...models.description import CONFIG
     from ...models.preprocessing import PROCESSOR_FILE
-    from ...models.pretrained import CARD, CONFIG, WEIGHTS
+    from ...models.pretrained import CARD
+    from ...models.weights import WEIGHTS
     from .checkpoints import TOKENIZER
 
     api = huggingface_hub.HfApi(library_name="translution")

@@ -5,14 +5,24 @@ FSDP shards all parameters. Offset parallelism divides the tables by their class
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -24,12 +34,53 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from ...interop import parallel
+from ...models.weights import not_finite
 from ...modules.projections import RelativeLinear
 from .checkpoints import PREFIX, Folders
+from .engine import REMEDY, Diverged
 
-__all__ = ["Offset", "Sharded", "shard"]
+__all__ = ["Loopback", "Offset", "Sharded", "is_started_elsewhere", "shard"]
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_started_elsewhere() -> bool:
+    """Whether another program, such as torchrun or a cluster, starts the processes of a run."""
+    kinds = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+    return any(kind.detect() for kind in kinds)
+
+
+class Loopback(LightningEnvironment):
+    """Processes on one machine, which listen on the loopback interface only.
+
+    torch's own store listens on all interfaces. Here the first process opens the store on a socket
+    that is bound to the loopback address, and all processes are its clients, as those of torchrun
+    are clients of the store of torchrun.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store: TCPStore | None = None
+
+    @property
+    def main_address(self) -> str:
+        return "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        if self.store is None and not self.creates_processes_externally:
+            listening = socket.create_server((self.main_address, 0))
+            self._main_port = listening.getsockname()[1]
+            self.store = TCPStore(
+                self.main_address, self._main_port, is_master=True, wait_for_workers=False,
+                master_listen_fd=listening.detach(),
+            )  # fmt: skip
+            names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", names[0])
+        return super().main_port
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -163,6 +214,9 @@ class Offset(DDPStrategy):
         io = self.checkpoint_io
         assert isinstance(io, Folders)
         optimizer = _bare(self.optimizers[0])
+        if not self.reduce_boolean_decision(not not_finite(self.bare.state_dict())):
+            step = checkpoint["global_step"]
+            raise Diverged(f"weights: some are not finite at step {step}; {REMEDY}")
         with io.parts(checkpoint, Path(filepath), self) as folder:
             if self.global_rank < self.each:
                 parallel.save(self.bare, folder, optimizer)

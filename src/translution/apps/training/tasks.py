@@ -18,7 +18,7 @@ from ..data.augment import Augment
 from ..data.images import ImageBatch
 from ..data.order import seed_of
 from ..data.parts import Part
-from ..data.text import Windows
+from ..data.text import IGNORED, Windows
 from .config import Config
 from .data import Data
 from .strategies import Offset, Sharded, shard
@@ -194,7 +194,7 @@ class Classification(Task):
 
     def meters(self) -> dict[str, nn.Module]:
         meters: dict[str, nn.Module] = {
-            "loss": MeanMetric(),
+            "loss": MeanMetric(nan_strategy="disable"),  # a loss that is NaN makes the mean NaN
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
         }
         if self.classes >= 10:
@@ -226,7 +226,7 @@ class LanguageModel(Task):
     unit = "tokens"
 
     def meters(self) -> dict[str, nn.Module]:
-        return {"loss": MeanMetric()}
+        return {"loss": MeanMetric(nan_strategy="disable")}
 
     def size(self, batch: Tensor) -> int:
         return batch.shape[0] * (batch.shape[1] - 1)
@@ -234,8 +234,13 @@ class LanguageModel(Task):
     def loss(self, batch: Tensor, meters: nn.ModuleDict) -> Tensor:
         targets = batch[:, 1:]
         logits = self.model(batch[:, :-1].clamp(min=0))
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        meters["loss"].update(loss.detach(), (targets != -100).sum())
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        smoothing = self.options.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=smoothing)
+        measured = loss.detach()
+        if smoothing:  # perplexity and bits per byte are those of the text itself
+            measured = F.cross_entropy(logits.detach(), targets, ignore_index=IGNORED)
+        meters["loss"].update(measured, (targets != IGNORED).sum())
         return loss
 
     def read(self, meters: nn.ModuleDict, part: Part) -> dict[str, float]:

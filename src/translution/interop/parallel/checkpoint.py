@@ -1,7 +1,8 @@
 """Files of divided models: each process writes its own rows, and any number of processes read them.
 
 A folder contains
-    division.json             the number of shares, the tables, the settings of the optimizer
+    division.json             the description: the model, the number of shares, the tables, the
+                              settings of the optimizer
     shared.safetensors        what is the same in all processes
     share-0-of-8.safetensors  the rows 0, 8, 16, ... of every table, and so on for the other shares
 The states of the optimizer are in the same files, as `optimizer/exp_avg/<parameter>`.
@@ -13,6 +14,7 @@ the mean number of pairs on one of eight processes (a grid of 14×14), where our
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,12 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.description import (
+    DIVISION,
+    Description,
+    check_file,
+    read_description,
+    write_description,
+)
+from ...models.pretrained import Pretrained
+from ...models.weights import SHARED, STATES, open_weights, save_weights, share_file
 from .division import Division, division_of, tables_of
 
 __all__ = ["load", "save"]
-
-SHARED = "shared.safetensors"
-ABOUT = "division.json"
 
 
 def save(
@@ -48,11 +56,10 @@ def save(
             shapes of the parameters.
 
     Raises:
-        ValueError: the folder exists, or the optimizer has a state or setting that cannot be saved.
+        ValueError: the folder exists, weights are not finite, or the optimizer has a state or
+            setting that cannot be saved.
         OSError: one of the processes cannot write.
     """
-    from safetensors.torch import save_file
-
     folder, division = Path(folder), division_of(model)
     partial = folder.with_name(f".{folder.name}.partial")
     rank, ranks = _share(division)
@@ -60,18 +67,19 @@ def save(
         with _together(division):
             if folder.exists():
                 raise ValueError(f"folder: got {folder}, which exists, want a new one")
-            shared, own, about = _contents(model, optimizer)
+            shared, own, description = _contents(model, optimizer, ranks)
         with _together(division):
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with _together(division):
-            save_file(own, partial / _file(rank, ranks))
+            save_weights(own, partial / share_file(rank, ranks))
             if rank == 0:
-                save_file(shared, partial / SHARED)
-                (partial / ABOUT).write_text(json.dumps({"shares": ranks, **about}, indent=1))
+                save_weights(shared, partial / SHARED)
         with _together(division):
             if rank == 0:
+                files = [SHARED, *(share_file(each, ranks) for each in range(ranks))]
+                write_description(partial, DIVISION, description, files)
                 os.replace(partial, folder)
     finally:
         if rank == 0:
@@ -92,41 +100,41 @@ def load(
         optimizer: an optimizer of this model's parameters, in the same groups as the saved one.
 
     Raises:
-        ValueError: another model or optimizer, or incomplete files.
+        ValueError: another model or optimizer, or files that are incomplete or have changed.
         OSError: one of the processes cannot read a file.
     """
-    from safetensors import SafetensorError
-
     folder, division = Path(folder), division_of(model)
     with _together(division):
-        try:
-            about = json.loads((folder / ABOUT).read_text())
-            with ExitStack() as stack:
-                reader = _Reader(folder, about, model, stack)
-                reader.read_model()
-                if optimizer is not None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: is not a folder, want one that save wrote")
+        with ExitStack() as stack:
+            reader = _Reader(folder, model, stack)
+            reader.read_model()
+            if optimizer is not None:
+                try:
                     reader.read_optimizer(optimizer)
-        except (json.JSONDecodeError, SafetensorError, KeyError) as error:
-            raise ValueError(f"{folder}: not a whole saved model: {error!r}") from None
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{folder / DIVISION}: optimizer: {error!r}") from None
 
 
 class _Reader:
     """Reads the files of a folder into a model and its optimizer."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], model: nn.Module, stack: ExitStack):
-        from safetensors import safe_open
-
-        self.folder, self.about, self.model = folder, about, model
-        self.classes = _classes(model)
-        if about["tables"] != self.classes:
+    def __init__(self, folder: Path, model: nn.Module, stack: ExitStack):
+        self.folder, self.about, self.model = folder, read_description(folder), model
+        self.classes, shares = _classes(model), self.about.shares or 0
+        if self.about.tables != self.classes or not shares:
             raise ValueError(
-                f"{folder}: has tables with rows {about['tables']}, the model {self.classes}"
+                f"{folder}: has tables with rows {self.about.tables}, the model {self.classes}"
             )
-        names = [SHARED, *(_file(rank, about["shares"]) for rank in range(about["shares"]))]
+        names = [SHARED, *(share_file(rank, shares) for rank in range(shares))]
+        rank, ranks = _share(division_of(model))
+        for name in names[rank::ranks]:  # each process checks some of the files
+            check_file(folder, name, self.about)
         self.shared, *self.shares = (
-            stack.enter_context(safe_open(folder / name, framework="pt")) for name in names
+            stack.enter_context(open_weights(folder / name)) for name in names
         )
-        self.own = _share(division_of(model))
+        self.own = rank, ranks
 
     def fill(self, into: Tensor, key: str, table: str | None) -> None:
         """Copy the tensor `key` into a parameter or state; of a table, only this process's rows."""
@@ -152,7 +160,7 @@ class _Reader:
     def read_model(self) -> None:
         held = _held(self.model)
         for file, table in ((self.shared, False), (self.shares[0], True)):
-            there = {key for key in file.keys() if not key.startswith("optimizer/")}  # noqa: SIM118
+            there = {key for key in file.keys() if not key.startswith(STATES)}  # noqa: SIM118
             here = {name for name in held if (name in self.classes) == table}
             if there != here:
                 raise ValueError(
@@ -165,7 +173,7 @@ class _Reader:
             self.fill(tensor, name, name if name in self.classes else None)
 
     def read_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        saved = self.about["optimizer"]
+        saved = self.about.optimizer
         if saved is None:
             raise ValueError(f"optimizer: none was saved in {self.folder}")
         state_dict, names = optimizer.state_dict(), _names(self.model, optimizer)
@@ -180,7 +188,7 @@ class _Reader:
         for name, kinds in saved["states"].items():
             state_dict["state"][indices[name]] = state = {}
             for kind, number in kinds.items():
-                key = f"optimizer/{kind}/{name}"
+                key = f"{STATES}{kind}/{name}"
                 if number is not None:
                     state[kind] = number
                 elif key in self.shared.keys() and name in self.classes:  # noqa: SIM118
@@ -198,13 +206,16 @@ class _Reader:
 
 
 def _contents(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Description]:
     """The tensors that all processes share, this process's rows, and a description of both."""
     classes, held = _classes(model), _held(model)
     shared = {name: t for name, t in held.items() if name not in classes}
     own = {name: t for name, t in held.items() if name in classes}
-    about: dict[str, Any] = {"tables": classes, "optimizer": None}
+    described: dict[str, Any] = {}
+    if isinstance(model, Pretrained):
+        described = {"architecture": model.family, "options": dataclasses.asdict(model.config)}
+    about = Description(**described, shares=ranks, tables=classes)
     if optimizer is not None:
         state_dict, names = optimizer.state_dict(), _names(model, optimizer)
         states: dict[str, dict[str, float | None]] = {}
@@ -221,15 +232,15 @@ def _contents(
                         f"{names[i]}, want a number or the parameter's {tuple(like.shape)}"
                     )
                 rows = names[i] in classes and value.ndim > 0
-                (own if rows else shared)[f"optimizer/{kind}/{names[i]}"] = value
+                (own if rows else shared)[f"{STATES}{kind}/{names[i]}"] = value
         groups = [
             {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
             | {"params": [names[i] for i in group["params"]]}
             for group in state_dict["param_groups"]
         ]
-        about["optimizer"] = {"groups": groups, "states": states}
+        about = dataclasses.replace(about, optimizer={"groups": groups, "states": states})
         try:
-            json.dumps(about)
+            json.dumps(about.optimizer)
         except TypeError as error:
             raise ValueError(
                 f"optimizer: has a setting or state that cannot be saved: {error}"
@@ -268,10 +279,6 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 def _share(division: Division | None) -> tuple[int, int]:
     return (0, 1) if division is None else (division.rank, division.ranks)
-
-
-def _file(rank: int, ranks: int) -> str:
-    return f"share-{rank}-of-{ranks}.safetensors"
 
 
 @contextmanager
