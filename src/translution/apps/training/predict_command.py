@@ -44,7 +44,9 @@ def predict(
     files = image_files(images)
     results = run(open_checkpoint(checkpoint), files, top, batch_size, pick_device(device))
     errors = Console(stderr=True)
-    done = list(track(results, "Classifying", len(files), console=errors, transient=True))
+    quiet = not errors.is_terminal  # elsewhere the bar would leave an empty line
+    bar = track(results, "Classifying", len(files), console=errors, transient=True, disable=quiet)
+    done = list(bar)
     good = [one for one in done if one.error is None]
     if output is None:
         table = Table("image", *[h for _ in range(top) for h in ("class", "probability")])
