@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -461,3 +462,79 @@ def test_commands(here, words, named):
     (here / "eps.png").write_bytes(EPS)
     (here / "folder.pt2").mkdir()
     refused(here, shlex.split(words), named, codes=(1, 2))
+
+
+# -- damaged runs --------------------------------------------------------------------------------
+
+DAMAGE = {
+    "no description": ("checkpoint.json", remove),
+    "an empty description": ("checkpoint.json", content(b"")),
+    "a description that is a list": ("checkpoint.json", content(b"[]")),
+    "a description of another kind": ("checkpoint.json", content(b"{}")),
+    "a description that is not text": ("checkpoint.json", content(bytes(range(256)))),
+    "no weights": ("model.safetensors", remove),
+    "empty weights": ("model.safetensors", content(b"")),
+    "weights of text": ("model.safetensors", content(b"text" * 9)),
+    "half the weights": (
+        "model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-99]),
+    ),
+    "no tokenizer": ("tokenizer.json", remove),
+    "an empty tokenizer": ("tokenizer.json", content(b"")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate digits --json=x.json", "predict digits photos --output=x.csv",
+        "share digits new", "export digits --to=torch --out=x.pt2", "demo digits",
+        "evaluate text --json=x.json", "generate text --prompt=a", "share text new",
+        "export text --to=torch --out=x.pt2",
+    ],
+    ids=lambda words: "-".join(words.split()[:2]),
+)  # fmt: skip
+def test_damaged_runs(here, kind, words):
+    name, change = DAMAGE[kind]
+    run = "digits" if "digits" in words else "text"
+    if name == "tokenizer.json" and (run == "digits" or "generate" not in words):
+        pytest.skip("it is not needed")
+    for path in (here / run / "checkpoints").glob(f"*/{name}"):
+        change(path)
+    refused(here, words.split(), run, codes=(1, 2))
+
+
+# -- in processes of their own ---------------------------------------------------------------------
+
+
+def in_process(*words, before="pass"):
+    """A command as a user starts it, after a line of Python."""
+    code = f"import resource, signal\n{before}\nfrom translution.apps.cli import main\nmain()"
+    words = [sys.executable, "-c", code, *words]
+    done = subprocess.run(words, capture_output=True, timeout=120, text=True, errors="replace")
+    return done.returncode, done.stderr
+
+
+# the size of a file is limited, as on a disk that is full
+FULL = (
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "named"),
+    [
+        ("export digits --to=torch --out=x.pt2 --no-check", FULL, "x.pt2"),
+        ("train digits.yaml --train.steps=99999999999999999999", "pass", "train.steps"),
+        ("generate text --prompt=\udcff", "pass", "prompt"),
+    ],
+)
+def test_in_processes(here, words, before, named):
+    before_files = written(here)
+    code, said = in_process(*words.split(), before=before)
+    assert code in (1, 2), (code, said)
+    (line,) = said.splitlines()
+    assert line.startswith("translution: ")
+    assert named in line
+    assert written(here) == before_files
