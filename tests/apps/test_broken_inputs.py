@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -341,3 +343,198 @@ def test_data(here, kind):
     refused(here, ["train", f"{config}.yaml", "--out=new"], named)
     if config == "text":
         refused(here, ["tokenize", f"{config}.yaml"], named)
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+BAD = b"\xff".decode("utf-8", "surrogateescape")  # as Python reads such a byte of a command line
+LONG = "x" * 300
+# a command's words, and what is named; {run} and {text} are runs
+COMMANDS = [
+    ("train absent.yaml", "absent.yaml"),
+    ("train ''", "CONFIG: got ''"),
+    ("train photos", "photos"),
+    ("train digits.yaml --out=a.txt", "a.txt"),
+    ("train digits.yaml --out=photos", "photos"),
+    (f"train digits.yaml --out={LONG}", "name too long"),
+    ("train digits.yaml --out=digits", "digits holds a run"),
+    ("train digits.yaml --out=digits --resume --model.dim=8", "model.dim"),
+    ("evaluate absent", "absent"),
+    ("evaluate ''", "CHECKPOINT: got ''"),
+    ("evaluate photos", "photos"),
+    ("evaluate digits --part=tset", "part"),
+    ("evaluate digits --model.dim=8", "model"),
+    ("evaluate digits --json=absent/x.json", "json"),
+    ("evaluate digits --json=photos", "photos"),
+    ("evaluate digits --json=''", "--json"),
+    ("evaluate digits --data.crop=.nan", "data.crop"),
+    ("evaluate text --data.valid=absent", "absent"),
+    ("tokenize digits.yaml", "data.kind"),
+    ("tokenize absent.yaml", "absent.yaml"),
+    ("predict absent photos", "absent"),
+    ("predict '' photos", "CHECKPOINT: got ''"),
+    ("predict text photos", "text"),
+    ("predict digits absent", "absent"),
+    ("predict digits ''", "empty name"),
+    ("predict digits a.txt", "a.txt: not an image"),
+    ("predict digits pipe.png", "pipe.png"),
+    ("predict digits eps.png", "eps.png: not an image"),
+    ("predict digits photos --top=0", "--top"),
+    ("predict digits photos --batch-size=0", "--batch-size"),
+    ("predict digits photos --device=tpu", "device"),
+    ("predict digits photos --output=x.txt", "x.txt"),
+    ("predict digits photos --output=absent/x.csv", "absent"),
+    ("predict digits photos --output=''", "--output"),
+    ("generate absent --prompt=a", "absent"),
+    ("generate '' --prompt=a", "CHECKPOINT: got ''"),
+    ("generate digits --prompt=a", "digits"),
+    ("generate text", "prompt"),
+    (f"generate text --prompt={BAD}", "prompt: got '\\udcff', want UTF-8"),
+    (f"generate text --prompt=a --stop={BAD}", "stop: got '\\udcff', want UTF-8"),
+    ("generate text --prompt-file=absent", "absent"),
+    ("generate text --prompt-file=photos/cat/0.png", "0.png"),
+    ("generate text --prompt-file=photos", "photos"),
+    ("generate text --prompt=a --seed=18446744073709551616", "seed"),
+    ("generate text --prompt=a --samples=2 --seed=18446744073709551615", "seed"),
+    ("generate text --prompt=a --seed=-99999999999999999999", "seed"),
+    ("generate text --prompt=a --max-tokens=-1", "max_tokens"),
+    ("generate text --prompt=a --temperature=nan", "temperature"),
+    ("generate text --prompt=a --top-p=nan", "top_p"),
+    ("generate text --prompt=a --slide=99", "slide"),
+    ("share absent new", "absent"),
+    ("share digits ''", "FOLDER: got ''"),
+    ("share '' new", "CHECKPOINT: got ''"),
+    ("share digits a.txt", "a.txt"),
+    ("share digits a.txt/new", "a.txt"),
+    ("share digits digits", "digits belongs to a run"),
+    ("models nothing", "pattern"),
+    ("models --batch=0", "--batch"),
+    ("models --max-parameters=x", "max-parameters"),
+    ("export absent --to=torch --out=x.pt2", "absent"),
+    ("export digits --to=exe --out=x.pt2", "exe"),
+    ("export digits --to=torch --out=x.onnx", "x.onnx"),
+    ("export digits --to=torch --out=absent/x.pt2", "absent"),
+    ("export digits --to=torch --out=folder.pt2", "folder.pt2"),
+    ("export digits --to=torch --out=''", "--out: got ''"),
+    ("export digits --to=torch --out=/proc/x.pt2", "out: /proc/x.pt2 cannot be written"),
+    ("export digits --to=torch --out=x.pt2 --batch=0", "batch"),
+    ("export digits --to=torch --out=x.pt2 --size=13", "13"),
+    ("export digits --to=torch --out=x.pt2 --tolerance=-1", "--tolerance"),
+    ("compare --out=a.txt", "a.txt"),
+    ("compare --out=photos", "photos"),
+    ("compare --out=''", "--out"),
+    ("compare --mixers=x", "mixers"),
+    ("compare --seeds=0", "seeds"),
+    ("compare --seeds=99999999999999999999", "seeds"),
+    ("compare --seed=18446744073709551616", "seed"),
+    ("compare --steps=0", "steps"),
+    ("compare --steps=99999999999999999999", "steps"),
+    ("compare --batch-size=0", "batch_size"),
+    ("compare --canvas=1000000", "canvas"),
+    ("compare --dim=99999999999999999999", "dim"),
+    ("compare --depth=1000000000", "depth"),
+    ("compare --learning-rate=nan", "learning_rate"),
+    ("compare --data=mnist --data-dir=photos", "photos"),
+    ("experiment absent.yaml", "absent.yaml"),
+    ("experiment a.txt", "a.txt"),
+    ("experiment pipe.png", "pipe.png"),
+    ("demo absent", "absent"),
+    ("demo photos", "photos"),
+    ("demo ''", "RUN: got ''"),
+    ("demo photos.yaml", "photos.yaml"),
+    ("demo digits --host=nowhere.invalid", "host"),
+    ("demo digits --port=-1", "--port"),
+    ("bench --grid=x", "grid"),
+    ("bench --batch=\u00b2", "batch"),
+    ("bench --dtype=int8", "int8"),
+    ("bench --json=absent/x.json", "absent"),
+    ("bench --against=a.txt", "a.txt"),
+    ("bench-step --json=absent/x.json", "absent"),
+    ("bench-gpu --out=absent/x.json", "absent"),
+    ("bench-tune --json=absent/x.json", "absent"),
+    ("nothing", "nothing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "named"), COMMANDS, ids=lambda value: value[:60])
+def test_commands(here, words, named):
+    os.mkfifo(here / "pipe.png")
+    (here / "eps.png").write_bytes(EPS)
+    (here / "folder.pt2").mkdir()
+    refused(here, shlex.split(words), named, codes=(1, 2))
+
+
+# -- damaged runs --------------------------------------------------------------------------------
+
+DAMAGE = {
+    "no description": ("checkpoint.json", remove),
+    "an empty description": ("checkpoint.json", content(b"")),
+    "a description that is a list": ("checkpoint.json", content(b"[]")),
+    "a description of another kind": ("checkpoint.json", content(b"{}")),
+    "a description that is not text": ("checkpoint.json", content(bytes(range(256)))),
+    "no weights": ("model.safetensors", remove),
+    "empty weights": ("model.safetensors", content(b"")),
+    "weights of text": ("model.safetensors", content(b"text" * 9)),
+    "half the weights": (
+        "model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-99]),
+    ),
+    "no tokenizer": ("tokenizer.json", remove),
+    "an empty tokenizer": ("tokenizer.json", content(b"")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate digits --json=x.json", "predict digits photos --output=x.csv",
+        "share digits new", "export digits --to=torch --out=x.pt2", "demo digits",
+        "evaluate text --json=x.json", "generate text --prompt=a", "share text new",
+        "export text --to=torch --out=x.pt2",
+    ],
+    ids=lambda words: "-".join(words.split()[:2]),
+)  # fmt: skip
+def test_damaged_runs(here, kind, words):
+    name, change = DAMAGE[kind]
+    run = "digits" if "digits" in words else "text"
+    if name == "tokenizer.json" and (run == "digits" or "generate" not in words):
+        pytest.skip("it is not needed")
+    for path in (here / run / "checkpoints").glob(f"*/{name}"):
+        change(path)
+    refused(here, words.split(), run, codes=(1, 2))
+
+
+# -- in processes of their own ---------------------------------------------------------------------
+
+
+def in_process(*words, before="pass"):
+    """A command as a user starts it, after a line of Python."""
+    code = f"import resource, signal\n{before}\nfrom translution.apps.cli import main\nmain()"
+    words = [sys.executable, "-c", code, *words]
+    done = subprocess.run(words, capture_output=True, timeout=120, text=True, errors="replace")
+    return done.returncode, done.stderr
+
+
+# the size of a file is limited, as on a disk that is full
+FULL = (
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "named"),
+    [
+        ("export digits --to=torch --out=x.pt2 --no-check", FULL, "x.pt2"),
+        ("train digits.yaml --train.steps=99999999999999999999", "pass", "train.steps"),
+        ("generate text --prompt=\udcff", "pass", "prompt"),
+    ],
+)
+def test_in_processes(here, words, before, named):
+    before_files = written(here)
+    code, said = in_process(*words.split(), before=before)
+    assert code in (1, 2), (code, said)
+    (line,) = said.splitlines()
+    assert line.startswith("translution: ")
+    assert named in line
+    assert written(here) == before_files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,8 +15,8 @@ __all__ = ["compare"]
 
 def compare(
     out: Annotated[
-        str, typer.Option(help="Folder to write; a finished comparison there is replaced.")
-    ] = "compare",
+        Path, typer.Option(help="Folder to write; a finished comparison there is replaced.")
+    ] = Path("compare"),
     data: Annotated[str, typer.Option(help="digits or mnist.")] = "digits",
     data_dir: Annotated[
         str | None, typer.Option(help="Folder with MNIST's four files, downloaded if absent.")
@@ -63,5 +64,5 @@ def compare(
         dim=dim, depth=depth, heads=heads, init=init, train_limit=train_limit,
         test_limit=test_limit, device=device,
     )  # fmt: skip
-    if not compare_in(out, experiment, " ".join(["translution", *sys.argv[1:]]), jobs):
+    if not compare_in(str(out), experiment, " ".join(["translution", *sys.argv[1:]]), jobs):
         raise typer.Exit(130)

@@ -46,6 +46,7 @@ def experiment(
     import json
     from typing import Any
 
+    from ..config import read_text
     from .config import BUDGETS, Run, load_experiment
     from .making import jobs_on
     from .progress import RunsProgress
@@ -59,7 +60,12 @@ def experiment(
         for value in values:
             if value not in have:
                 raise ValueError(f"{name}: got {value!r}, want some of {list(have)}")
-    had = {} if known is None else json.loads(known.read_text("utf-8")).get(file.stem, {})
+    had: dict[str, Any] = {}
+    if known is not None:
+        try:
+            had = json.loads(read_text(known)).get(file.stem, {})
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"--known: {known} is not results of experiments: {error}") from None
     runs = Runs(found, out / file.stem, chosen, wanted, had)
     jobs = jobs_on(runs.device, jobs)
     command = shlex.join(["translution", "experiment", str(file)])

@@ -49,7 +49,9 @@ def predict(
     model = Pretrained.from_pretrained(checkpoint) if saved else open_checkpoint(checkpoint)
     results = run(model, files, top, batch_size, pick_device(device))
     errors = Console(stderr=True)
-    done = list(track(results, "Classifying", len(files), console=errors, transient=True))
+    quiet = not errors.is_terminal  # elsewhere the bar would leave an empty line
+    bar = track(results, "Classifying", len(files), console=errors, transient=True, disable=quiet)
+    done = list(bar)
     good = [one for one in done if one.error is None]
     if output is None:
         table = Table("image", *[h for _ in range(top) for h in ("class", "probability")])

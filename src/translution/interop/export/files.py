@@ -79,6 +79,7 @@ def save_program(
     Raises:
         ValueError: the kind is unknown or cannot be written on this machine, the suffix does not
             fit it, or the folder does not exist.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     check_kind(kind, path)
@@ -86,13 +87,18 @@ def save_program(
     metadata = {}
     if preprocessing is not None:
         metadata[METADATA] = json.dumps(preprocessing.to_dict(), ensure_ascii=False)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        write(program, Path(folder) / path.name, metadata)
-        # move the program's file last, so that it exists only when the others do
-        files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
-        size = sum(file.stat().st_size for file in files)
-        for file in files:
-            write_whole(path.parent / file.name, lambda to, file=file: os.replace(file, to))
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            write(program, Path(folder) / path.name, metadata)
+            # move the program's file last, so that it exists only when the others do
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+            size = sum(file.stat().st_size for file in files)
+            for file in files:
+                write_whole(path.parent / file.name, lambda to, file=file: os.replace(file, to))
+    except OSError as error:  # that of a full disk names no file
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return size
 
 
