@@ -33,6 +33,7 @@ from translution.interop.published import export_published, load_published
 from translution.models.residual_network import Bottleneck, ResNetConfig, resnet
 from translution.models.swin_transformer import Block, swin
 
+pytestmark = pytest.mark.filterwarnings("ignore:exchanged. got None:UserWarning")
 SUBSETS = ["".join(s) for n in range(4) for s in itertools.combinations("qkv", n)]
 DIM, HEADS, HEAD_DIM, RANK = 6, 2, 4, 3
 INNER, LOW = HEADS * HEAD_DIM, HEADS * RANK
@@ -296,6 +297,22 @@ def test_exchanged_where_it_means_nothing():
         export_published(make_layer("qkv", (4,)), exchanged=True)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("grid", "relative", "version"),
+    [((3, 2), "qkv", "2025-11-29"), ((4,), "qk", "2025-12-19"), ((3, 2), "kv", None)],
+)
+def test_what_the_weights_do_not_show_is_said(grid, relative, version):
+    layer = make_layer(relative, grid)
+    weights = export_published(layer)
+    if version is None:
+        load_published(layer, weights)
+    else:
+        with pytest.warns(UserWarning, match=rf"exchanged: got None\..* before {version}"):
+            load_published(layer, weights)
+    load_published(layer, weights, exchanged=False)
+
+
 @pytest.mark.parametrize(("grid", "prefix"), [((5,), 0), ((3, 2), 1), ((2, 3), 0)])
 def test_rotary_attention(grid, prefix):
     weights = random(layer_shapes("", grid, prefix)) | constants(grid, rotary=True)
@@ -333,6 +350,10 @@ def test_rotations_that_turn_nothing():
     x = torch.randn(2, 7, DIM, dtype=torch.float64)
     close(layer(x), layer_twin(weights, x, (3, 2), 1, "v"))
     same(export_published(layer), weights)
+    whole = export_published(layer, unused_rotations=True)
+    assert set(whole) == set(there)
+    for name in whole:
+        torch.testing.assert_close(whole[name].double(), there[name].double(), rtol=0, atol=1e-6)
     there["rope.cos_cached"] = there["rope.cos_cached"] + 0.1
     with pytest.raises(ValueError, match=r"constant: rope.cos_cached"):
         load_published(layer, there)
@@ -789,11 +810,17 @@ def test_swin_block():
     same(export_published(block), weights)
 
 
+@pytest.mark.parametrize(
+    ("window", "sizes"),
+    [(2, [16, 8, 4, 2]), (4, [16, 8, 4, 2]), (4, [8, 4, 2, 1])],
+    ids=["window-2", "window-4", "window-4-small"],
+)
 @pytest.mark.parametrize("mixer", ["acmix", "attention"])
-def test_swin(mixer):
-    """Maps of 16, 8, 4 and 2 places, in windows of 2: the last is a window, without a shift."""
-    width, heads, window, patch, image_size = 4, (1, 2, 2, 4), 2, 2, 32
-    sizes = [16, 8, 4, 2]
+def test_swin(mixer, window, sizes):
+    """A map that is not larger than a window has no shift, and a table of its own size."""
+    width, heads, patch, image_size = 4, (1, 2, 2, 4), 2, 2 * sizes[0]
+    windows = [min(window, size) for size in sizes]
+    shifts = [window // 2 if size > window else 0 for size in sizes]
     shapes = {
         "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
         "patch_embed.norm.weight": (width,), "patch_embed.norm.bias": (width,),
@@ -805,10 +832,12 @@ def test_swin(mixer):
         channels = width * 2**s
         for i in range(2):
             name = f"layers.{s}.blocks.{i}"
-            shapes |= under(name, swin_block_shapes(channels, heads[s], window, mixer == "acmix"))
-            fixed |= under(f"{name}.attn", window_index(window))
-            if i and s < 3:
-                fixed[f"{name}.attn_mask"] = shift_mask(sizes[s], window, 1)
+            shapes |= under(
+                name, swin_block_shapes(channels, heads[s], windows[s], mixer == "acmix")
+            )
+            fixed |= under(f"{name}.attn", window_index(windows[s]))
+            if i and shifts[s]:
+                fixed[f"{name}.attn_mask"] = shift_mask(sizes[s], window, shifts[s])
         if s < 3:
             four = 4 * channels
             shapes[f"layers.{s}.downsample.reduction.weight"] = (2 * channels, four)
@@ -826,7 +855,7 @@ def test_swin(mixer):
     for s in range(4):
         for i in range(2):
             own = part(weights, f"layers.{s}.blocks.{i}")
-            x = swin_block_twin(own, x, heads[s], window, 1 if i and s < 3 else 0)
+            x = swin_block_twin(own, x, heads[s], windows[s], shifts[s] if i else 0)
         if s < 3:
             own = part(weights, f"layers.{s}.downsample")
             four = [x[:, a::2, b::2] for a, b in ((0, 0), (1, 0), (0, 1), (1, 1))]
@@ -834,8 +863,8 @@ def test_swin(mixer):
     want = lin(weights, norm(weights, x, "norm").mean((1, 2)), "head")
     close(model(image), want)
     same(export_published(model, image_size=image_size), weights)
-    with pytest.raises(ValueError, match="image_size: got 30"):
-        export_published(model, image_size=30)
+    with pytest.raises(ValueError, match=f"image_size: got {image_size - 2}"):
+        export_published(model, image_size=image_size - 2)
 
 
 def test_parameters_are_the_published_number():

@@ -14,7 +14,8 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a run, a checkpoint or a saved model; or a model's name (untrained)."
+            help="Folder of a run, a checkpoint, or a saved or converted model; or a model's name "
+            "(untrained)."
         ),
     ],
     to: Annotated[str, typer.Option(help="Kind of program: torch, onnx or aoti.")],
@@ -49,6 +50,7 @@ def export(
     import torch
     from rich.console import Console
 
+    from ..interop.conversion.saving import CONVERSION, load_converted
     from ..interop.export.files import check_kind, open_program, save_program
     from ..interop.export.programs import difference, example, portable
     from ..interop.export.quantization import quantise as quantised
@@ -63,7 +65,9 @@ def export(
         raise ValueError(f"batch: got {batch!r}, want 'dynamic' or a number of at least 1")
     original: torch.nn.Module
     folder = Path(model).expanduser()
-    if (folder / CONFIG).is_file():  # save_pretrained wrote it
+    if (folder / CONVERSION).is_file():
+        original = load_converted(folder)
+    elif (folder / CONFIG).is_file():  # save_pretrained wrote it
         original = Pretrained.from_pretrained(folder)
     elif folder.exists():
         from .training.checkpoints import open_checkpoint

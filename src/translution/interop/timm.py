@@ -134,6 +134,36 @@ class _Timm(nn.Module):
         maps = [every[i] for i in take]
         return maps if intermediates_only else (self.forward_features(x), maps)
 
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the maps with these indices do not use, so that each parameter left gets a
+        gradient. timm calls it with features_only=True.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_norm: whether the norm of a ViT is removed too. Norms of single maps stay with
+                them.
+            prune_head: whether the head is removed too.
+
+        Returns:
+            the indices, counted from the first map.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.keep_maps(take, last)
+        if prune_norm and isinstance(getattr(self, "norm", None), nn.LayerNorm):
+            self.norm = nn.Identity()
+        if prune_head and hasattr(self, "head"):
+            self.reset_classifier(0)
+        return list(take)
+
+    def keep_maps(self, take: list[int], last: int) -> None:
+        """Remove the layers after map number `last`, and norms of maps that are not in `take`."""
+        raise NotImplementedError
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -194,6 +224,9 @@ class TimmViT(_Timm, ViT):
         self.tokens(x, each)
         return [t[:, self.prefix :].transpose(1, 2).unflatten(2, grid) for t in each]
 
+    def keep_maps(self, take: list[int], last: int) -> None:
+        self.blocks = self.blocks[: last + 1]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for block in self.blocks:
             block.checkpoint = "full" if enable else "none"  # type: ignore[assignment]
@@ -222,6 +255,13 @@ class _TimmBackbone(_Timm, Backbone):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         return self.feature_maps(self.checked(x))
+
+    def keep_maps(self, take: list[int], last: int) -> None:
+        before = len(self.stages) - len(self.feature_info)  # SAN's first stage has no map
+        self.stages = self.stages[: before + last + 1]
+        if hasattr(self, "norms"):
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.norms)]
+            self.norms = nn.ModuleList(kept[: last + 1])
 
 
 class TimmResNet(_TimmBackbone, ResNet):

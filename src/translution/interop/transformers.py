@@ -314,7 +314,7 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
     ) -> dict[str, Any]:
         """No padding, and no positions: these are where the tokens stand."""
         if attention_mask is not None:
-            _check_padding(attention_mask, tuple(input_ids.shape), True)
+            _check_padding(attention_mask, (len(input_ids), input_ids.shape[1]), True)
         made = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[arg-type]
         return {name: value for name, value in made.items() if name != "position_ids"}
 

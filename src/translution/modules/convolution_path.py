@@ -204,8 +204,8 @@ class ConvolutionPath(nn.Module):
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling the layer does nothing but multiply by its weight and add its bias."""
-    hooks = [layer._forward_hooks, layer._forward_pre_hooks]
-    hooks += [layer._backward_hooks, layer._backward_pre_hooks]
+    forward = layer._forward_hooks, layer._forward_pre_hooks
+    hooks = (*forward, layer._backward_hooks, layer._backward_pre_hooks)
     plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
     return plain and not is_traceable_wrapper_subclass(layer.weight)  # as torchao's weights are
 

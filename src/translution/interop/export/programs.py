@@ -10,7 +10,6 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from ...models import GPT
 from ...models.configuration import input_shape
 from .plain import PLAIN
 
@@ -21,24 +20,34 @@ def example(model: nn.Module, batch: int, size: int | None = None) -> Tensor:
     """A random input for a model.
 
     Args:
-        model: a model of this library.
+        model: a model of this library, or a converted model of transformers.
         batch: the number of samples.
         size: tokens, or pixels per side. The default is the size that the model was made for; for
             a model that takes any size, that of its preprocessing, or 224 pixels without one.
 
     Returns:
-        token ids [batch, size] for a GPT, else images [batch, channels, size, size].
+        token ids [batch, size] for a language model, else images [batch, channels, size, size].
     """
     config: Any = getattr(model, "config", None)
     device = next(model.parameters()).device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    shape = input_shape(config)
-    if isinstance(model, GPT):
+    shape = _shape_by_transformers(config) or input_shape(config)
+    if len(shape) == 1:
         return torch.randint(config.vocab_size, (batch, size or shape[0]), device=device)
     preprocessing = getattr(model, "preprocessing", None)
     image = shape[1:] if preprocessing is None else preprocessing.image_size
     image = (size, size) if size else image
     return torch.randn(batch, shape[0], *image, device=device, dtype=dtype)
+
+
+def _shape_by_transformers(config: Any) -> tuple[int, ...]:
+    """The shape of one sample as a configuration of transformers gives it; () for other ones."""
+    if hasattr(config, "max_position_embeddings"):
+        return (config.max_position_embeddings,)
+    if not hasattr(config, "num_channels"):
+        return ()
+    size = config.image_size
+    return (config.num_channels, *(size if isinstance(size, tuple | list) else (size, size)))
 
 
 def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgram:
@@ -50,7 +59,8 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
     scores, which the model needs too.
 
     Args:
-        model: a model of this library, or one that contains its layers.
+        model: a model of this library, or one that contains its layers, such as a converted model
+            of transformers.
         x: an input of the model, such as `example` makes.
         dynamic: whether the program takes any batch size; `x` must then have at least two samples.
 
@@ -64,8 +74,12 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
     if dynamic and x.shape[0] < 2:
         raise ValueError(f"x: got a batch of {x.shape[0]}, want at least 2 to trace any batch")
     was = model.training
+    config: Any = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)  # of transformers; a program returns tensors only
     shapes = ({0: Dim.DYNAMIC if dynamic else None},)
     try:
+        if caches:
+            config.use_cache = False
         with torch.no_grad():
             model.eval()(x)  # raises a clear error if x is wrong, before tracing starts
             # strict mode keeps len(x) symbolic
@@ -74,6 +88,8 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
             return torch.export.export(graph, (x,), dynamic_shapes=shapes, strict=False)
     finally:
         model.train(was)
+        if caches:
+            config.use_cache = caches
 
 
 def _with_plain_modules(program: ExportedProgram) -> torch.fx.GraphModule:

@@ -6,6 +6,7 @@ layers, ResNet and Swin.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...modules.attention import Attention
 from . import acmix, layers, models  # noqa: F401  (each registers its modules with `entries`)
 from .entry import Entry, Options, entries
 from .source import read
@@ -24,7 +26,7 @@ def load_published(
     module: nn.Module,
     source: Mapping[str, Any] | str | Path,
     *,
-    exchanged: bool = False,
+    exchanged: bool | None = None,
     image_size: int = 224,
 ) -> list[str]:
     """Load weights that were trained with the published code into a module of this library.
@@ -38,6 +40,11 @@ def load_published(
     cancels in the softmax; and the rotations that a layer with a table for v may contain and never
     uses. A published ViT has a learned position for its class token, which is added to the token.
 
+    Some settings of the published code leave no trace in the weights, so a file cannot show that
+    the module has others: the version of Translution's code (`exchanged`), and `qk_scale` of Swin.
+    Swin here uses 1 / sqrt(head_dim), as qk_scale=None does. If a model was trained with another
+    qk_scale, multiply its weights and bias of q by qk_scale · sqrt(head_dim) after loading.
+
     Args:
         module: a layer, a block or a whole model, made with the same options as the published one.
             Published attention layers contain their layer norm, so for a single layer give
@@ -46,10 +53,13 @@ def load_published(
         source: a state_dict; a dict that contains one as "state_dict" or "model"; or the path of a
             file that contains either: safetensors if its name ends so, else a file that
             ``torch.load(weights_only=True)`` opens.
-        exchanged: whether the weights come from the 2-D code before December 2025, in which layers
-            with tables for both q and k used each table for the other. The file does not show which
-            version wrote it. Weights of the 1-D code of that time cannot be loaded, because it
-            computed something else.
+        exchanged: whether the weights come from the 2-D code before 2025-11-29 (its commit
+            ef01c2b), in which layers with tables for both q and k used each table for the other.
+            The file does not show which version wrote it. None is False, with a UserWarning where
+            it matters; so is the same question for weights of the 1-D code, which cannot be loaded
+            if they were trained with a version before 2025-12-19 (e35f07d): the names and shapes
+            are the same, but it computed something else (at times, scores from the key alone), and
+            no layer here computes that. True or False states that you know the version.
         image_size: (Swin) the image size in pixels of the published model, whose state_dict
             contains masks for it.
 
@@ -62,9 +72,11 @@ def load_published(
             the file cannot be loaded.
         OSError: a file cannot be read.
     """
-    known = _entries(module, Options(exchanged, image_size))
+    known = _entries(module, Options(bool(exchanged), image_size))
     weights = read(source)
     _check(known, weights)
+    if exchanged is None:
+        _warn_of_versions(module)
     started: set[int] = set()
     with torch.no_grad():
         for entry in known:
@@ -79,7 +91,11 @@ def load_published(
 
 
 def export_published(
-    module: nn.Module, *, exchanged: bool = False, image_size: int = 224
+    module: nn.Module,
+    *,
+    exchanged: bool = False,
+    image_size: int = 224,
+    unused_rotations: bool = False,
 ) -> dict[str, Tensor]:
     """Make a state_dict that the published code can load. This is the inverse of `load_published`.
 
@@ -87,6 +103,9 @@ def export_published(
 
     Args:
         module, exchanged, image_size: as in `load_published`.
+        unused_rotations: whether layers with a table for v only also get the rotations that the
+            published models of `rope_translution` have there and never use. Those models do not
+            load without them, and the models of `translution` do not load with them.
 
     Returns:
         tensors by their published names, which share no memory with the module.
@@ -95,7 +114,27 @@ def export_published(
         ValueError: the module has no published counterpart (with the reason).
     """
     known = _entries(module, Options(exchanged, image_size))
-    return {entry.name: entry.write() for entry in known if not entry.optional}
+    return {entry.name: entry.write() for entry in known if unused_rotations or not entry.optional}
+
+
+def _warn_of_versions(module: nn.Module) -> None:
+    """Warn if earlier versions of the published code computed something else from such weights."""
+    both = [m for m in module.modules() if {"q", "k"} <= set(getattr(m, "relative", ""))]
+    causal = {bool(layer.layout.causal) for layer in both if isinstance(layer, Attention)}
+    if False in causal:
+        warnings.warn(
+            "exchanged: got None. Weights of the published 2-D code from before 2025-11-29 (commit "
+            "ef01c2b) need exchanged=True, and later ones exchanged=False, which is assumed; the "
+            "weights do not show their version",
+            stacklevel=3,
+        )
+    if True in causal:
+        warnings.warn(
+            "exchanged: got None. Weights of the published 1-D code from before 2025-12-19 (commit "
+            "e35f07d) cannot be used, because it computed something else from them. The weights do "
+            "not show their version; if they are later ones, exchanged=False says so",
+            stacklevel=3,
+        )
 
 
 def _entries(module: nn.Module, options: Options) -> list[Entry]:

@@ -5,10 +5,12 @@ Its ResNet has the names of torchvision's ResNet, and its Swin those of Swin's p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.residual_network import Bottleneck, ResNet
@@ -66,11 +68,32 @@ def _convolution_path(layer: Any) -> Iterator[Entry]:
 def _window(layer: Any, options: Options) -> Iterator[Entry]:
     yield from linear("qkv", layer.q_proj, layer.k_proj, layer.v_proj)
     yield from linear("proj", layer.o_proj)
-    yield concatenated("relative_position_bias_table", layer.position_bias)
-    place = torch.arange(layer.window_size, device=layer.position_bias.device)
-    step = place[:, None] - place + layer.window_size - 1
-    rows = step[:, None, :, None] * (2 * layer.window_size - 1) + step[None, :, None, :]
+    size = min(layer.window_size, options.map_size or layer.window_size)
+    yield _position_bias(layer.position_bias, layer.window_size, size)
+    place = torch.arange(size, device=layer.position_bias.device)
+    step = place[:, None] - place + size - 1
+    rows = step[:, None, :, None] * (2 * size - 1) + step[None, :, None, :]
     yield constant("relative_position_index", rows.flatten(2).flatten(0, 1))
+
+
+def _position_bias(bias: Tensor, window: int, size: int) -> Entry:
+    """The entry of a window's position bias.
+
+    The window of the published Swin is never larger than the map, and then its table has only the
+    offsets of that map. They are in the middle of ours; our other offsets start at zero.
+    """
+    side, more = 2 * size - 1, window - size
+    heads = bias.shape[1]
+
+    def read(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        middle = x.reshape(side, side, heads)
+        return [(bias, F.pad(middle, (0, 0, more, more, more, more)).flatten(0, 1))]
+
+    def write() -> Tensor:
+        whole = bias.detach().unflatten(0, (2 * window - 1, -1))
+        return whole[more : more + side, more : more + side].flatten(0, 1).clone()
+
+    return Entry("relative_position_bias_table", (side * side, heads), read, write)
 
 
 @entries.register(WindowACmix2d)
@@ -120,8 +143,9 @@ def _swin(model: Any, options: Options) -> Iterator[Entry]:
     sizes = _map_sizes(model, options.image_size)
     for s, (stage, size) in enumerate(zip(model.stages, sizes, strict=True)):
         blocks = [part for part in stage if isinstance(part, Block)]
+        own = dataclasses.replace(options, map_size=size)
         for i, block in enumerate(blocks):
-            yield from with_prefix(f"layers.{s}.blocks.{i}", entries(block, options))
+            yield from with_prefix(f"layers.{s}.blocks.{i}", entries(block, own))
             if block.attention.shift and size > model.config.window_size:
                 mask = _attention_mask(size, block.attention)
                 yield constant(f"layers.{s}.blocks.{i}.attn_mask", mask)

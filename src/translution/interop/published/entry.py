@@ -28,10 +28,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `load_published` on which the meaning of entries depends."""
+    """The options on which the meaning of entries depends.
+
+    Attributes:
+        exchanged, image_size: the arguments of `load_published`.
+        map_size: the height and width of the feature map that a layer of Swin gets, if it is known.
+    """
 
     exchanged: bool = False
     image_size: int = 224
+    map_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -147,9 +147,9 @@ def _check(layer: Any, options: Options) -> None:
             raise ValueError(f"{name}: {got} has no published counterpart, want {wanted}")
     if options.exchanged and layout.causal and {"q", "k"} <= set(getattr(layer, "relative", "")):
         raise ValueError(
-            "exchanged: got True for a causal layer, want False. Before December 2025 the 1-D code "
-            "computed something else from entries of these names (in August and September 2025 "
-            "scores from the key token alone), which no layer here computes"
+            "exchanged: got True for a causal layer, want False. Before 2025-12-19 (e35f07d) "
+            "the 1-D code computed something else from entries of these names (at times scores "
+            "from the key token alone), which no layer here computes"
         )
 
 
