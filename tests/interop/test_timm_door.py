@@ -188,7 +188,9 @@ described = Preprocessing(
     (32, 32), 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1), 0.8, "bilinear", classes=("cat", "dog")
 )
 name = "translution_alpha_vit_tiny_patch16_224"
-model = create_model("alpha_vit_tiny_patch16_224", image_size=32, dim=12, depth=1, heads=2, num_classes=2)
+model = create_model(
+    "alpha_vit_tiny_patch16_224", image_size=32, dim=12, depth=1, heads=2, num_classes=2
+)
 model.save_pretrained("shared", preprocessing=described)
 again = door.TimmViT.from_pretrained("shared")
 assert again.preprocessing == described

@@ -169,11 +169,19 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _preprocessing(about: dict[str, Any], source: Path, model: Pretrained) -> Preprocessing | None:
-    """The preprocessing in a checkpoint.json; older ones have only the options of the data."""
-    data = about["config"].get("data", {})
-    if "preprocessing" not in about and data.get("kind") == "images":
-        about = about | {"preprocessing": ImageOptions.model_validate(data).preprocessing().entry()}
-    return Preprocessing.of_file(about, source, model.config)
+    """The preprocessing in a checkpoint.json.
+
+    Older ones do not have it. It then follows from the options of the data, if they fit the model;
+    a model can be loaded without it.
+    """
+    if "preprocessing" in about:
+        return Preprocessing.of_file(about, source, model.config)
+    try:
+        options = ImageOptions.model_validate(about["config"].get("data"))
+        entry = {"preprocessing": options.preprocessing().entry()}
+        return Preprocessing.of_file(about | entry, source, model.config)
+    except ValueError:
+        return None
 
 
 class Folders(CheckpointIO):
