@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from translution.apps.demo.sketch import (
     reduced,
 )
 from translution.apps.training.config import Config
+from translution.interop.images import normalised
 from translution.models.description import CHECKPOINT, read_description
 from translution.models.weights import WEIGHTS
 
@@ -295,6 +297,23 @@ def test_a_model_without_patches(tmp_path):
 
 
 SMALL = {"in_channels": 1, "num_classes": 10, "dim": 8, "depth": 1, "heads": 2}
+
+
+def test_the_preprocessing_is_the_models(tmp_path):
+    """What is saved with the model decides, not the options of the data."""
+    data = {"kind": "images", "format": "digits", "canvas": 20, "moved": True}
+    run = checkpoint(tmp_path / "mine", data, image_size=20, patch_size=5, **SMALL)
+    (derived,) = open_models([run]).digits
+    saved = replace(derived.preprocessing, mean=(0.1,), std=(0.3,))
+    about = json.loads((run / ABOUT).read_text()) | {"preprocessing": saved.entry()}
+    (run / ABOUT).write_text(json.dumps(about))
+    (found,) = open_models([run]).digits
+    assert found.preprocessing == saved
+    digit, places = load_digits().test[0], torch.tensor([[6, 6]])
+    x = normalised(255 * place(digit[None], 20, places), saved)
+    with torch.no_grad():
+        want = found.model(x)[0].softmax(0)
+    assert torch.tensor(found.answer(digit, 6, 6).probabilities).allclose(want, atol=1e-5)
 
 
 def test_a_run_of_ones_own(tmp_path):

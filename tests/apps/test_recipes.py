@@ -248,7 +248,7 @@ def test_a_checkpoint_of_an_earlier_version_predicts_alike(digits, written, tmp_
     assert preprocessing.classes == tuple("0123456789")
     # but `from_pretrained` of the models does not know the options of data
     model = Pretrained.from_pretrained(older)
-    with pytest.raises(ValueError, match="was saved without its preprocessing"):
+    with pytest.raises(ValueError, match="was saved without the preprocessing"):
         list(predict(model, [next(written.glob("*/*.png"))]))
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ...models import GPT, ViT, attention_weights
 from ...models.description import CHECKPOINT
+from ...models.preprocessing import Preprocessing
+from ...models.pretrained import Pretrained
 from ...utils.words import MIXER_TITLES
 from ..config import parse
 from ..data.digits import place
@@ -75,7 +77,7 @@ class DigitModel:
     name: str
     mixer: str
     model: nn.Module
-    options: ImageOptions
+    preprocessing: Preprocessing
     canvas: int
     moved: bool
     metrics: dict[str, float]
@@ -97,7 +99,7 @@ class DigitModel:
     def answer(self, digit: Tensor, row: int, column: int) -> Answer:
         """digit: [8, 8], values 0 to 1; its upper left pixel at (row, column) of the canvas."""
         image = place(digit[None], self.canvas, torch.tensor([[row, column]]))
-        x = normalised(image, self.options)
+        x = normalised(image, self.preprocessing)
         if isinstance(self.model, ViT):
             logits, weights = attention_weights(self.model, x)
         else:
@@ -108,7 +110,7 @@ class DigitModel:
     def answers(self, digit: Tensor, places: Tensor) -> Tensor:
         """The class at each of the places [n, 2]: int64 [n]."""
         images = place(digit.expand(len(places), -1, -1), self.canvas, places)
-        return self.model(normalised(images, self.options)).argmax(-1)
+        return self.model(normalised(images, self.preprocessing)).argmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +164,10 @@ class Models(NamedTuple):
     text: list[TextModel]
 
 
-def normalised(images: Tensor, options: ImageOptions) -> Tensor:
-    """Images [n, 1, h, w] with values 0 to 1, as the model of these options takes them."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (options.mean, options.std))
+def normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Images [n, 1, h, w] with values 0 to 1, as the model with this preprocessing takes them."""
+    values = preprocessing.mean, preprocessing.std
+    mean, std = (torch.tensor(v)[:, None, None] for v in values)
     return (images - mean) / std
 
 
@@ -231,10 +234,12 @@ def _open(path: Path, name: str) -> DigitModel | TextModel:
     if isinstance(data, TextOptions) and isinstance(model, GPT) and checkpoint.tokenizer:
         return TextModel(name, mixer, model, checkpoint.tokenizer, checkpoint.metrics)
     if isinstance(data, ImageOptions) and data.format == "digits" and data.channels == 1:
-        canvas = data.canvas or 8
-        if data.image_size == (canvas, canvas):
+        canvas, preprocessing = data.canvas or 8, data.preprocessing()
+        if isinstance(model, Pretrained) and model.preprocessing is not None:
+            preprocessing = model.preprocessing
+        if preprocessing.image_size == (canvas, canvas):
             return DigitModel(
-                name, mixer, model, data, canvas, bool(data.moved), checkpoint.metrics
+                name, mixer, model, preprocessing, canvas, bool(data.moved), checkpoint.metrics
             )
     told = f"{config.model.name!r} on {getattr(data, 'format', data.kind)!r}"
     raise ValueError(

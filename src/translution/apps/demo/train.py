@@ -123,7 +123,7 @@ def accuracies(model: nn.Module, config: Config) -> dict[str, float]:
     n = len(digits.test)
 
     def right(places: Tensor) -> float:
-        images = normalised(place(digits.test, canvas, places), options)
+        images = normalised(place(digits.test, canvas, places), options.preprocessing())
         found = torch.cat([model(some).argmax(1) for some in images.split(64)])
         return float((found == digits.test_labels).float().mean())
 

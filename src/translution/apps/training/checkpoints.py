@@ -237,12 +237,21 @@ def _open(path: Path) -> Checkpoint:
 def _preprocessing(
     description: Description, source: Path, model: Pretrained
 ) -> Preprocessing | None:
-    """The preprocessing in a description; older ones have only the options of the data."""
-    entry, data = description.preprocessing, (description.config or {}).get("data", {})
-    if entry is None and data.get("kind") == "images":
-        entry = ImageOptions.model_validate(data).preprocessing().entry()
-    content = {"preprocessing": entry, "classes": description.classes}
-    return Preprocessing.of_file(content, source, model.config)
+    """The preprocessing in a description.
+
+    Older ones do not have it. It then follows from the options of the data, if they fit the model;
+    a model can be loaded without it.
+    """
+    entry, classes = description.preprocessing, description.classes
+    content: dict[str, Any] = {"preprocessing": entry, "classes": classes}
+    if entry is not None:
+        return Preprocessing.of_file(content, source, model.config)
+    try:
+        options = ImageOptions.model_validate((description.config or {}).get("data"))
+        content["preprocessing"] = options.preprocessing().entry()
+        return Preprocessing.of_file(content, source, model.config)
+    except ValueError:
+        return None
 
 
 class Folders(CheckpointIO):

@@ -63,8 +63,8 @@ def predict(
     preprocessing: Preprocessing | None = model.preprocessing
     if preprocessing is None:
         raise ValueError(
-            f"checkpoint: {name} was saved without its preprocessing, want one written by "
-            "'translution share', or by save_pretrained with the argument preprocessing"
+            f"checkpoint: {name} was saved without the preprocessing of images that fits it; want "
+            "a run, a folder of 'translution share', or one of save_pretrained with preprocessing"
         )
     classes = preprocessing.classes or tuple(map(str, range(model.config.num_classes)))
     model = model.to(device)
