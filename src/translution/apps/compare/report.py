@@ -31,7 +31,7 @@ Told = dict[str, Any]
 
 SAMPLES = 3
 MEMORY = {
-    "mps": "memory held by the Metal driver for the process after one training step",
+    "mps": "all memory that the Metal driver holds for the process after one training step",
     "": "weights, gradients, optimizer state and everything allocated during one training step",
 }
 """What the peak memory includes, by device."""
