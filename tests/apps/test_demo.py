@@ -402,19 +402,21 @@ def card(models, mixer="translution", look=Look(), label=3, **more):  # noqa: B0
 
 def test_a_card_tells_what_the_picture_shows(models):
     text = card(models, look=Look(1, 0, 17))
-    assert "layer 2, head 1: patch (3, 4) looks most at" in text
+    assert "layer 2, head 1: patch (3, 4) attends most to" in text
     assert text.count("<tr") == 10
     assert 'data-look="17"' in text
     assert "this session: none yet" in text
 
 
 def test_the_last_layer_answers_for_the_class_token(models):
-    assert "class token (it alone asks here) looks most at" in card(models, look=Look(2))
+    assert "class token (the only query of this layer) attends most to" in card(
+        models, look=Look(2)
+    )
 
 
 def test_layers_and_heads_that_are_not_there(models):
-    assert "no layer 9, mean of heads here" in card(models, look=Look(8))
-    assert "no layer 1, head 5 here" in card(models, look=Look(0, 4))
+    assert "has no layer 9, mean of heads" in card(models, look=Look(8))
+    assert "has no layer 1, head 5" in card(models, look=Look(0, 4))
     assert "whatever they show" in card(models, "convolution")
 
 
