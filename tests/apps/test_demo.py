@@ -305,8 +305,8 @@ def test_the_preprocessing_is_the_models(tmp_path):
     run = checkpoint(tmp_path / "mine", data, image_size=20, patch_size=5, **SMALL)
     (derived,) = open_models([run]).digits
     saved = replace(derived.preprocessing, mean=(0.1,), std=(0.3,))
-    about = json.loads((run / ABOUT).read_text()) | {"preprocessing": saved.entry()}
-    (run / ABOUT).write_text(json.dumps(about))
+    about = json.loads((run / CHECKPOINT).read_text()) | {"preprocessing": saved.entry()}
+    (run / CHECKPOINT).write_text(json.dumps(about))
     (found,) = open_models([run]).digits
     assert found.preprocessing == saved
     digit, places = load_digits().test[0], torch.tensor([[6, 6]])
@@ -423,19 +423,21 @@ def card(models, mixer="translution", look=Look(), label=3, **more):  # noqa: B0
 
 def test_a_card_tells_what_the_picture_shows(models):
     text = card(models, look=Look(1, 0, 17))
-    assert "layer 2, head 1: patch (3, 4) looks most at" in text
+    assert "layer 2, head 1: patch (3, 4) attends most to" in text
     assert text.count("<tr") == 10
     assert 'data-look="17"' in text
     assert "this session: none yet" in text
 
 
 def test_the_last_layer_answers_for_the_class_token(models):
-    assert "class token (it alone asks here) looks most at" in card(models, look=Look(2))
+    assert "class token (the only query of this layer) attends most to" in card(
+        models, look=Look(2)
+    )
 
 
 def test_layers_and_heads_that_are_not_there(models):
-    assert "no layer 9, mean of heads here" in card(models, look=Look(8))
-    assert "no layer 1, head 5 here" in card(models, look=Look(0, 4))
+    assert "has no layer 9, mean of heads" in card(models, look=Look(8))
+    assert "has no layer 1, head 5" in card(models, look=Look(0, 4))
     assert "whatever they show" in card(models, "convolution")
 
 

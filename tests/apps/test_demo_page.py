@@ -232,7 +232,7 @@ def test_drawing(page):
     expect(status(page)).to_contain_text("drawn digit at row 11")
     expect(page.locator(".verdict:visible")).to_have_count(0)  # nobody knows what it is
     page.get_by_role("button", name="All places").click()
-    told = page.get_by_role("alert").filter(has_text="All places: say first which digit it is.")
+    told = page.get_by_role("alert").filter(has_text="All places: first choose which digit it is.")
     expect(told).to_be_visible()
     option(page, "The digit is a", "1")
     expect(page.locator(".verdict:visible")).to_have_count(6)
@@ -274,9 +274,9 @@ def test_models_layers_and_heads_are_chosen(page):
     option(page, "Layer", "layer 2")
     option(page, "Head", "head 2")
     caption = page.get_by_role("article", name="Translution", exact=True).locator(".look")
-    expect(caption).to_contain_text("layer 2, head 2: patch (4, 4) looks most at")
-    option(page, "Layer", "layer 3 (class token alone asks)")
-    expect(caption).to_contain_text("class token (it alone asks here)")
+    expect(caption).to_contain_text("layer 2, head 2: patch (4, 4) attends most to")
+    option(page, "Layer", "layer 3 (query: class token only)")
+    expect(caption).to_contain_text("class token (the only query of this layer)")
     convolution = page.get_by_role("article", name="convolution 3×3").locator(".look")
     expect(convolution).to_contain_text("A convolution has no attention weights")
     for name in page.get_by_role("checkbox").all():
@@ -366,7 +366,7 @@ def test_text(page):
     expect(tokens.first).to_be_focused()
     expect(tokens.first).to_have_attribute("aria-pressed", "true")
     expect(cards.last.locator(".tokens button").first).to_have_attribute("aria-pressed", "true")
-    expect(cards.first.locator(".told")).to_contain_text("'imp' looks most at 'imp', 100.0 %")
+    expect(cards.first.locator(".told")).to_contain_text("'imp' attends most to 'imp', 100.0 %")
     expect(tokens.first).to_be_focused()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
@@ -374,7 +374,7 @@ def test_text(page):
     expect(tokens.nth(1)).to_be_focused()
     option(page, "Layer", "layer 2")
     expect(cards.first.locator(".told")).to_contain_text("layer 2")
-    option(page, "Who writes", "Translution")
+    option(page, "Model that writes", "Translution")
     likeliest = cards.first.locator(".bars th").first.inner_text()
     page.get_by_role("button", name="Append likeliest").click()
     expect(prompt).not_to_have_value("import sys<img src=x>")
@@ -393,7 +393,7 @@ def test_text(page):
 
 def test_only_a_mixer_that_is_chosen_writes(page):
     page.get_by_role("tab", name="Text").click()
-    writer = page.get_by_role("combobox", name="Who writes")
+    writer = page.get_by_role("combobox", name="Model that writes")
     boxes = page.get_by_role("region", name="Text").get_by_role("checkbox")
     expect(writer).to_have_value("Translution")
     boxes.first.click()

@@ -257,10 +257,12 @@ class _TimmBackbone(_Timm, Backbone):
         return self.feature_maps(self.checked(x))
 
     def keep_maps(self, take: list[int], last: int) -> None:
-        before = len(self.stages) - len(self.feature_info)  # SAN's first stage has no map
-        self.stages = self.stages[: before + last + 1]
-        if hasattr(self, "norms"):
-            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.norms)]
+        stages: Any = self.stages
+        before = len(stages) - len(self.feature_info)  # SAN's first stage has no map
+        self.stages = stages[: before + last + 1]
+        norms: Any = getattr(self, "norms", None)
+        if norms is not None:
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(norms)]
             self.norms = nn.ModuleList(kept[: last + 1])
 
 

@@ -101,10 +101,12 @@ def _plan(area: Neighborhood, device: torch.device, tile: tuple[int, int] | None
         return (i // out_width, j // width), (i % out_width, j % width)
 
     def near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Return whether a query sees a key."""
         row, column = places(q, k)
         return (rows[row] > 0) & (columns[column] > 0)
 
     def score(s: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Add the logarithm of the number of times that a query sees a key."""
         row, column = places(q, k)
         return s + row_logs[row] + column_logs[column]
 

@@ -46,6 +46,7 @@ class OffsetCheck:
 
     @property
     def name(self) -> str:
+        """The check in words, for a table."""
         layout = self.layout
         text = grid_text(layout.grid, layout.causal)
         text += f", prefix {layout.prefix}" * bool(layout.prefix)
@@ -54,6 +55,7 @@ class OffsetCheck:
         return f"{text}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """Draw tokens, tables, attention weights, and the gradients of scores and output."""
         draw = _Draw(device, seed)
         layout, channels, classes = self.layout, self.channels, self.layout.classes
         made = {
@@ -129,11 +131,13 @@ class NeighborhoodCheck:
 
     @property
     def name(self) -> str:
+        """The check in words, for a table."""
         text = f"neighbourhood {self.kernel}×{self.kernel} of {grid_text(self.size)}"
         text += f", stride {self.stride}" * (self.stride > 1)
         return f"{text}, width {self.channels}, batch {self.batch}, {dtype_name(self.dtype)}"
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """Draw queries, keys and values, and the gradient of the output."""
         draw = _Draw(device, seed)
         out = Neighborhood.of(self.size, self.kernel, self.stride).out
         sizes = {"q": out, "k": self.size, "v": self.size, "dy": out}
@@ -141,6 +145,7 @@ class NeighborhoodCheck:
         return {name: draw(*lead, *size, last).to(self.dtype) for name, size in sizes.items()}
 
     def values(self, given: dict[str, Tensor], backend: str) -> Values:
+        """Yield the (name, tensor) pairs of the output "y" and the gradients "dq", "dk", "dv"."""
         leaves = {name: given[name].detach().requires_grad_() for name in "qkv"}
         y = neighborhood_attention(
             leaves["q"], leaves["k"], leaves["v"], self.kernel, self.stride, backend=backend

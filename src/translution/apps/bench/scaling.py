@@ -149,6 +149,8 @@ class Call:
 
 
 class _Counting(TorchDispatchMode):
+    """Records the collective operations that run while it is active."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []

@@ -1,1 +1,1 @@
-"""The main job: mixers trained and tested on digits that move."""
+"""The comparison of mixers that are trained and tested on moving digits."""

@@ -1,4 +1,4 @@
-"""The command `translution compare`: its options; the work is in the modules beside it."""
+"""The command `translution compare`, which compares mixers on moving digits."""
 
 from __future__ import annotations
 
@@ -15,41 +15,50 @@ __all__ = ["compare"]
 
 def compare(
     out: Annotated[
-        Path, typer.Option(help="Folder to write; a finished comparison there is replaced.")
+        Path,
+        typer.Option(help="The folder to write; a finished comparison in it is replaced."),
     ] = Path("compare"),
-    data: Annotated[str, typer.Option(help="digits or mnist.")] = "digits",
+    data: Annotated[str, typer.Option(help="The data set: digits or mnist.")] = "digits",
     data_dir: Annotated[
-        str | None, typer.Option(help="Folder with MNIST's four files, downloaded if absent.")
+        str | None,
+        typer.Option(help="The folder of MNIST's four files, which are downloaded if absent."),
     ] = None,
-    mixers: Annotated[str, typer.Option(help=f"Some of {', '.join(MIXERS)}.")] = (
+    mixers: Annotated[str, typer.Option(help=f"One or more of {', '.join(MIXERS)}.")] = (
         "attention, convolution, acmix, alpha, translution"
     ),
-    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first seed; makes a run repeatable.")] = 0,
+    seeds: Annotated[int, typer.Option(help="The number of seeds.")] = 3,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Digits per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its largest value.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The largest learning rate of the schedule.")
+    ] = None,
     canvas: Annotated[int | None, typer.Option(help="Pixels per side of the canvas.")] = None,
     patch: Annotated[int | None, typer.Option(help="Pixels per side of a patch.")] = None,
     dim: Annotated[int | None, typer.Option(help="Channels of a token.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Blocks.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads.")] = None,
+    depth: Annotated[int | None, typer.Option(help="The number of blocks.")] = None,
+    heads: Annotated[int | None, typer.Option(help="The number of attention heads.")] = None,
     init: Annotated[
-        str, typer.Option(help="How tables start: equal, independent or published.")
+        str, typer.Option(help="The initialisation of tables: equal, independent or published.")
     ] = "equal",
-    train_limit: Annotated[int | None, typer.Option(help="Use so many training digits.")] = None,
-    test_limit: Annotated[int | None, typer.Option(help="Use so many test digits.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    train_limit: Annotated[
+        int | None, typer.Option(help="The number of training digits to use.")
+    ] = None,
+    test_limit: Annotated[
+        int | None, typer.Option(help="The number of test digits to use.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device: auto, cpu, cuda or mps.")] = "auto",
     jobs: Annotated[
-        int, typer.Option(help="Runs at the same time; 0: on the CPU one for each core, else one.")
+        int, typer.Option(help="Runs at the same time; 0 takes one per core of a CPU.")
     ] = 0,
 ) -> None:
     """Train mixers on the same digits with one budget, and report how they cope with moving.
 
-    Each is trained twice per seed, on centred digits and on digits moved anywhere on a canvas, and
-    tested on both. Writes a folder with results.json, checkpoints and a report.html. Ctrl-C keeps
-    the runs that are finished, and the same command then goes on with the others. Options without
-    a default depend on the data.
+    Each mixer is trained twice per seed: on centred digits, and on digits that are moved to random
+    places of a canvas. Both models are tested on both kinds of digits. The command writes a folder
+    with results.json, checkpoints and the page report.html. If it is stopped with Ctrl-C, finished
+    runs are kept, and the same command continues with the others. The defaults of options for
+    which none is shown depend on the data.
     """
     try:
         from .comparison import comparison

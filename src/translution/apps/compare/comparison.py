@@ -1,4 +1,4 @@
-"""The experiment that a comparison is: a file of this package, changed by the command's options."""
+"""Make the experiment of a comparison from a file of this package and the command's options."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["DATA", "DEFAULT_MIXERS", "comparison"]
 DATA = {"digits": 8, "mnist": 28}  # pixels per side of a digit
 DEFAULT_MIXERS = ("attention", "convolution", "acmix", "alpha", "translution")
 MNIST = Path.home() / ".cache" / "translution" / "mnist"
-POINTS = 40  # of a training curve
-WARM_UP = 0.05  # of the steps
+POINTS = 40  # the number of points of a training curve
+WARM_UP = 0.05  # the fraction of the steps
 
 KEYS = {
     "seeds": "seeds", "seed": "seed", "steps": "base.train.steps",
@@ -32,7 +32,7 @@ KEYS = {
     "train_limit": "base.data.train_limit", "test_limit": "base.data.test_limit",
     "device": "base.train.device",
 }  # fmt: skip
-"""The key of the experiment that an option of the command changes."""
+"""The key of the experiment that each option of the command changes."""
 
 
 def comparison(
@@ -43,13 +43,19 @@ def comparison(
     init: str | None = None,
     **options: Any,
 ) -> Experiment:
-    """Each mixer as a row, trained on centred and on moved digits, and tested on both.
+    """Make an experiment that trains mixers on centred and on moved digits and tests them on both.
 
-    init: how tables start, for the mixers that have tables.
-    options: of the command, by the names in KEYS; None leaves what the file has.
+    Args:
+        data: the data set, a key of `DATA`.
+        mixers: the names of the mixers; each becomes a row.
+        learning_rate: the largest learning rate; None keeps that of the file.
+        init: the initialisation of tables, for the mixers that have tables.
+        data_dir: the folder of MNIST's files; None takes a folder in the user's cache.
+        options: other options of the command, by their names in `KEYS`; None keeps the value of the
+            file.
 
     Raises:
-        ValueError: naming the option, what came and what is wanted.
+        ValueError: an option has a wrong value.
     """
     check_choice("data", data, list(DATA))
     if not mixers:
@@ -84,7 +90,9 @@ def comparison(
             f"canvas: got {canvas} pixels, want more than the {size} of a digit, so that it can "
             "move"
         )
-    for row in rows:  # before the data are there, which a model otherwise takes its sizes from
+    for row in (
+        rows
+    ):  # checks the model's sizes, which it otherwise takes from the data, before there are data
         model = found.config(Arm(row, "moved", "steps"), found.rates[0], found.seed).model
         with torch.device("meta"):
             create_model(

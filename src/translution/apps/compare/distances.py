@@ -1,4 +1,4 @@
-"""Accuracy by how far digits were moved, and digits as a model sees them."""
+"""Measure accuracy by the distance that digits were moved, and show digits as models see them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,30 @@ BATCH = 256
 
 
 def canvas_of(config: Config) -> int:
-    """Pixels per side of the canvas."""
+    """Return the number of pixels per side of the canvas."""
     assert isinstance(config.data, ImageOptions)
     assert config.data.canvas is not None
     return config.data.canvas
 
 
 def held_out(config: Config) -> tuple[Tensor, Tensor]:
-    """The digits of the test part, uint8 [n, h, w], and their labels, int64 [n]."""
+    """Return the test digits, uint8 [n, height, width], and their labels, int64 [n]."""
     part = data_of(config).part("test")
     assert isinstance(part, Images)
     return part._source.images[part._rows], part.labels
 
 
 def as_seen(config: Config, digits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Digits on the canvas, float32 [n, 1, canvas, canvas]: from 0 to 1, and as models take them.
+    """Place digits on the canvas.
 
-    digits: uint8 [n, h, w]. places: int64 [n, 2], where the upper left pixel of each goes.
+    Args:
+        config: the configuration of a run.
+        digits: uint8 [n, height, width].
+        places: int64 [n, 2], the row and column of the upper left pixel of each digit.
+
+    Returns:
+        Images with values from 0 to 1, and the same images normalised for the model; both are
+        float32 [n, 1, canvas, canvas].
     """
     options = config.data
     assert isinstance(options, ImageOptions)
@@ -50,14 +57,19 @@ def as_seen(config: Config, digits: Tensor, places: Tensor) -> tuple[Tensor, Ten
 
 @torch.inference_mode()
 def accuracy_by_distance(checkpoint: Path, run: Run) -> dict[str, Any]:
-    """The accuracy of a checkpoint on all held-out digits, once in every ring of places.
+    """Measure the accuracy of a checkpoint on all test digits, for each ring of places.
 
-    Each digit takes one place of each ring, the same ones for every model, and each place is taken
+    A ring contains the places at about the same distance from the centre. Each digit is tested at
+    one place of each ring, which is the same for every model, and all places of a ring are used
     about equally often.
 
+    Args:
+        checkpoint: the folder of the checkpoint.
+        run: the run that made it.
+
     Returns:
-        "by_distance": for each ring the least and the largest distance in pixels ("from", "to"),
-        its part of all places ("share"), and the "accuracy".
+        "by_distance": for each ring the smallest and the largest distance in pixels ("from", "to"),
+        its fraction of all places ("share"), and the "accuracy".
     """
     device = pick_device(run.config.train.device)
     model = open_checkpoint(checkpoint).model.to(device)

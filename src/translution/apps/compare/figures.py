@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG that takes the page's text colour."""
+"""The figures of the report, as SVG in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from ..experiments.figures import INK, STYLE, colours_of, legend, line, panels, 
 __all__ = ["curves", "distances", "norms"]
 
 Lines = dict[tuple[str, str], list[Any]]
-"""What is drawn of the runs of each row and regime, a list for each run."""
+"""What is drawn for each row and regime: a list for each run."""
 
 
 def curves(found: Lines) -> str:
-    """Loss and accuracy on the training batches, by step; `found` has rows of metrics.csv."""
+    """Draw the loss and the accuracy on training batches over the steps.
+
+    Args:
+        found: for each run the rows of its metrics.csv.
+
+    Returns:
+        The figure as SVG.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(2, 2, (9, 5.4))
         colours = colours_of(list(dict.fromkeys(row for row, _ in found)))
@@ -39,7 +46,14 @@ def curves(found: Lines) -> str:
 
 
 def distances(found: Lines) -> str:
-    """Accuracy on held-out digits by how far they were moved (`accuracy_by_distance`)."""
+    """Draw the accuracy on test digits over the distance that they were moved.
+
+    Args:
+        found: for each run the rings of `accuracy_by_distance`.
+
+    Returns:
+        The figure as SVG.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = panels(1, 2, (9, 3.6))
         colours = colours_of(list(dict.fromkeys(row for row, _ in found)))
@@ -63,7 +77,18 @@ def _column(regime: str) -> int:
 
 
 def norms(tables: list[dict[str, Any]], name: str, label: str) -> str:
-    """Per block and table, the norm of each entry over its offset, and of its own part."""
+    """Draw, for each block and table, the norm of each matrix over its offset.
+
+    Below it is the norm of the difference between each matrix and the mean of its table.
+
+    Args:
+        tables: the tables, as `table_norms` returns them.
+        name: the prefix of all ids in the SVG.
+        label: the description for screen readers.
+
+    Returns:
+        The figure as SVG.
+    """
     count = len(tables)
     columns = min(3, count)
     rows = math.ceil(count / columns)

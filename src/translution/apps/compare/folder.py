@@ -28,21 +28,25 @@ RUNS = "runs"
 
 
 def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 1) -> bool:
-    """Train, test and report into a folder; False if Ctrl-C ended it early.
+    """Carry out a comparison, and write its results and its report into a folder.
 
-    A comparison that was stopped there goes on, if it is the same one; any other is replaced.
+    If the folder holds the same comparison unfinished, it is continued; any other comparison in it
+    is replaced.
 
     Args:
         out: the folder.
-        experiment: a `comparison`.
-        command: the command that results.json names.
-        jobs: how many runs train at the same time, each in a process of its own with one thread; 0
-            is one for each core on the CPU, and one on other devices. With 1, everything runs in
-            this process with all threads.
+        experiment: the experiment, as `comparison` returns it.
+        command: the command, which results.json records.
+        jobs: the number of runs that train at the same time, each in its own process with one
+            thread; 0 takes one per core on a CPU, and one on other devices. With 1, everything runs
+            in this process with all threads.
+
+    Returns:
+        Whether the comparison is complete; False if Ctrl-C ended it early.
 
     Raises:
-        ValueError: naming the option, what came and what is wanted.
-        OSError: data that cannot be read, or a folder that cannot be written.
+        ValueError: an option has a wrong value, or the folder holds something else.
+        OSError: the data cannot be read, or the folder cannot be written.
     """
     began = time.perf_counter()
     folder = Path(out)
@@ -50,7 +54,9 @@ def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 
     jobs = jobs_on(runs.device, jobs)
     planned = runs.planned()
     config = planned[0].config
-    data_of(config).part("train")  # data that cannot be read are refused before anything is removed
+    data_of(config).part(
+        "train"
+    )  # fails here if the data cannot be read, before anything is removed
     digits, labels = held_out(config)
     options = experiment.model_dump(mode="json")
     before = open_folder(folder, options)
@@ -89,7 +95,7 @@ def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 
     save()
     interrupted = False
     try:
-        runs.facts  # noqa: B018  (what a step costs is measured while nothing else runs)
+        runs.facts  # noqa: B018  (measures the time of a step while nothing else runs)
         with progress:
             runs.make(jobs, tell, progress.watch, None, "weights", accuracy_by_distance)
     except KeyboardInterrupt:
@@ -101,7 +107,7 @@ def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 
     write_report(folder, content, results, config)
     if results is not None:
         heads, lines = results.table()
-        heads = [head.replace("accuracy, ", "") for head in heads]  # for 80 characters
+        heads = [head.replace("accuracy, ", "") for head in heads]  # to fit into 80 characters
         say(console_table(heads, lines, left=heads[:1], wrap=heads[:1], tight=True))
         say(results.about())
     say(f"{folder / 'report.html'}  ({content['seconds']:.0f} s)", soft_wrap=True)
@@ -109,12 +115,16 @@ def compare_in(out: str, experiment: Experiment, command: str = "", jobs: int = 
 
 
 def open_folder(folder: Path, options: dict[str, Any]) -> float:
-    """Make the folder, or clear what an earlier comparison wrote there.
+    """Make the folder of a comparison, and remove an earlier comparison from it.
 
-    The runs of one that was stopped stay, if it had these options.
+    The runs of an unfinished comparison with the same options are kept.
+
+    Args:
+        folder: the folder.
+        options: the options of the experiment.
 
     Returns:
-        how many seconds the comparison that goes on has taken so far.
+        The seconds that a kept comparison has taken so far; 0 for a new one.
 
     Raises:
         ValueError: the folder holds something else.
@@ -128,7 +138,7 @@ def open_folder(folder: Path, options: dict[str, Any]) -> float:
         earlier = json.loads((folder / "results.json").read_text("utf-8"))
         if earlier["format"] not in FORMATS:
             raise KeyError("format")
-        written = [run.get("checkpoint") for run in earlier["runs"]]  # of the first format
+        written = [run.get("checkpoint") for run in earlier["runs"]]  # in the first format
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"out: {folder} is not empty and not from an earlier compare; want a new or empty "

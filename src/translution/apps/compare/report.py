@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it, drawn from results.json and the checkpoints."""
+"""Write report.html, one self-contained file, from results.json and the checkpoints."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ from .figures import Lines, curves, distances, norms
 __all__ = ["table_norms", "write_report"]
 
 Told = dict[str, Any]
-"""The content of results.json, or of a run in it."""
+"""The content of results.json, or of one of its runs."""
 
 SAMPLES = 3
 MEMORY = {
-    "mps": "memory held by the Metal driver for the process after one training step",
+    "mps": "all memory that the Metal driver holds for the process after one training step",
     "": "weights, gradients, optimizer state and everything allocated during one training step",
 }
-"""How the peak was measured, by device."""
+"""What the peak memory includes, by device."""
 
 
 def write_report(folder: Path, content: Told, results: Results | None, config: Config) -> None:
     """Write report.html into the folder of a comparison.
 
-    content: of results.json. results: of the finished runs. config: of any of the runs, for what
-    all share.
+    Args:
+        folder: the folder.
+        content: the content of results.json.
+        results: the results of the finished runs; None if there are none.
+        config: the configuration of any run, for the options that all runs share.
     """
     runs = content["runs"]
     environment = jinja2.Environment(
@@ -72,13 +75,13 @@ def write_report(folder: Path, content: Told, results: Results | None, config: C
 
 
 def bold(cell: str) -> Markup:
-    """A cell of a table as HTML; what is between ** is bold."""
+    """Return a cell of a table as HTML; a cell between ** is bold."""
     plain = cell.strip("*")
     return escape(cell) if plain == cell else Markup("<strong>{}</strong>").format(plain)
 
 
 def _by_row(runs: list[Told], part: Callable[[Told], Any]) -> Lines:
-    """A part of each run, by row and regime."""
+    """Collect a part of each run, by row and regime."""
     found: Lines = defaultdict(list)
     for run in runs:
         found[run["row"], run["regime"]].append(part(run))
@@ -91,9 +94,15 @@ def _curve(run: Path) -> list[dict[str, float]]:
 
 @torch.no_grad()
 def table_norms(model: ViT) -> list[Told]:
-    """For each table with offsets: the norm of each entry, and of what sets it apart from the mean.
+    """Compute the norms of the matrices of each table of a model.
 
-    "norm" and "apart" are [rows, columns] arranged over the offset, key to query.
+    Args:
+        model: the model.
+
+    Returns:
+        For each table its "block", its name ("table"), the "norm" of each matrix, and the norm of
+        the difference between each matrix and the mean of all ("apart"). Both are float32
+        [rows, columns], arranged by the offset from key to query.
     """
     found = []
     for number, block in enumerate(model.blocks):
@@ -126,7 +135,7 @@ def _tables(runs: list[Told], models: list[Any]) -> list[dict[str, str]]:
 
 
 def _viewer(content: Told, config: Config, runs: list[Told], models: list[Any]) -> Told:
-    """What the attention viewer draws: whole numbers, weights in thousandths."""
+    """Return the data of the attention viewer as whole numbers; weights are in thousandths."""
     canvas, patch = canvas_of(config), config.model.given["patch_size"]
     digits, labels = held_out(config)
     chosen, places = _samples(len(digits), digits.shape[-1], canvas)
@@ -164,7 +173,7 @@ def _viewer(content: Told, config: Config, runs: list[Told], models: list[Any]) 
 
 
 def _samples(n: int, size: int, canvas: int) -> tuple[list[int], torch.Tensor]:
-    """Test digits: one in the centre, the same one moved, and another one moved elsewhere."""
+    """Choose a test digit in the centre, the same digit moved, and another digit moved."""
     most = canvas - size
     places = centre(SAMPLES, size, canvas).clone()
     places[1] = torch.tensor([most // 8, most - most // 8])
@@ -173,5 +182,5 @@ def _samples(n: int, size: int, canvas: int) -> tuple[list[int], torch.Tensor]:
 
 
 def _script_json(value: Any) -> str:
-    """JSON that is safe inside a script element."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""What a model answers, as HTML: a card for each. Everything in it is escaped or a number."""
+"""Cards: the prediction of each model as HTML, in which all text is escaped."""
 
 from __future__ import annotations
 
@@ -16,32 +16,37 @@ from .models import Answer, DigitModel, Map, TextAnswer, TextModel
 
 __all__ = ["COLOURS", "Look", "Tally", "digit_card", "named", "picture", "text_card", "visible"]
 
-# one for each thing; page.css and pad.js have them as variables, such as --chosen
+# page.css and pad.js use them as variables, such as --chosen
 COLOURS = {
-    "chosen": "#ff5fc8",  # the patch that asks
-    "frame": "#ffffff",  # the digit's
+    "chosen": "#ff5fc8",  # the query patch
+    "frame": "#ffffff",  # around the digit
     "looks": "#ffc21a",  # attention
     "right": "#3a86d6",
     "wrong": "#d9482b",
 }
 ABSENT = (0, 0, 0, 0)
 NO_WEIGHTS = (
-    "A convolution has no attention weights: it takes its neighbours in the same way everywhere, "
-    "whatever they show."
+    "A convolution has no attention weights: it combines the neighbours of every patch in the same "
+    "way, whatever they show."
 )
 
 
 @dataclass(frozen=True)
 class Look:
-    """Which attention is shown. layer: from 0. head: from 0; None is their mean. patch: that asks,
-    row-major."""
+    """The attention that is shown.
+
+    Attributes:
+        layer: the layer, counted from 0.
+        head: the head, counted from 0; None takes the mean of all heads.
+        patch: the query patch, counted row by row from 0.
+    """
 
     layer: int = 0
     head: int | None = None
     patch: int = 0
 
     def of(self, maps: Sequence[Map]) -> Tensor | None:
-        """[queries, keys], or None where there is no such layer or head, or a convolution."""
+        """Return the weights [queries, keys], or None if the layer or head has no attention."""
         weights = maps[self.layer] if self.layer < len(maps) else None
         if weights is None or (self.head is not None and self.head >= len(weights)):
             return None
@@ -54,7 +59,13 @@ class Look:
 
 @dataclass
 class Tally:
-    """Answers by place: right ones and all, [places, places] each."""
+    """Counts the predictions at each position of a digit.
+
+    Attributes:
+        side: the number of positions along each axis.
+        right: the number of right predictions, int [side, side].
+        all: the number of all predictions, int [side, side].
+    """
 
     side: int
     right: np.ndarray = field(init=False)
@@ -65,6 +76,7 @@ class Tally:
         self.all = np.zeros((self.side, self.side), int)
 
     def add(self, row: int, column: int, right: bool) -> None:
+        """Count a prediction for a digit at a position."""
         self.right[row, column] += right
         self.all[row, column] += 1
 
@@ -74,18 +86,23 @@ class Tally:
 
 
 def picture(pixels: np.ndarray) -> str:
-    """A data URI of a PNG; uint8 [h, w] (grey) or [h, w, 4]."""
+    """Return the data URI of a PNG.
+
+    Args:
+        pixels: uint8 [height, width] (grey) or [height, width, 4] (red, green, blue, opacity).
+    """
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def percent(share: float) -> str:
+    """Write a fraction as a percentage with one decimal."""
     return f"{100 * share:.1f}"
 
 
 def visible(text: str) -> str:
-    """A token's text with what one cannot see made visible."""
+    """Return the text of a token with visible signs in place of white space."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
 
 
@@ -102,8 +119,18 @@ def digit_card(
     session: Tally,
     everywhere: Tally | None,
 ) -> str:
-    """image: uint8 [canvas, canvas]. session: the answers so far. everywhere: those to this digit
-    at all places, where they were asked for."""
+    """Return the card of a digit model as HTML.
+
+    Args:
+        model: the model.
+        answer: its prediction.
+        image: the canvas, uint8 [canvas, canvas].
+        place: the row and column of the digit's upper left pixel.
+        label: the digit that it is; None if unknown.
+        look: the attention that is shown.
+        session: the predictions of this session.
+        everywhere: the predictions for this digit at all positions; None if they were not computed.
+    """
     likeliest = max(range(len(answer.probabilities)), key=answer.probabilities.__getitem__)
     right = label is not None and likeliest == label
     verdict = "" if label is None else "right" if right else f"wrong: it is a {label}"
@@ -139,13 +166,13 @@ def _bars(caption: str, rows: Sequence[tuple[str, float, bool]]) -> str:
 
 
 def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look) -> str:
-    """The picture with the weights of one query drawn over it."""
+    """Return the canvas with the attention weights of one query drawn over it."""
     canvas = len(image)
     head = f'<svg viewBox="0 0 {canvas} {canvas}" role="img" aria-label='
     whole = f'<image href="{picture(image)}" width="{canvas}" height="{canvas}"/>'
     weights = look.of(answer.maps)
     if weights is None:
-        why = f"no {look} here"
+        why = f"This model has no {look}."
         if look.layer < len(answer.maps) and answer.maps[look.layer] is None:
             why = NO_WEIGHTS
         elif not answer.maps:
@@ -155,8 +182,8 @@ def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look)
     prefix, across = model.prefix, canvas // model.patch
     ask = prefix + look.patch
     patch, who = look.patch, f"patch {named(look.patch, across)}"
-    if ask >= len(weights):  # the last layer answers for the class token alone
-        ask, patch, who = 0, -1, "class token (it alone asks here)"
+    if ask >= len(weights):  # in the last layer the class token is the only query
+        ask, patch, who = 0, -1, "class token (the only query of this layer)"
     row = weights[ask, prefix:]
     most, best = float(row.max()) or 1.0, int(row.argmax())
     boxes = "".join(
@@ -164,14 +191,14 @@ def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look)
         for i, w in enumerate(row)
     )
     mark = _box(patch, across, model.patch, 'class="asks"') if patch >= 0 else ""
-    told = f"{look}: {who} looks most at {named(best, across)}, {percent(most)} %"
-    told += f"; at the class token {percent(float(weights[ask, 0]))} %" if prefix else ""
+    told = f"{look}: {who} attends most to {named(best, across)}, {percent(most)} %"
+    told += f"; to the class token {percent(float(weights[ask, 0]))} %" if prefix else ""
     svg = f'{head}"{told}">{whole}<g class="weights">{boxes}</g>{mark}</svg>'
     return f'<figure class="look" data-look="{patch}">{svg}<figcaption>{told}</figcaption></figure>'
 
 
 def named(patch: int, across: int) -> str:
-    """A patch, row-major, by its row and column, from 1."""
+    """Name a patch by its row and column, counted from 1, such as "(3, 4)"."""
     return f"({patch // across + 1}, {patch % across + 1})"
 
 
@@ -181,7 +208,7 @@ def _box(patch: int, across: int, side: int, more: str) -> str:
 
 
 def _places(title: str, tally: Tally, place: tuple[int, int]) -> str:
-    """Right and wrong by place; where answers differ, what most of them were."""
+    """Return a map of right and wrong predictions; each position shows its majority."""
     good = 2 * tally.right >= np.maximum(tally.all, 1)
     colours = np.where(good[..., None], _rgba("right"), _rgba("wrong")).astype(np.uint8)
     colours[tally.all == 0] = ABSENT
@@ -202,8 +229,16 @@ def _rgba(name: str) -> tuple[int, ...]:
 
 
 def text_card(model: TextModel, answer: TextAnswer | None, look: Look, start: int | None) -> str:
-    """start: the character whose token asks; None is the last token. Tokens are buttons, with
-    their character in `data-start`."""
+    """Return the card of a text model as HTML.
+
+    The tokens of the prompt are buttons; `data-start` is the position of their first character.
+
+    Args:
+        model: the model.
+        answer: its prediction; None if the prompt is empty.
+        look: the attention that is shown.
+        start: the position of a character in the query token; None takes the last token.
+    """
     if answer is None:
         return f"{_title(model.name)}<p>Type something.</p>"
     rows = [(visible(text), p, i == 0) for i, (text, p) in enumerate(answer.top)]
@@ -220,18 +255,18 @@ def text_card(model: TextModel, answer: TextAnswer | None, look: Look, start: in
         "</button>"
         for i, (token, share) in enumerate(zip(tokens, shares, strict=True))
     )
-    told = f"no {look} here"
+    told = f"This model has no {look}."
     if weights is not None:
         best = max(range(len(shares)), key=shares.__getitem__)
         told = (
-            f"{look}: {visible(tokens[ask].text)!r} looks most at "
+            f"{look}: {visible(tokens[ask].text)!r} attends most to "
             f"{visible(tokens[best].text)!r}, {percent(shares[best])} %"
         )
     total = answer.unread + len(tokens)
     cut = f"Only the last {len(tokens)} of {total} tokens are read." if answer.unread else ""
     return (
         f"{_title(model.name)}"
-        f"{_bars('Likeliest next tokens, in percent', rows)}"
+        f"{_bars('Most likely next tokens, in percent', rows)}"
         f"{f'<p class=told>{cut}</p>' if cut else ''}"
         f'<div class="tokens" role="group" aria-label="Tokens of the prompt">{buttons}</div>'
         f'<p class="told">{escape(told)}</p>'

@@ -1,4 +1,4 @@
-"""The part of the page with digits: one user's digit, where it lies, and what models say."""
+"""The page about digits: a digit, its position on the canvas, and the predictions of models."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ from .sketch import MOST_BYTES, from_image, from_lines
 __all__ = ["DigitsView"]
 
 HELP = (
-    "Drag the digit or move it with the arrow keys; point at a patch, or Shift and arrow keys, to "
-    "see where it looks."
+    "Drag the digit, or move it with the arrow keys. Point at a patch, or press Shift and an arrow "
+    "key, to see what the patch attends to."
 )
 KEY = {
     "chosen": "chosen patch",
     "frame": "the digit's frame",
-    "looks": "attention (brightest: the largest weight, which the caption tells)",
+    "looks": "attention (brightest: the largest weight, which the caption gives)",
     "right": "right",
     "wrong": "wrong",
 }
-SOME = 63  # places asked at once
+BATCH = 63  # the number of positions that are computed at once
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A digit [8, 8] and its label, if known. stamp: another one for each digit. number: of a test
-    image."""
+    """A digit that is shown.
+
+    Attributes:
+        digit: the digit, float32 [8, 8] from 0 to 1.
+        label: the digit that it is; None if unknown.
+        name: the name for messages.
+        stamp: a number that is different for each scene.
+        number: the number of the test image; None for other digits.
+    """
 
     digit: Tensor
     label: int | None
@@ -52,6 +59,8 @@ class Scene:
 
 
 class Request(NamedTuple):
+    """A request for the predictions of models for a digit at a position."""
+
     models: list[DigitModel]
     scene: Scene
     row: int
@@ -59,16 +68,16 @@ class Request(NamedTuple):
 
 
 class DigitsView:
-    """Of one window."""
+    """The digits page of one browser window."""
 
     def __init__(self, models: list[DigitModel]):
         self.models, self.digits = models, load_digits()
         self.stamps = itertools.count()
         self.canvas = models[0].canvas
         self.row = self.column = self.most // 2
-        self.scene, self.last = self._test(0), 0  # the last test image
-        self.told = ""  # of the newest answers
-        self.shown: Request | None = None  # what the answers are to
+        self.scene, self.last = self._test(0), 0  # last: the number of the last test image
+        self.told = ""  # a sentence about the newest answers
+        self.shown: Request | None = None  # the request of the newest answers
         self.answers = dict[DigitModel, Answer]()
         self.session = {m: Tally(m.canvas - 7) for m in models}
         self.counted = set[tuple[DigitModel, int, int, int]]()
@@ -84,7 +93,7 @@ class DigitsView:
         several = len({m.canvas for m in self.models}) > 1
         return f"{name}, {model.canvas}×{model.canvas}" if several else name
 
-    # -- what stands on the page -------------------------------------------------------------
+    # -- the elements of the page ------------------------------------------------------------
 
     def _build(self) -> None:
         with ui.element("section").classes("controls").props('aria-label="Models"'):
@@ -97,8 +106,8 @@ class DigitsView:
             self.chosen = Chosen("Mixers", self.ask)
             self.heads = Heads(self.draw)
             ui.label(
-                "Head: one of the attentions that a layer has side by side. Class token: an extra "
-                "token that gathers what the answer is made from."
+                "Head: a layer computes several attentions in parallel, which are called heads. "
+                "Class token: an extra token from which the model computes its prediction."
             ).classes("help grow")
         legend(KEY, "Rows, columns and patches count from 1.")
         with ui.element("div").classes("stage"):
@@ -137,7 +146,7 @@ class DigitsView:
                 self.refused = problem()
                 ui.button("Clear", on_click=self._clear).props("outline")
                 self.upload = upload
-        names = {UNKNOWN: "not told"} | {i: str(i) for i in range(10)}
+        names = {UNKNOWN: "unknown"} | {i: str(i) for i in range(10)}
         self.label = ui.select(
             names, value=self.scene.label, label="The digit is a", on_change=self._named
         )
@@ -146,13 +155,13 @@ class DigitsView:
             ui.button("Forget answers", on_click=self._forget).props("outline")
         self.message = problem()
 
-    # -- what the user does ------------------------------------------------------------------
+    # -- actions of the user ----------------------------------------------------------------
 
     def _offer(self, key: tuple[int, bool]) -> None:
-        """Models that were trained alike, on a canvas of their size."""
+        """Show the models that were trained on one kind of digits, and a canvas of their size."""
         mine = [m for m in self.models if (m.canvas, m.moved) == key]
         self.canvas = mine[0].canvas
-        self.step = min((m.patch for m in mine if m.patch), default=0)  # patches on the canvas
+        self.step = min((m.patch for m in mine if m.patch), default=0)  # pixels per side of a patch
         across = self.canvas // self.step if self.step else 1
         self.patch = across // 2 * (across + 1)
         self.chosen.offer(mine)
@@ -195,7 +204,7 @@ class DigitsView:
             )
 
     def _agree(self) -> None:
-        """The field tells the image that is shown."""
+        """Set the field to the number of the image that is shown."""
         self.number.value = self.scene.number
 
     def _any(self) -> None:
@@ -214,7 +223,7 @@ class DigitsView:
 
     def _moved(self, event: events.GenericEventArguments) -> None:
         sent = numbers(event.args, "stamp", "row", "column")
-        if sent is None or sent[0] != self.pad_stamp:  # of a digit that was there before
+        if sent is None or sent[0] != self.pad_stamp:  # the event belongs to an earlier digit
             return
         self.row, self.column = (min(max(value, 0), self.most) for value in sent[1:])
         self.ask()
@@ -266,9 +275,10 @@ class DigitsView:
         self._stop_everywhere()
         self.draw()
 
-    # -- what the models say -----------------------------------------------------------------
+    # -- predictions -------------------------------------------------------------------------
 
     def ask(self) -> None:
+        """Request predictions for what is shown."""
         self.newest.ask(Request(self.chosen.ticked, self.scene, self.row, self.column))
 
     def _answered(self, request: Request, answers: dict[DigitModel, Answer]) -> None:
@@ -291,7 +301,7 @@ class DigitsView:
         elif scene.label is not None:
             self.told = f"{where}: {said[scene.label]} of {len(answers)} right."
         else:
-            each = ", ".join(f"{n} say {digit}" for digit, n in said.most_common())
+            each = ", ".join(f"{n} predict {digit}" for digit, n in said.most_common())
             self.told = f"{where}: {each}."
         self._tell()
         self.pad.show(alt=where)
@@ -304,13 +314,13 @@ class DigitsView:
         self.message.text = f"No answer: {error}"
 
     def draw(self) -> None:
-        """All cards, from the answers that are there."""
+        """Draw all cards from the newest answers."""
         if self.shown is None:
             return
         request = self.shown
         at = torch.tensor([[request.row, request.column]])
         if max(request.row, request.column) > self.most:
-            return  # another canvas since; its answers come
+            return  # the canvas has changed; its answers will follow
         image = place(request.scene.digit[None], self.canvas, at)[0, 0]
         pixels = (image * 255).round().byte().numpy()
         across = self.canvas // self.step if self.step else 1
@@ -332,12 +342,12 @@ class DigitsView:
             scene=scene | {"stamp": self.pad_stamp},
         )  # fmt: skip
 
-    # -- all places --------------------------------------------------------------------------
+    # -- all positions -----------------------------------------------------------------------
 
     def _start_everywhere(self) -> None:
         self._stop_everywhere()
         if self.scene.label is None:
-            self.message.text = "All places: say first which digit it is."
+            self.message.text = "All places: first choose which digit it is."
             return
         if not self.chosen.ticked:
             self.message.text = f"All places: {NONE_CHOSEN}"
@@ -356,9 +366,9 @@ class DigitsView:
         places = torch.cartesian_prod(axis, axis)
         for model in self.chosen.ticked:
             tally = Tally(self.most + 1)
-            for some in places.split(SOME):
-                classes = await computed(model.answers, scene.digit, some)
-                for (row, column), found in zip(some.tolist(), classes.tolist(), strict=True):
+            for batch in places.split(BATCH):
+                classes = await computed(model.answers, scene.digit, batch)
+                for (row, column), found in zip(batch.tolist(), classes.tolist(), strict=True):
                     tally.add(row, column, found == scene.label)
             self.everywhere[model] = tally
             self.draw()
@@ -371,7 +381,7 @@ class DigitsView:
         )
 
     def stop(self) -> None:
-        """The window is closed."""
+        """Stop all work, because the window is closed."""
         self._stop_everywhere()
         self.newest.stop()
         self.status.stop()

@@ -1,4 +1,4 @@
-"""Where the server listens. Light to import: a taken port is told before models are read."""
+"""The socket of the server; quick to import, so that a used port is reported before loading."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ __all__ = ["address_of", "is_loopback", "listen"]
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+    """Open a socket that listens.
+
+    Args:
+        host: the name or address of this machine to listen on.
+        port: the port; 0 takes a free one.
 
     Raises:
-        ValueError: an address that is none, or a port that is taken.
+        ValueError: the address is not one of this machine, or the port is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -23,7 +27,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host: got {host!r}, want an address of this machine ({error})") from None
     listening = socket.socket(family, kind, protocol)
-    if os.name == "posix":  # elsewhere it would let two servers have one port
+    if os.name == "posix":  # on other systems this would let two servers use one port
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(address)
@@ -35,19 +39,24 @@ def listen(host: str, port: int) -> socket.socket:
                 f"host: got {host!r}, want an address of this machine ({error.strerror})"
             ) from None
         raise ValueError(
-            f"port: cannot listen on {host}, port {port} ({error.strerror}); --port takes another, "
-            "0 any that is free"
+            f"port: cannot listen on {host}, port {port} ({error.strerror}); choose another "
+            "with --port, or 0 for a free one"
         ) from None
     return listening
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Whether only this machine reaches it."""
+    """Return whether only this machine can reach a socket."""
     return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def address_of(listening: socket.socket, everywhere: str) -> str:
-    """Where a browser finds it. everywhere: the name to tell where it listens on all addresses."""
+    """Return the address that a browser opens.
+
+    Args:
+        listening: the socket.
+        everywhere: the host name to use if the socket listens on all addresses.
+    """
     address, port = listening.getsockname()[:2]
     if ipaddress.ip_address(address.partition("%")[0]).is_unspecified:
         address = everywhere

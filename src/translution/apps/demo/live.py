@@ -1,4 +1,4 @@
-"""Models beside the event loop: in one thread, the newest request of each page next."""
+"""Run models in one thread besides the event loop, and only the newest request of each page."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ __all__ = ["Newest", "computed"]
 R = TypeVar("R")
 A = TypeVar("A")
 
-# one at a time: a second would only slow the first, and `models.seen` wants it so
+# one thread: a second one would slow the first, and `models.seen` relies on a single thread
 _THREAD = ThreadPoolExecutor(1, "models")
 
 
 async def computed(work: Callable[..., A], *arguments: object) -> A:
-    """What `work` returns, while the event loop goes on."""
+    """Call `work` in the thread, and return its result; the event loop continues meanwhile."""
     return await asyncio.get_running_loop().run_in_executor(
         _THREAD, functools.partial(work, *arguments)
     )
 
 
 class Newest(Generic[R, A]):
-    """Requests of one page: while one is worked on, of those that come only the newest waits.
+    """The requests of one page. While one is computed, only the newest of the others waits.
 
-    work: called in the thread with a request. done, failed: called in the event loop with what came
-    of it.
+    Args:
+        work: called in the thread with a request; it returns the answer.
+        done: called in the event loop with a request and its answer.
+        failed: called in the event loop with the exception of a request that failed.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Newest(Generic[R, A]):
         self._task: asyncio.Task[None] | None = None
 
     def ask(self, request: R) -> None:
+        """Add a request; it replaces one that waits."""
         self._waiting = [request]
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
@@ -52,10 +55,11 @@ class Newest(Generic[R, A]):
                 request = self._waiting.pop()
                 try:
                     self.done(request, await computed(self.work, request))
-                except Exception as error:  # a page tells it, and goes on
+                except Exception as error:  # the page shows it and continues
                     self.failed(error)
         finally:
             self._task = None
 
     def stop(self) -> None:
+        """Drop a request that waits."""
         self._waiting = []

@@ -1,7 +1,8 @@
-"""What a user draws or uploads, made a digit as scikit-learn's were.
+"""Convert a drawing or an uploaded image to a digit in the form of scikit-learn's digits.
 
-Those came from bitmaps of 32×32 that the writing filled, in blocks of 4×4 whose ink was counted:
-8×8 numbers from 0 to 16. So here too. What comes in is an image or the lines of a pen, of any size.
+Those digits were made from bitmaps of 32×32 pixels, each filled by one digit. The bitmaps were cut
+into blocks of 4×4 pixels, and the inked pixels of each block were counted, which gives 8×8 numbers
+from 0 to 16. This module does the same with an image, or with the lines of a pen.
 """
 
 from __future__ import annotations
@@ -19,17 +20,27 @@ from ..data.transform import decode, open_image
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "SIDE", "bitmap", "from_image", "from_lines", "reduced"]
 
 SIDE, BLOCK = 32, 4
-PEN = 4  # pixels of the bitmap
-FINE = 8  # lines are drawn so much larger, and then reduced
+PEN = 4  # the width of the pen in pixels of the bitmap
+FINE = 8  # lines are drawn larger by this factor, and then reduced
 MOST_BYTES, MOST_PIXELS = 5 * 2**20, 16 * 10**6
-MOST_POINTS = 20_000  # of a drawing
-LARGEST = 3  # a dot is not blown up to fill the bitmap
+MOST_POINTS = 20_000  # the largest number of points of a drawing
+LARGEST = 3  # the largest factor by which a drawing is enlarged
 
 Line = Sequence[Sequence[float]]
 
 
 def reduced(bits: np.ndarray) -> Tensor:
-    """A bitmap [32, 32] -> ink per block of 4×4, [8, 8], from 0 to 1 in steps of 1/16."""
+    """Count the inked pixels of each block of 4×4 pixels.
+
+    Args:
+        bits: the bitmap [32, 32], where True is ink.
+
+    Returns:
+        The digit, float32 [8, 8] from 0 to 1 in steps of 1/16.
+
+    Raises:
+        ValueError: the bitmap has another shape.
+    """
     if bits.shape != (SIDE, SIDE):
         raise ValueError(f"bits: got {bits.shape}, want {(SIDE, SIDE)}")
     blocks = bits.astype(bool).reshape(SIDE // BLOCK, BLOCK, SIDE // BLOCK, BLOCK)
@@ -37,10 +48,16 @@ def reduced(bits: np.ndarray) -> Tensor:
 
 
 def bitmap(ink: Image.Image) -> np.ndarray:
-    """What is bright in an image (mode L), filling 32×32 with its shape kept, as booleans.
+    """Crop an image to its bright pixels, and scale it to 32×32 pixels.
+
+    Args:
+        ink: a grey image (mode L), light on dark.
+
+    Returns:
+        The bitmap, bool [32, 32]. The proportions of the image are kept.
 
     Raises:
-        ValueError: there is nothing.
+        ValueError: no pixel is bright.
     """
     box = ink.point(lambda value: 255 * (value >= 128)).getbbox()
     if box is None:
@@ -55,10 +72,16 @@ def bitmap(ink: Image.Image) -> np.ndarray:
 
 
 def from_lines(lines: Sequence[Line]) -> Tensor | None:
-    """A digit [8, 8] from a pen's lines, points (x, y) with values 0 to 1; None without a point.
+    """Convert the lines of a pen to a digit.
+
+    Args:
+        lines: the lines; each is a sequence of points (x, y) from 0 to 1.
+
+    Returns:
+        The digit, float32 [8, 8] from 0 to 1; None if there is no point.
 
     Raises:
-        ValueError: points that are none, or too many.
+        ValueError: a point has a wrong form, or there are too many points.
     """
     points = [point for line in lines for point in line]
     if not points:
@@ -67,7 +90,7 @@ def from_lines(lines: Sequence[Line]) -> Tensor | None:
         raise ValueError(f"lines: got {len(points)} points, want at most {MOST_POINTS}")
     if not all(len(p) == 2 and all(math.isfinite(v) and 0 <= v <= 1 for v in p) for p in points):
         raise ValueError("lines: want points (x, y) of values 0 to 1")
-    # first made to fill the square, then drawn: the pen is as wide however large one writes
+    # the points are scaled before they are drawn, so that the width of the pen does not change
     (left, top), (right, bottom) = np.min(points, 0), np.max(points, 0)
     extent = float(max(right - left, bottom - top))
     scale = min((SIDE - PEN) / extent / SIDE if extent else LARGEST, LARGEST)
@@ -85,10 +108,16 @@ def from_lines(lines: Sequence[Line]) -> Tensor | None:
 
 
 def from_image(content: bytes) -> Tensor:
-    """A digit [8, 8] from an encoded image of one, dark on light or light on dark.
+    """Convert an image file to a digit.
+
+    Args:
+        content: the bytes of an encoded image with a digit, dark on light or light on dark.
+
+    Returns:
+        The digit, float32 [8, 8] from 0 to 1.
 
     Raises:
-        ValueError: too many bytes or pixels, not an image, or nothing on it.
+        ValueError: there are too many bytes or pixels, it is not an image, or it is empty.
     """
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has {len(content):,} bytes, want at most {MOST_BYTES:,}")
@@ -97,7 +126,7 @@ def from_image(content: bytes) -> Tensor:
             width, height = file.size
     except Image.DecompressionBombError:
         raise ValueError(f"it has more than {MOST_PIXELS:,} pixels") from None
-    except Exception:  # decode says what is wrong
+    except Exception:  # decode raises an error that names the reason
         width, height = 1, 1
     if width * height > MOST_PIXELS:
         raise ValueError(f"it has {width}×{height} pixels, want at most {MOST_PIXELS:,} in all")
@@ -106,6 +135,6 @@ def from_image(content: bytes) -> Tensor:
     if values.min() == values.max():
         raise ValueError("it has one colour only")
     edge = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
-    if np.median(edge) >= 128:  # paper is what the border shows
+    if np.median(edge) >= 128:  # the colour of most of the border is the background
         image = ImageOps.invert(image)
     return reduced(bitmap(image))

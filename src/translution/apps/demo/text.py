@@ -1,4 +1,4 @@
-"""The part of the page with text: one user's prompt, and what each model would say next."""
+"""The page about text: a prompt, and the next tokens that each model predicts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .models import TextAnswer, TextModel
 __all__ = ["TextView"]
 
 PROMPT = "This PEP proposes to add a new"
-MOST = 2_000  # characters
-# a token of the prompt was clicked
+MOST = 2_000  # the largest number of characters of a prompt
+# reports the position of a token that was clicked
 CLICKED = """(event) => {
   const token = event.target.closest("[data-start]");
   if (token) emit(Number(token.dataset.start));
@@ -26,12 +26,14 @@ CLICKED = """(event) => {
 
 
 class Request(NamedTuple):
+    """A request for the predictions of models for a prompt."""
+
     models: list[TextModel]
     prompt: str
 
 
 class TextView:
-    """Of one window."""
+    """The text page of one browser window."""
 
     def __init__(self, models: list[TextModel]):
         self.answers = dict[TextModel, TextAnswer | None]()
@@ -40,21 +42,21 @@ class TextView:
         with ui.element("section").classes("controls").props('aria-label="Models"'):
             self.chosen = Chosen("Mixers", self._ticked)
             self.heads = Heads(self.draw)
-            ui.label("Head: one of the attentions that a layer has side by side.").classes(
-                "help grow"
-            )
+            ui.label(
+                "Head: a layer computes several attentions in parallel, which are called heads."
+            ).classes("help grow")
         legend(
-            {"looks": "attention (brightest: the card's largest weight, which its caption tells)"},
-            "␣ is a space, ⏎ a new line, ⟨C3⟩ a byte of a character that has several tokens.",
+            {"looks": "attention (brightest: the card's largest weight, which its caption gives)"},
+            "␣ is a space, ⏎ a new line, ⟨C3⟩ a byte of a character that is split into tokens.",
         )
         self.prompt = ui.textarea("Prompt", value=PROMPT, on_change=self._changed).classes("prompt")
         self.prompt.props(f"outlined autogrow maxlength={MOST} debounce=150")
         with ui.row().classes("items-end gap-2"):
-            self.writer = ui.select(_names(models), value=models[0], label="Who writes")
+            self.writer = ui.select(_names(models), value=models[0], label="Model that writes")
             ui.button("Append likeliest", on_click=lambda: self._append(_likeliest))
             ui.button("Append sampled", on_click=lambda: self._append(_sampled)).props("outline")
         ui.label(
-            "Choose a token in a card to see where it looks; else it is the last one."
+            "Choose a token in a card to see what it attends to; by default it is the last one."
         ).classes("help")
         self.status = Status("tokens")
         self.message = problem()
@@ -64,6 +66,7 @@ class TextView:
         self.ask()
 
     def ask(self) -> None:
+        """Request predictions for the prompt."""
         self.newest.ask(Request(self.chosen.ticked, self._text()))
 
     def _text(self) -> str:
@@ -71,7 +74,7 @@ class TextView:
         return str(self.prompt.value or "")[:MOST]
 
     def _ticked(self) -> None:
-        """Only who is ticked may write."""
+        """Let only the models that are ticked write."""
         ticked = self.chosen.ticked
         value = self.writer.value if self.writer.value in ticked else next(iter(ticked), None)
         self.writer.set_options(_names(ticked), value=value)
@@ -99,7 +102,7 @@ class TextView:
             answer = answers[model]
             if answer is None:
                 self.message.text = "Append: want a prompt with a token."
-            elif request.prompt == self._text():  # and not typed on since
+            elif request.prompt == self._text():  # the prompt has not changed since
                 self.message.text = ""
                 text = model.continued(request.prompt, choose(answer.probabilities))
                 self.prompt.value = text[:MOST]
@@ -119,20 +122,20 @@ class TextView:
         if not answers:
             self.status.say(NONE_CHOSEN)
         else:
-            self.status.say(f"Likeliest next. {said}" if said else "Type something.")
+            self.status.say(f"Most likely next tokens: {said}" if said else "Type something.")
 
     def _failed(self, error: Exception) -> None:
         self.message.text = f"No answer: {error}"
 
     def draw(self) -> None:
-        """All cards, from the answers that are there."""
+        """Draw all cards from the newest answers."""
         for model in self.chosen.ticked:
             if model in self.answers:
                 card = text_card(model, self.answers[model], self.heads.look(), self.start)
                 self.chosen.show(model, card)
 
     def stop(self) -> None:
-        """The window is closed."""
+        """Stop all work, because the window is closed."""
         self.newest.stop()
         self.status.stop()
 
