@@ -283,7 +283,7 @@ def test_the_patch_at_a_pixel(models):
 
 def test_a_model_without_patches(tmp_path):
     data = {"kind": "images", "format": "digits", "canvas": 32}
-    options = {"width": 8, "num_classes": 10, "in_channels": 1}
+    options = {"dim": 8, "num_classes": 10, "in_channels": 1}
     run = checkpoint(tmp_path / "plain", data, "resnet26", **options)
     (model,) = open_models([run]).digits
     assert (model.name, model.patch, model.patch_at(9, 9)) == ("plain (resnet26)", 0, 0)
