@@ -16,6 +16,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("tokenizers")
 pytest.importorskip("pydantic")
 pytest.importorskip("kornia")
+from lightning import Callback, Trainer
 
 from translution.apps.config import parse
 from translution.apps.training import run
@@ -63,6 +64,30 @@ def gradients_of(folder: Path, strategy: str, devices: int, steps: int) -> None:
     if int(os.environ.get("RANK", 0)) == 0 and kept:
         torch.save(kept, folder / "gradients.pt")
 
+
+class Listening(Callback):
+    """Writes the addresses that this process listens on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        inodes = {path.stat().st_ino for path in Path("/proc/self/fd").iterdir() if path.exists()}
+        found = []
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[9]) in inodes:  # it listens
+                    found.append(fields[1].partition(":")[0])
+        (self.folder / f"rank-{trainer.global_rank}").write_text("\n".join(found))
+
+
+if __name__ == "__main__" and sys.argv[2:] == ["loopback"]:
+    torch.set_num_threads(1)
+    started = parse(Config, TINY, "here", ["train.devices=2", "train.steps=1"])
+    folder = Path(sys.argv[1])
+    run.train(started, folder / "run", callbacks=[Listening(folder)])
+    sys.exit()
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -113,6 +138,22 @@ def test_weights_and_metrics_equal_those_of_one_process(runs, name):
     ):
         torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-7, msg=key)
     assert two.metrics == pytest.approx(one.metrics, rel=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads Linux's tables")
+def test_two_devices_of_one_machine_listen_on_the_loopback_interface_only(tmp_path):
+    # Lightning leaves these behind in a process that has trained
+    left = ("MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(left)}
+    command = [sys.executable, __file__, str(tmp_path), "loopback"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [(tmp_path / f"rank-{rank}").read_text().split() for rank in range(2)]
+    assert found[0]  # the store
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    assert {*found[0], *found[1]} <= loopback
 
 
 def test_fsdp_has_no_averaged_weights(tmp_path):

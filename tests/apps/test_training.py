@@ -35,7 +35,7 @@ from translution.apps.training.engine import Diverged
 from translution.apps.training.logs import MetricsFile
 from translution.apps.training.predict import predict
 from translution.apps.training.run import evaluate, train
-from translution.apps.training.tasks import Classification, learning_rate
+from translution.apps.training.tasks import Classification, MeanLoss, learning_rate
 from translution.models.pretrained import Pretrained
 
 TINY = {
@@ -507,6 +507,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(finished, tmp_path):
 def test_a_loss_that_is_not_a_number(tmp_path):
     with pytest.raises(Diverged, match=r"loss: is .* at step .*learning_rate"):
         train(config("--train.learning_rate=1e30", "--train.clip=null"), tmp_path / "run")
+
+
+def test_the_mean_loss_is_that_of_samples():
+    mean = MeanLoss()
+    mean.update(torch.tensor(2.0), 3)
+    mean.update(torch.tensor(6.0), torch.tensor(1))
+    assert mean.compute() == 3
+    mean.update(torch.tensor(math.nan), 1)
+    mean.update(torch.tensor(1.0), 9)
+    assert math.isnan(mean.compute())
 
 
 def nan_loss(at, monkeypatch, part="train"):

@@ -17,12 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from translution import AlphaTranslution1d, Layout, Translution1d, Translution2d, gpt, vit
 from translution.apps.bench import scaling
 from translution.functional import offset_mix, offset_scores
 from translution.interop import parallel
+from translution.models import GPT
+from translution.models.description import read_description
+from translution.models.pretrained import Pretrained
+from translution.models.weights import read_weights
 from translution.modules import RelativeLinear
 
 SUBSETS = ["".join(s) for s in chain.from_iterable(combinations("qkv", n) for n in range(4))]
@@ -480,6 +485,51 @@ def test_a_share_is_part_of_a_layout():
     for shard in ((4, 4), (-1, 2), (0, 0), 3, (0.0, 2)):
         with pytest.raises(ValueError, match="shard: got"):
             Layout(3, shard=shard)
+
+
+def test_divided_files_are_described_and_read_whole(tmp_path):
+    """By from_pretrained too; those of earlier versions had no format, model or hashes."""
+    model = small_gpt()
+    model(ids()).sum().backward()
+    optimizer = optimizer_of(model)
+    optimizer.step()
+    parallel.save(model, tmp_path / "one", optimizer)
+    share = tmp_path / "one" / "share-0-of-1.safetensors"
+    again = Pretrained.from_pretrained(tmp_path / "one")
+    assert isinstance(again, GPT)
+    rows = {name: t for name, t in load_file(share).items() if not name.startswith("optimizer/")}
+    for rank in range(3):  # as three processes write it
+        kept = {name: t[rank::3].contiguous() for name, t in load_file(share).items()}
+        save_file(kept, tmp_path / "one" / f"share-{rank}-of-3.safetensors")
+    file = tmp_path / "one" / "division.json"
+    content = json.loads(file.read_text())
+    assert set(content["files"]) == {"shared.safetensors", share.name}
+    content = {**content, "shares": 3, "files": {}}
+    file.write_text(json.dumps(content))
+    whole = read_weights(tmp_path / "one", read_description(tmp_path / "one"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+        assert torch.equal(whole[name], tensor), name
+    assert rows.keys() < whole.keys()
+    old = {key: content[key] for key in ("shares", "tables", "optimizer")}
+    file.write_text(json.dumps(old))
+    other = small_gpt()
+    parallel.load(other, tmp_path / "one", optimizer_of(other))
+    assert torch.equal(other.head.weight, model.head.weight)
+    with pytest.raises(ValueError, match=r"architecture: is missing"):
+        Pretrained.from_pretrained(tmp_path / "one")
+    for key, value in (("shares", 0), ("shares", "3"), ("tables", [1]), ("optimizer", {})):
+        file.write_text(json.dumps(old | {key: value}))
+        with pytest.raises(ValueError, match=rf"division.json: {key}: "):
+            parallel.load(other, tmp_path / "one", optimizer_of(other))
+    file.write_text(json.dumps({**old, "files": {"shared.safetensors": "0" * 64}}))
+    with pytest.raises(ValueError, match=r"shared.safetensors: was changed or damaged"):
+        parallel.load(small_gpt(), tmp_path / "one")
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"weights: head.weight have values that are not finite"):
+        parallel.save(model, tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_whole_models_alone(tmp_path):

@@ -136,7 +136,7 @@ def read_description(folder: Path) -> Description:
         raise ValueError(f"{path}: architecture: got None, want the name of a model")
     least = {"step": 0, "shares": 1}
     for key, smallest in least.items():
-        if (given.get(key) or smallest) < smallest or given.get(key, smallest) is False:
+        if given.get(key) is not None and given[key] < smallest:
             raise ValueError(f"{path}: {key}: got {given[key]}, want at least {smallest}")
     return Description(**given)
 

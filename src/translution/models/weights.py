@@ -100,11 +100,13 @@ def read_shapes(folder: Path) -> dict[str, torch.Size]:
         shapes = _shapes(file)
     with open_weights(folder / share_file(0, description.shares)) as file:
         for name, shape in _shapes(file).items():
+            if not _is_weight(name):
+                continue
             rows = description.tables.get(name)
             if rows is None:
                 raise ValueError(f"{folder / DIVISION}: tables: has no {name!r}, want its rows")
             shapes[name] = torch.Size((rows, *shape[1:]))
-    return {name: shape for name, shape in shapes.items() if not name.startswith(STATES)}
+    return {name: shape for name, shape in shapes.items() if _is_weight(name)}
 
 
 def read_weights(folder: Path, description: Description) -> dict[str, Tensor]:

@@ -219,7 +219,8 @@ def make_trainer(config: Config, **more: Any) -> Trainer:
     options = config.train
     device = pick_device(options.device)
     plugins = list(more.pop("plugins", ()))
-    if options.devices > 1 and options.nodes == 1 and not is_started_elsewhere():
+    together = options.devices > 1 or more.get("strategy", "auto") != "auto"
+    if together and options.nodes == 1 and not is_started_elsewhere():
         plugins.append(Loopback())
     started, wanted = int(os.environ.get("WORLD_SIZE", 1)), options.devices * options.nodes
     if started > 1 and started != wanted:

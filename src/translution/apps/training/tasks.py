@@ -48,6 +48,18 @@ def learning_rate(
     return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
+class MeanLoss(MeanMetric):
+    """The mean loss of samples; one that is not a number makes the mean NaN.
+
+    `MeanMetric` leaves such losses out, or ignores the weights if it is asked not to.
+    """
+
+    def update(self, value: Tensor, weight: Tensor | int) -> None:  # type: ignore[override]
+        """Add the mean loss of a batch, with the number of its samples as the weight."""
+        self.mean_value += value.to(self.dtype) * weight
+        self.weight += weight
+
+
 class Task(LightningModule):
     """A model in training. A subclass defines the loss and the metrics.
 
@@ -194,7 +206,7 @@ class Classification(Task):
 
     def meters(self) -> dict[str, nn.Module]:
         meters: dict[str, nn.Module] = {
-            "loss": MeanMetric(nan_strategy="disable"),  # a loss that is NaN makes the mean NaN
+            "loss": MeanLoss(),
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
         }
         if self.classes >= 10:
@@ -226,7 +238,7 @@ class LanguageModel(Task):
     unit = "tokens"
 
     def meters(self) -> dict[str, nn.Module]:
-        return {"loss": MeanMetric(nan_strategy="disable")}
+        return {"loss": MeanLoss()}
 
     def size(self, batch: Tensor) -> int:
         return batch.shape[0] * (batch.shape[1] - 1)
