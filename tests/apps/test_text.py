@@ -239,6 +239,15 @@ def test_bad_files_are_refused_or_left_out(
         open_text(alone, "train", 0)
 
 
+@pytest.mark.parametrize("block", [1, 2**17])
+def test_a_byte_order_mark_is_not_text(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(reading, "BLOCK", block)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfmarked \xef\xbb\xbf text\n" * 2)
+    chosen = options(tmp_path, train=str(tmp_path / "a.txt"), holdout=0)
+    (text,) = text_of(open_text(chosen, "train", 0))
+    assert text == "marked \ufeff text\n\ufeffmarked \ufeff text\n"  # only the first is a mark
+
+
 def test_too_little(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     chosen = options(tmp_path, train=str(tmp_path / "a.txt"), holdout=0)
