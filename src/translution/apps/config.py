@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..utils.words import shortened
 
-__all__ = [
-    "Count", "Options", "Place", "Seed", "as_yaml", "load", "parse", "read", "read_text", "shown",
-]  # fmt: skip
+__all__ = ["Options", "as_yaml", "load", "parse", "read"]
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 

@@ -257,7 +257,7 @@ class _TimmBackbone(_Timm, Backbone):
         return self.feature_maps(self.checked(x))
 
     def keep_maps(self, take: list[int], last: int) -> None:
-        stages: Any = self.stages
+        stages: Any = dict(self.named_children())["stages"]
         before = len(stages) - len(self.feature_info)  # SAN's first stage has no map
         self.stages = stages[: before + last + 1]
         norms: Any = getattr(self, "norms", None)
