@@ -30,12 +30,13 @@ from translution.apps import cli
 from translution.apps.config import as_yaml, load, parse
 from translution.apps.training import callbacks, checkpoints
 from translution.apps.training.checkpoints import latest, open_checkpoint
-from translution.apps.training.config import Config, config_file
+from translution.apps.training.config import Config, TrainOptions, config_file
 from translution.apps.training.engine import Diverged
 from translution.apps.training.logs import MetricsFile
 from translution.apps.training.predict import predict
 from translution.apps.training.run import evaluate, train
-from translution.apps.training.tasks import Classification, MeanLoss, learning_rate
+from translution.apps.training.tasks import Classification, LanguageModel, MeanLoss, learning_rate
+from translution.models import create_model
 from translution.models.pretrained import Pretrained
 
 TINY = {
@@ -617,6 +618,36 @@ def test_weights_that_are_not_finite_are_not_served(finished, tmp_path):
         ("--train.batch_size=15", r"batch_size: got 15, want a multiple of 2"),
         ("--train.min_learning_rate=1", r"min_learning_rate: got 1.0, want at most"),
         ("--train.betas=[0.9, 1]", r"betas: got"),
+        *(
+            (f"--train.{key}", key.partition("=")[0])
+            for key in (
+                "steps=0",
+                "epochs=.inf",
+                "batch_size=0",
+                "accumulate=3",
+                "learning_rate=.inf",
+                "min_learning_rate=-1",
+                "warmup=-1",
+                "schedule=linear",
+                "weight_decay=.inf",
+                "decay=none",
+                "clip=.inf",
+                "label_smoothing=1",
+                "ema=1",
+                "precision=int8",
+                "compile=some",
+                "validate_every=0",
+                "validate_batches=0",
+                "save_every=0",
+                "log_every=0",
+                "device=tpu",
+                "devices=0",
+                "nodes=0",
+                "strategy=tp",
+                "offset_ranks=2",
+                "workers=-1",
+            )
+        ),
         ("--data.format=parquet", r"data\.image_size: is missing"),
         ("--train.strategy=fsdp", "ema"),
     ],
@@ -624,6 +655,65 @@ def test_weights_that_are_not_finite_are_not_served(finished, tmp_path):
 def test_bad_configurations(tmp_path, change, told):
     with pytest.raises(ValueError, match=told):
         train(config(change), tmp_path / "run")
+
+
+# A value of each option that changes the weights or what a run writes, from 3 steps of TINY.
+MATTERS = {
+    "steps": 2, "epochs": None, "batch_size": 8, "accumulate": 1, "learning_rate": 1e-4,
+    "min_learning_rate": 1e-3, "warmup": 1, "schedule": "constant", "weight_decay": 10.0,
+    "decay": "matrices", "betas": [0.5, 0.5], "clip": 0.01, "label_smoothing": 0.5, "ema": None,
+    "precision": "bfloat16", "validate_every": 1, "validate_batches": 1, "save_every": 1,
+    "log_every": 1,
+}  # fmt: skip
+# These share the work, and have tests of their own.
+ELSEWHERE = {"compile", "device", "devices", "nodes", "strategy", "offset_ranks", "workers"}
+
+
+def trained(folder, *changes):
+    """What a run leaves: its weights, its rows, and the names of the checkpoints that it wrote."""
+    short = ("--train.steps=3", "--train.warmup=2", "--train.weight_decay=0.5")
+    saved, save = [], checkpoints.Folders.save_checkpoint
+
+    def counted(self, checkpoint, path, **more):
+        saved.append(path.name)
+        save(self, checkpoint, path, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Folders, "save_checkpoint", counted)
+        train(config(*short, *changes), folder, tensorboard=False)
+    return weights(folder), rows(folder), saved
+
+
+def test_every_option_of_the_training_matters(tmp_path):
+    assert MATTERS.keys() | ELSEWHERE == TrainOptions.model_fields.keys()
+    plain = trained(tmp_path / "plain")
+    for name, value in MATTERS.items():
+        changes = [f"--train.{name}={json.dumps(value)}"]
+        if name == "epochs":
+            changes = ["--train.steps=null", "--train.epochs=0.3"]
+        found = trained(tmp_path / name, *changes)
+        assert not same(found[0], plain[0]) or found[1:] != plain[1:], name
+
+
+def test_label_smoothing_of_text(tmp_path):
+    """It changes the gradient; the measured loss is that of the text itself."""
+    options = {"name": "gpt", "mixer": "rotary", "dim": 8, "depth": 1, "heads": 1}
+    data = {"kind": "text", "train": str(tmp_path), "context": 8}
+    text = config("--train.clip=null", model=options, data=data)
+    smooth = config("--train.clip=null", "--train.label_smoothing=0.2", model=options, data=data)
+    torch.manual_seed(0)
+    model = create_model("gpt", mixer="rotary", dim=8, depth=1, heads=1, vocab_size=9, context=8)
+    batch = torch.randint(9, (2, 9))
+    losses, measured = [], []
+    for one in (text, smooth):
+        task = LanguageModel(model, one, 3).train()
+        losses.append(task.loss(batch, task.training_meters))
+        measured.append(task.training_meters["loss"].compute())
+    logits = model(batch[:, :-1]).flatten(0, 1)
+    want = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), label_smoothing=0.2)
+    assert torch.equal(losses[1], want)
+    assert not torch.equal(losses[0], want)
+    torch.testing.assert_close(measured[0], measured[1])
 
 
 # -- the schedule --------------------------------------------------------------------------------

@@ -369,8 +369,9 @@ def test_classes_in_parts(rows, monkeypatch):
         return [y, *torch.autograd.grad(y.square().sum(), live)]
 
     whole = run()
-    monkeypatch.setattr(backends.torch.offset, "ROWS", rows)
-    monkeypatch.setattr(backends.torch.offset, "ELEMENTS", 1)
+    monkeypatch.setattr(backends.torch.groups, "ROWS", rows)
+    for module in (backends.torch.groups, backends.torch.offset):
+        monkeypatch.setattr(module, "ELEMENTS", 1)
     close(run(), whole)
 
 
@@ -395,8 +396,9 @@ def test_half_precision_in_calls_of_any_size(numbers, table, monkeypatch):
         return [s, y, *torch.autograd.grad(y, live, torch.ones_like(y))]
 
     want = run(torch.float64, torch.float64)
-    monkeypatch.setattr(backends.torch.offset, "ROWS", 6)
-    monkeypatch.setattr(backends.torch.offset, "ELEMENTS", numbers)
+    monkeypatch.setattr(backends.torch.groups, "ROWS", 6)
+    for module in (backends.torch.groups, backends.torch.offset):
+        monkeypatch.setattr(module, "ELEMENTS", numbers)
     for got, w in zip(run(torch.bfloat16, table), want, strict=True):
         error = (got.double() - w).norm() / w.norm()
         assert error < 8 * torch.finfo(torch.bfloat16).eps, error

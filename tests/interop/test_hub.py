@@ -108,6 +108,48 @@ def test_the_configuration_alone_is_enough(tmp_path):
     }
 
 
+def test_tied_weights_stay_tied(tmp_path):
+    model = make("gpt", mixer="rotary").eval()
+    model.head.weight = model.embed.weight
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.head.weight is again.embed.weight
+    assert same(model, again)
+    assert (
+        f"| parameters | {sum(p.numel() for p in model.parameters()):,} |"
+        in (tmp_path / "README.md").read_text()
+    )
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    change(tmp_path / "config.json", tied=[["embed.weight", "nothing"]])
+    with pytest.raises(ValueError, match=r"config.json: tied: 'nothing' cannot be"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_saved_models_have_hashes_and_finite_weights(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "one")
+    content = bytearray((tmp_path / "one" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "one" / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors: was changed or damaged"):
+        ViT.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        model.head.bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"weights: head.bias have values that are not finite"):
+        model.save_pretrained(tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
+def test_models_of_the_first_version_are_read(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    old = {k: content[k] for k in ("translution", "architecture", "options")}
+    file.write_text(json.dumps(old | {"format": "translution-model-1"}))
+    assert same(ViT.from_pretrained(tmp_path), model)
+
+
 def test_a_users_subclass_comes_back(tmp_path):
     class Mine(ViT):
         pass
@@ -260,7 +302,7 @@ def test_exported(tmp_path):
     for name in ("lightning", "tokenizers", "yaml"):
         pytest.importorskip(name)
     from translution.apps.data.tokenizers import TokenizerOptions, make_tokenizer
-    from translution.apps.training.checkpoints import Checkpoint
+    from translution.apps.training.checkpoints import Checkpoint, open_checkpoint
 
     config = {"data": {"kind": "text", "train": "books"}, "train": {"steps": 5}, "seed": 0}
     tokenizer = make_tokenizer(TokenizerOptions())
@@ -271,6 +313,25 @@ def test_exported(tmp_path):
         assert part in card
     assert (tmp_path / "shared" / "tokenizer.json").is_file()
     assert same(GPT.from_pretrained(tmp_path / "shared"), checkpoint.model)
+    described = json.loads((tmp_path / "shared" / "config.json").read_text())
+    assert set(described["files"]) == {"model.safetensors", "tokenizer.json"}
+    assert described["options"]["vocab_size"] != 257  # this small model fits no tokenizer
+    description = Description("gpt", SMALL["gpt"], config=config)
+    folder = tmp_path / "checkpoint"
+    (tmp_path / "shared").rename(folder)
+    (folder / "config.json").unlink()
+    write_description(folder, "checkpoint.json", description, ["model.safetensors"])
+    with pytest.raises(ValueError, match=r"tokenizer.json: has 257 tokens, but the model 11"):
+        open_checkpoint(folder)
+    write_description(
+        folder, "checkpoint.json", description, ["model.safetensors", "tokenizer.json"]
+    )
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"tokenizer.json: was changed or damaged"):
+        open_checkpoint(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer.json: is missing"):
+        open_checkpoint(folder)
     checkpoint.model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="model: got Linear"):
         checkpoint.export(tmp_path / "shared")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -193,6 +194,14 @@ class TrainOptions(Options):
             raise ValueError(
                 f"want steps or epochs, got {self.steps} and {self.epochs} (=null removes one)"
             )
+        if self.min_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                f"min_learning_rate: got {self.min_learning_rate}, but the schedule 'constant' "
+                "does not lower the rate; want 0, or the schedule 'cosine'"
+            )
+        for name in ("epochs", "learning_rate", "weight_decay", "clip"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ValueError(f"{name}: got {value}, want a finite number")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: got {self.min_learning_rate}, want at most learning_rate "
