@@ -217,10 +217,12 @@ class _TimmBackbone(_Timm, Backbone):
         return self.feature_maps(self.checked(x))
 
     def keep_maps(self, take: list[int], last: int) -> None:
-        before = len(self.stages) - len(self.feature_info)  # SAN's first stage has no map
-        self.stages = self.stages[: before + last + 1]
-        if hasattr(self, "norms"):
-            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.norms)]
+        parts: dict[str, Any] = dict(self.named_children())
+        stages, norms = parts["stages"], parts.get("norms", ())
+        before = len(stages) - len(self.feature_info)  # SAN's first stage has no map
+        self.stages = stages[: before + last + 1]
+        if norms:
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(norms)]
             self.norms = nn.ModuleList(kept[: last + 1])
 
 
