@@ -67,6 +67,8 @@ def export(
     folder = Path(model).expanduser()
     if (folder / CONVERSION).is_file():
         original = load_converted(folder)
+        if hasattr(original.config, "use_cache"):  # a program returns no caches
+            original.config.use_cache = False
     elif (folder / CONFIG).is_file():  # save_pretrained wrote it
         original = Pretrained.from_pretrained(folder)
     elif folder.exists():

@@ -257,11 +257,11 @@ class _TimmBackbone(_Timm, Backbone):
         return self.feature_maps(self.checked(x))
 
     def keep_maps(self, take: list[int], last: int) -> None:
-        stages: Any = dict(self.named_children())["stages"]
+        parts: dict[str, Any] = dict(self.named_children())
+        stages, norms = parts["stages"], parts.get("norms", ())
         before = len(stages) - len(self.feature_info)  # SAN's first stage has no map
         self.stages = stages[: before + last + 1]
-        norms: Any = getattr(self, "norms", None)
-        if norms is not None:
+        if norms:
             kept = [norm if i in take else nn.Identity() for i, norm in enumerate(norms)]
             self.norms = nn.ModuleList(kept[: last + 1])
 

@@ -48,7 +48,7 @@ class Primitives:
 
 
 def position_of(rotary: bool, given: Any = None) -> dict[str, str]:
-    """The arguments that replace the earlier `rotary=True` and `rotary=False`."""
+    """The arguments that replace the earlier `rotary`."""
     return {"position": "rotary" if rotary else "none"}
 
 
@@ -356,8 +356,7 @@ def _layout_at(spec: str, grid: tuple[int, ...]) -> Layout:
     return _cached_layout_at(spec, grid)
 
 
-# This is what torch.compiler.assume_constant_result sets. Calling that would import all of
-# torch's compiler, which takes seconds.
+# torch.compiler.assume_constant_result sets this, but would import all of torch's compiler.
 _layout_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

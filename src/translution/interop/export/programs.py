@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,9 @@ def portable(model: nn.Module, x: Tensor, dynamic: bool = True) -> ExportedProgr
     try:
         if caches:
             config.use_cache = False
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # converted models and transformers take notes during a call, which a program does not
+            warnings.filterwarnings("ignore", "While compiling, we found certain side effects")
             model.eval()(x)  # raises a clear error if x is wrong, before tracing starts
             # strict mode keeps len(x) symbolic
             traced = torch.export.export(model.eval(), (x,), dynamic_shapes=shapes, strict=True)
