@@ -505,6 +505,24 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(finished, tmp_path):
         open_checkpoint(path)
 
 
+def full_disk_for_share(run, folder):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # smaller than the weights
+    sys.argv = ["translution", "share", str(run), str(folder)]
+    sys.stderr = (run.parent / "stderr").open("w")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    cli.main()
+
+
+def test_a_full_disk_ends_share_in_one_line(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    assert in_a_fork(full_disk_for_share, run, tmp_path / "shared") == 2
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert "model.safetensors: cannot be written" in line
+    assert not (tmp_path / "shared").exists()
+
+
 def test_a_loss_that_is_not_a_number(tmp_path):
     with pytest.raises(Diverged, match=r"loss: is .* at step .*learning_rate"):
         train(config("--train.learning_rate=1e30", "--train.clip=null"), tmp_path / "run")
