@@ -15,7 +15,6 @@ library with its weights, and `.model` is that model again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,13 +27,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
 
 from ..models import GPT, create_model
 from ..models.pretrained import Pretrained
 from ..models.registry import current_options
-from ..modules import cache as modules_cache
+from .transformers_cache import TranslutionCache
 
 __all__ = [
     "TranslutionCache",
@@ -324,62 +322,6 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.head = value
-
-
-class TranslutionCache(Cache):
-    """The memories of a model's blocks: exact, so generation with them gives what it gives without.
-
-    Attributes:
-        caches: one `translution.modules.cache.Cache` for each block.
-    """
-
-    def __init__(self, model: GPT):
-        super().__init__(layers=[_Layer(block.mixer) for block in model.blocks])
-
-    @property
-    def caches(self) -> Sequence[modules_cache.Cache]:
-        return [layer.cache for layer in self.layers]  # type: ignore[union-attr]
-
-
-class _Layer(CacheLayerMixin):
-    """One block's memory. What it holds is not keys and values, so `update` is not for it."""
-
-    supports_early_init = False
-
-    def __init__(self, mixer: Any):
-        super().__init__()
-        self.mixer, self.is_initialized = mixer, True
-        self.reset()
-
-    def reset(self) -> None:
-        self.cache: modules_cache.Cache = self.mixer.make_cache()
-
-    def get_seq_length(self) -> int:
-        return self.cache.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.length + query_length, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.cache.select(beam_idx)
-
-    batch_select_indices = reorder_cache
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        texts = torch.arange(self.cache.batch)
-        self.cache.select(texts.repeat_interleave(repeats))
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("the model fills its caches itself")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError("the model fills its caches itself")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("past_key_values: tokens cannot be taken back from these caches")
 
 
 def _as_dict(model: _Wrapped, return_dict: bool | None) -> bool:
