@@ -38,6 +38,7 @@ from translution.apps.training.run import evaluate, train
 from translution.apps.training.tasks import Classification, LanguageModel, MeanLoss, learning_rate
 from translution.models import create_model
 from translution.models.pretrained import Pretrained
+from translution.utils import measuring
 
 TINY = {
     "model": {"name": "vit", "mixer": "translution", "patch_size": 4, "dim": 16, "depth": 1,
@@ -757,3 +758,17 @@ def test_the_optimizer_follows_the_schedule_of_the_options():
             assert group["lr"] == pytest.approx(wanted)
         optimizer.step()
         schedule.step()
+
+
+def test_slow_matrix_products_are_measured_with_small_matrices(monkeypatch):
+    """16 bits on some CPUs: nothing may be silent for a minute before the first step."""
+    spent = []
+
+    def slow(function, device, repeats):
+        size = function().shape[0]
+        spent.append(2 * size**3 / 1e9)  # as at 1 GFLOP per second
+        return spent[-1]
+
+    monkeypatch.setattr(measuring, "seconds", slow)
+    assert measuring.matmul_rate(torch.float32, torch.device("cpu")) == pytest.approx(1e9)
+    assert sum(spent) < 0.5

@@ -434,3 +434,11 @@ def test_the_command(monkeypatch, capsys, tokenizer, tmp_path):
         run(monkeypatch, capsys, model, None)
     with pytest.raises(OSError, match="absent"):
         out(prompt="", prompt_file=str(tmp_path / "absent"))
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = gpt(mixer="rotary", dim=8, depth=1, heads=1, vocab_size=9, context=8).eval()
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="model: got logits that are not finite"):
+            list(generate(model, torch.zeros(1, 2).long(), 3, temperature=temperature))
