@@ -24,7 +24,7 @@ FOLDERS = ("apps/data", "apps/training", "interop/parallel", "interop/export/qua
 # file -> the private names of others in it
 KNOWN = {
     "apps/data/documents.py": {"_fingerprint"},
-    "apps/training/engine.py": {"_processes"},
+    "apps/training/devices.py": {"_processes"},
     "apps/training/strategies.py": {"_ddp_kwargs"},
 }
 
@@ -62,7 +62,7 @@ def test_datasets_have_a_fingerprint():
 
 
 def test_a_pool_has_its_processes():
-    """`engine.terminate`."""
+    """`devices.terminate`."""
     with ProcessPoolExecutor(1) as pool:
         pool.submit(int).result()
         assert all(process.is_alive() for process in pool._processes.values())

@@ -31,7 +31,7 @@ from translution.apps.config import as_yaml, load, parse
 from translution.apps.training import callbacks, checkpoints
 from translution.apps.training.checkpoints import latest, open_checkpoint
 from translution.apps.training.config import Config, TrainOptions, config_file
-from translution.apps.training.engine import Diverged
+from translution.apps.training.devices import Diverged
 from translution.apps.training.logs import MetricsFile
 from translution.apps.training.predict import predict
 from translution.apps.training.run import evaluate, train

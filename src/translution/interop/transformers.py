@@ -154,8 +154,8 @@ def _check_untied(config: Any) -> None:
 
 def _plain(config: Any) -> dict[str, Any]:
     """A configuration's options as JSON has them."""
-    told = dataclasses.asdict(config)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in told.items()}
+    options = dataclasses.asdict(config)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
 
 
 class _Wrapped(PreTrainedModel):
@@ -186,9 +186,9 @@ class _Wrapped(PreTrainedModel):
             model: not copied.
             config: more of the configuration, such as id2label.
         """
-        told = _plain(model.config)
+        options = _plain(model.config)
         config = entries_of(model) | config
-        made = cls.config_class(architecture=model.family, options=told, **config)
+        made = cls.config_class(architecture=model.family, options=options, **config)
         with torch.device("meta"):
             wrapped = cls(made)
         wrapped.model = model

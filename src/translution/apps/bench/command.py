@@ -17,7 +17,7 @@ from rich.table import Table
 from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from ...utils.tables import console_table
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from .cases import OPERATORS, Case
 from .common import DTYPES, check_file, header, ints, keep, machine_line, parse_grid
 from .measure import Measured, chosen, measure

@@ -28,7 +28,7 @@ from ...modules.cache import Cache
 from ...modules.positions import RelativeBias
 from ...utils.measuring import copy_rate, seconds_in_turn
 from ...utils.tables import console_table
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from .common import check_file, header, keep, machine_line
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ...utils.words import shortened
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from .common import check_file, keep, machine_line
 from .gpu_page import check_page, write_page
 from .gpu_parts import PARTS, parts_named, summary

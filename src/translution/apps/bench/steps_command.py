@@ -16,7 +16,7 @@ from ...models.blocks import ACTIVATION_CHECKPOINTING
 from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from ...utils.tables import console_table
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from .common import DTYPES, check_file, header, ints, keep, machine_line
 from .steps import Step, measure_step
 

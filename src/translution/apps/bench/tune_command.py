@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ...models.configuration import check_choice
 from ...utils.measuring import matmul_rate
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from .common import DTYPES, check_file, header, keep, machine_line, parse_grid
 from .tune import KINDS, Work, tried
 

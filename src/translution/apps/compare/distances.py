@@ -15,7 +15,7 @@ from ..experiments.config import Run
 from ..experiments.costs import data_of
 from ..training.checkpoints import open_checkpoint
 from ..training.config import Config
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 
 __all__ = ["accuracy_by_distance", "as_seen", "canvas_of", "held_out"]
 

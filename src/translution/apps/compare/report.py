@@ -26,7 +26,7 @@ from .figures import Lines, curves, distances, norms
 
 __all__ = ["table_norms", "write_report"]
 
-Told = dict[str, Any]
+Content = dict[str, Any]
 """The content of results.json, or of one of its runs."""
 
 SAMPLES = 3
@@ -37,7 +37,7 @@ MEMORY = {
 """What the peak memory includes, by device."""
 
 
-def write_report(folder: Path, content: Told, results: Results | None, config: Config) -> None:
+def write_report(folder: Path, content: Content, results: Results | None, config: Config) -> None:
     """Write report.html into the folder of a comparison.
 
     Args:
@@ -80,7 +80,7 @@ def bold(cell: str) -> Markup:
     return escape(cell) if plain == cell else Markup("<strong>{}</strong>").format(plain)
 
 
-def _by_row(runs: list[Told], part: Callable[[Told], Any]) -> Lines:
+def _by_row(runs: list[Content], part: Callable[[Content], Any]) -> Lines:
     """Collect a part of each run, by row and regime."""
     found: Lines = defaultdict(list)
     for run in runs:
@@ -93,7 +93,7 @@ def _curve(run: Path) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def table_norms(model: ViT) -> list[Told]:
+def table_norms(model: ViT) -> list[Content]:
     """Compute the norms of the matrices of each table of a model.
 
     Args:
@@ -123,7 +123,7 @@ def table_norms(model: ViT) -> list[Told]:
     return found
 
 
-def _tables(runs: list[Told], models: list[Any]) -> list[dict[str, str]]:
+def _tables(runs: list[Content], models: list[Any]) -> list[dict[str, str]]:
     found = []
     for number, (run, model) in enumerate(zip(runs, models, strict=True)):
         tables = table_norms(model)
@@ -134,7 +134,7 @@ def _tables(runs: list[Told], models: list[Any]) -> list[dict[str, str]]:
     return found
 
 
-def _viewer(content: Told, config: Config, runs: list[Told], models: list[Any]) -> Told:
+def _viewer(content: Content, config: Config, runs: list[Content], models: list[Any]) -> Content:
     """Return the data of the attention viewer as whole numbers; weights are in thousandths."""
     canvas, patch = canvas_of(config), config.model.given["patch_size"]
     digits, labels = held_out(config)

@@ -137,12 +137,12 @@ def digit_card(
     sure = f"{percent(answer.probabilities[likeliest])} %"
     rows = [(str(i), p, i == likeliest) for i, p in enumerate(answer.probabilities)]
     kind = "right" if right else "wrong"
-    told = f'<span class="verdict {kind}">{escape(verdict)}</span>' if verdict else ""
+    mark = f'<span class="verdict {kind}">{escape(verdict)}</span>' if verdict else ""
     maps = _places("this session", session, place)
     maps += _places("this digit, all places", everywhere, place) if everywhere else ""
     return (
         f"{_title(model.name)}"
-        f'<p class="said"><b data-said>{likeliest}</b> <span>{sure}</span> {told}</p>'
+        f'<p class="said"><b data-said>{likeliest}</b> <span>{sure}</span> {mark}</p>'
         f'<div class="two">{_attention(model, answer, image, look)}'
         f"{_bars('Probability of each digit, in percent', rows)}</div>"
         f'<div class="maps">{maps}</div>'
@@ -191,10 +191,11 @@ def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look)
         for i, w in enumerate(row)
     )
     mark = _box(patch, across, model.patch, 'class="asks"') if patch >= 0 else ""
-    told = f"{look}: {who} attends most to {named(best, across)}, {percent(most)} %"
-    told += f"; to the class token {percent(float(weights[ask, 0]))} %" if prefix else ""
-    svg = f'{head}"{told}">{whole}<g class="weights">{boxes}</g>{mark}</svg>'
-    return f'<figure class="look" data-look="{patch}">{svg}<figcaption>{told}</figcaption></figure>'
+    caption = f"{look}: {who} attends most to {named(best, across)}, {percent(most)} %"
+    caption += f"; to the class token {percent(float(weights[ask, 0]))} %" if prefix else ""
+    svg = f'{head}"{caption}">{whole}<g class="weights">{boxes}</g>{mark}</svg>'
+    caption = f"<figcaption>{caption}</figcaption>"
+    return f'<figure class="look" data-look="{patch}">{svg}{caption}</figure>'
 
 
 def named(patch: int, across: int) -> str:
@@ -255,10 +256,10 @@ def text_card(model: TextModel, answer: TextAnswer | None, look: Look, start: in
         "</button>"
         for i, (token, share) in enumerate(zip(tokens, shares, strict=True))
     )
-    told = f"This model has no {look}."
+    caption = f"This model has no {look}."
     if weights is not None:
         best = max(range(len(shares)), key=shares.__getitem__)
-        told = (
+        caption = (
             f"{look}: {visible(tokens[ask].text)!r} attends most to "
             f"{visible(tokens[best].text)!r}, {percent(shares[best])} %"
         )
@@ -267,7 +268,7 @@ def text_card(model: TextModel, answer: TextAnswer | None, look: Look, start: in
     return (
         f"{_title(model.name)}"
         f"{_bars('Most likely next tokens, in percent', rows)}"
-        f"{f'<p class=told>{cut}</p>' if cut else ''}"
+        f"{f'<p class=caption>{cut}</p>' if cut else ''}"
         f'<div class="tokens" role="group" aria-label="Tokens of the prompt">{buttons}</div>'
-        f'<p class="told">{escape(told)}</p>'
+        f'<p class="caption">{escape(caption)}</p>'
     )

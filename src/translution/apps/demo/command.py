@@ -36,7 +36,7 @@ def demo(
     typer.echo("translution demo: starting")  # what comes now takes seconds
     with ExitStack() as stack:
         with _ended_quietly():
-            import nicegui  # noqa: F401  (what is missing is told before anything is read)
+            import nicegui  # noqa: F401  (a missing package is reported before anything is read)
             import torch
 
             from .listening import address_of, is_loopback, listen

@@ -76,7 +76,7 @@ class DigitsView:
         self.canvas = models[0].canvas
         self.row = self.column = self.most // 2
         self.scene, self.last = self._test(0), 0  # last: the number of the last test image
-        self.told = ""  # a sentence about the newest answers
+        self.summary = ""  # a sentence about the newest answers
         self.shown: Request | None = None  # the request of the newest answers
         self.answers = dict[DigitModel, Answer]()
         self.session = {m: Tally(m.canvas - 7) for m in models}
@@ -234,7 +234,7 @@ class DigitsView:
         across = self.canvas // self.step if self.step else 1
         self.patch = min(max(sent[0], 0), across * across - 1)
         self.draw()
-        self._tell()
+        self._summarise()
 
     def _drawn(self, event: events.GenericEventArguments) -> None:
         if numbers(event.args, "blank") != [self.sketch.blank]:
@@ -297,18 +297,18 @@ class DigitsView:
         known = "" if scene.label is None else f" (a {scene.label})"
         where = f"{scene.name}{known} at row {request.row + 1}, column {request.column + 1}"
         if not answers:
-            self.told = f"{where}. {NONE_CHOSEN}"
+            self.summary = f"{where}. {NONE_CHOSEN}"
         elif scene.label is not None:
-            self.told = f"{where}: {said[scene.label]} of {len(answers)} right."
+            self.summary = f"{where}: {said[scene.label]} of {len(answers)} right."
         else:
             each = ", ".join(f"{n} predict {digit}" for digit, n in said.most_common())
-            self.told = f"{where}: {each}."
-        self._tell()
+            self.summary = f"{where}: {each}."
+        self._summarise()
         self.pad.show(alt=where)
 
-    def _tell(self) -> None:
+    def _summarise(self) -> None:
         patch = f" Patch {named(self.patch, self.canvas // self.step)} is chosen."
-        self.status.say(self.told + (patch if self.step else ""))
+        self.status.say(self.summary + (patch if self.step else ""))
 
     def _failed(self, error: Exception) -> None:
         self.message.text = f"No answer: {error}"

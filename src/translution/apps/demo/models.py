@@ -241,8 +241,8 @@ def _open(path: Path, name: str) -> DigitModel | TextModel:
             return DigitModel(
                 name, mixer, model, preprocessing, canvas, bool(data.moved), checkpoint.metrics
             )
-    told = f"{config.model.name!r} on {getattr(data, 'format', data.kind)!r}"
+    trained = f"{config.model.name!r} on {getattr(data, 'format', data.kind)!r}"
     raise ValueError(
-        f"run: {path} is {told}, want one on scikit-learn's digits (data.format: digits, in one "
+        f"run: {path} is {trained}, want one on scikit-learn's digits (data.format: digits, in one "
         "channel) or a language model"
     )

@@ -1,5 +1,5 @@
 // The canvas with the digit: dragged with mouse, finger or pen, or moved with the arrow keys.
-// It moves at once here; the server is told of places ("moved") and of the patch ("looked").
+// It moves at once here; the server gets the places ("moved") and the patch ("looked").
 const SCALE = 12;
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 

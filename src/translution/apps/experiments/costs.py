@@ -14,7 +14,7 @@ from ...utils.measuring import TrainingStep, seconds_in_turn
 from ..data.images import Images
 from ..training.config import Config
 from ..training.data import Data, Parts
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from ..training.run import model_of
 
 __all__ = ["costs_of", "data_of", "parameters_of", "parts_of", "widened"]

@@ -24,7 +24,7 @@ from lightning import Callback
 
 from ...utils.files import write_whole
 from ..training.checkpoints import STATE, latest
-from ..training.engine import Diverged, pick_device, terminate
+from ..training.devices import Diverged, pick_device, terminate
 from ..training.run import evaluate, train
 from .config import Experiment, Run
 from .costs import data_of, parameters_of, parts_of
@@ -221,4 +221,4 @@ def _begin_process(messages: Any) -> None:
     # imported objects stay; garbage collection among them would take a third of a second per run
     gc.freeze()
     atexit.register(gc.unfreeze)
-    _begin(lambda *told: messages.put(told), 1)
+    _begin(lambda *message: messages.put(message), 1)

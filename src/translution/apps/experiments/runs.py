@@ -12,7 +12,7 @@ from typing import Any
 
 from ...utils.files import write_whole
 from ...utils.measuring import commit_here, machine
-from ..training.engine import pick_device
+from ..training.devices import pick_device
 from .config import BUDGETS, MEASURES, Arm, Budget, Experiment, Run
 from .costs import costs_of, data_of, parameters_of, widened
 from .making import RESULT, Keep, Maker, Measuring, Watch, working

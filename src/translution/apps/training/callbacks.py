@@ -23,7 +23,7 @@ from ...utils.measuring import known_matmul_rate
 from ..data.parts import Part
 from .checkpoints import Folders
 from .config import TrainOptions
-from .engine import REMEDY, Diverged
+from .devices import REMEDY, Diverged
 from .logs import read_curves
 from .tasks import Task
 

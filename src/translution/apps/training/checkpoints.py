@@ -57,7 +57,7 @@ from ...utils.files import umask
 from ...utils.words import shortened
 from ..data.image_options import ImageOptions
 from ..data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
-from .engine import REMEDY, Diverged
+from .devices import REMEDY, Diverged
 
 __all__ = [
     "PARTS",

@@ -38,7 +38,7 @@ def train(
     if show:
         typer.echo(loaded.print_complete(), nl=False)
         return
-    from .engine import Diverged, is_main_process
+    from .devices import Diverged, is_main_process
     from .messages import next_commands, saved_metrics
     from .run import train as run
 
@@ -58,7 +58,7 @@ def train(
 
 def _exit(error: ValueError) -> typer.Exit:
     """Write a failure that is not due to wrong input, in one line, and give the exit code 1."""
-    from .engine import is_main_process
+    from .devices import is_main_process
 
     if is_main_process():
         typer.echo(f"translution: {error}", err=True)
@@ -83,7 +83,7 @@ def evaluate(
     from ..config import parse
     from .checkpoints import find_checkpoint, read_description
     from .config import Config
-    from .engine import Diverged, is_main_process
+    from .devices import Diverged, is_main_process
     from .messages import metrics_line
     from .run import evaluate as run
 

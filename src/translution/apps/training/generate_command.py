@@ -59,7 +59,7 @@ def generate(
 ) -> None:
     """Continue a text with a trained language model."""
     from .checkpoints import open_checkpoint
-    from .engine import pick_device
+    from .devices import pick_device
 
     _check(
         samples=(samples, samples >= 1, "at least 1"),

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ...utils.files import write_whole
-from .engine import is_main_process
+from .devices import is_main_process
 
 __all__ = ["GroupedTensorBoard", "MetricsFile", "read_curves"]
 

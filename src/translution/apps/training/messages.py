@@ -14,7 +14,7 @@ from ..data.text import Windows
 from .checkpoints import newest, read_description
 from .config import Config
 from .data import Data, Part, Parts
-from .engine import pick_device
+from .devices import pick_device
 
 __all__ = ["Cost", "metrics_line", "next_commands", "run_summary", "saved_metrics", "too_slow"]
 

@@ -37,7 +37,7 @@ def predict(
     from ...utils.files import check_target, write_whole
     from ..data.transform import image_files
     from .checkpoints import open_checkpoint
-    from .engine import pick_device
+    from .devices import pick_device
     from .predict import predict as run
 
     if output is not None and output.suffix not in (".csv", ".json"):

@@ -37,7 +37,7 @@ from .checkpoints import (
 )
 from .config import Config, TrainOptions, config_file
 from .data import Data, Part, Parts
-from .engine import interruptible, is_main_process, pick_device, quiet
+from .devices import interruptible, is_main_process, pick_device, quiet
 from .logs import GroupedTensorBoard, MetricsFile
 from .messages import Cost, run_summary
 from .progress import progress

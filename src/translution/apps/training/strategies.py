@@ -37,7 +37,7 @@ from ...interop import parallel
 from ...models.weights import not_finite
 from ...modules.projections import RelativeLinear
 from .checkpoints import PREFIX, Folders
-from .engine import REMEDY, Diverged
+from .devices import REMEDY, Diverged
 
 __all__ = ["Loopback", "Offset", "Sharded", "is_started_elsewhere", "shard"]
 
