@@ -271,7 +271,7 @@ def test_dense_that_does_not_fit_is_told_in_bytes(run):
         (["--dense-limit", "-1"], "dense-limit: got -1"),
         (["--dense-limit", "nan"], "dense-limit: got nan"),
         (["--json", "nowhere/rows.json"], "json: got nowhere/rows.json"),
-        (["--json", "/"], "json: got /"),
+        (["--json", "/"], "json: got the folder /"),
         (["--operator", "acmix", "--grid", "49"], "grid: got (49,), acmix wants two axes"),
         (["--operator", "acmix", "--stride", "0"], "stride: got 0"),
         (["--operator", "acmix", "--kernel", "4"], "kernel: got 4, want an odd"),
@@ -360,7 +360,7 @@ def test_a_step_that_does_not_fit_is_a_row(run, tiny, monkeypatch):
         (["--batch", "x"], "batch: got 'x'"),
         (["--checkpoint", "some"], "checkpoint: got 'some'"),
         (["--weights", "int8"], "weights: got 'int8'"),
-        (["--json", "/"], "json: got /"),
+        (["--json", "/"], "json: got the folder /"),
     ],
 )
 def test_bench_step_refuses_in_one_line(arguments, message, run):

@@ -161,7 +161,7 @@ def bomb():
         (encoded(Image.new("L", (5000, 4000))), "5000×4000 pixels"),
         (bomb(), "pixels"),
         (encoded(Image.new("RGB", (30, 30), "red")), "one colour"),
-        (encoded(Image.new("RGB", (30, 30), "red"), "EPS"), "another format than"),
+        (encoded(Image.new("RGB", (30, 30), "red"), "EPS"), "of a known format"),
     ],
     ids=["empty", "text", "damaged", "bytes", "pixels", "bomb", "plain", "eps"],
 )

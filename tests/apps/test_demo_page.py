@@ -163,15 +163,15 @@ def test_a_number_of_no_test_image_is_told(page, number):
 def test_it_is_told_where_a_digit_comes_to_rest(page):
     expect(status(page)).to_contain_text("row 11, column 11")
     page.evaluate("""() => {
-      window.told = [];
+      window.seen = [];
       const line = document.querySelector('[data-name="answers"]');
       const all = { childList: true, characterData: true, subtree: true };
-      new MutationObserver(() => window.told.push(line.textContent)).observe(line, all);
+      new MutationObserver(() => window.seen.push(line.textContent)).observe(line, all);
     }""")
     for _ in range(6):
         pad(page).press("ArrowLeft")
     expect(status(page)).to_contain_text("row 11, column 5")
-    assert len(page.evaluate("window.told")) <= 2
+    assert len(page.evaluate("window.seen")) <= 2
 
 
 def test_keys_move_the_digit_and_choose_the_patch(page):
@@ -333,7 +333,7 @@ def test_uploads(window):
     page = window(viewport={"width": 1280, "height": 900})
     problem = page.locator('[role=alert]:near(:text("Upload an image"), 20)').first
     upload(page, "words.png", b"no image at all")
-    expect(problem).to_have_text(re.compile("^words.png: not an image, or of another format"))
+    expect(problem).to_have_text(re.compile("^words.png: not an image of a known format"))
     box = problem.bounding_box()
     assert page.evaluate("scrollY") == 0
     assert box["y"] + box["height"] <= 900
@@ -366,14 +366,14 @@ def test_text(page):
     expect(tokens.first).to_be_focused()
     expect(tokens.first).to_have_attribute("aria-pressed", "true")
     expect(cards.last.locator(".tokens button").first).to_have_attribute("aria-pressed", "true")
-    expect(cards.first.locator(".told")).to_contain_text("'imp' attends most to 'imp', 100.0 %")
+    expect(cards.first.locator(".caption")).to_contain_text("'imp' attends most to 'imp', 100.0 %")
     expect(tokens.first).to_be_focused()
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(tokens.nth(1)).to_have_attribute("aria-pressed", "true")
     expect(tokens.nth(1)).to_be_focused()
     option(page, "Layer", "layer 2")
-    expect(cards.first.locator(".told")).to_contain_text("layer 2")
+    expect(cards.first.locator(".caption")).to_contain_text("layer 2")
     option(page, "Model that writes", "Translution")
     likeliest = cards.first.locator(".bars th").first.inner_text()
     page.get_by_role("button", name="Append likeliest").click()

@@ -87,7 +87,7 @@ def test_other_formats_are_not_opened(form, monkeypatch):
     opener, accept = Image.OPEN[form]
     opened = []
     monkeypatch.setitem(Image.OPEN, form, (lambda *a: opened.append(a) or opener(*a), accept))
-    with pytest.raises(ValueError, match=r"another format than [A-Z, ]*BMP, GIF"):
+    with pytest.raises(ValueError, match="of a known format"):
         decode(content, 3)
     assert not opened
 
@@ -96,7 +96,7 @@ def test_other_formats_are_not_opened(form, monkeypatch):
     ("content", "said"),
     [
         (b"", "it is empty"),
-        (b"hello", "not an image, or of another format than .*GIF, JPEG, .*PNG"),
+        (b"hello", "not an image of a known format"),
         (encoded(picture(40, 40), "JPEG")[:-200], "not a readable image .Truncated"),
         (encoded(NOISE, "JPEG")[:-200], "image file is truncated"),
         (encoded(picture(40, 40))[:-30], "truncated|not a readable"),

@@ -239,12 +239,12 @@ def files(group, folder):
             close(p, want[own[key]])
     fresh = parallel.divide(small_vit().double(), group)
     parallel.load(fresh, path)  # the model alone
-    for change, told in (
+    for change, reports in (
         ({"depth": 1}, "has tables with rows"),
         ({"num_classes": 4}, "'head.weight' of shape"),
         ({"dim": 12}, "of shape"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reports):
             parallel.load(parallel.divide(small_vit(**change), group), path)
     two = [{"params": list(fresh.embed.parameters())}, {"params": list(fresh.head.parameters())}]
     with pytest.raises(ValueError, match="optimizer: got groups of"):
@@ -304,7 +304,8 @@ def traffic(group, folder):
     shape."""
     ranks = dist.get_world_size(group)
     for mixer, relative in (("translution", "qkv"), ("translution", "kv"), ("alpha", "qk")):
-        options = {"mixer": mixer, "relative": relative, "rank": 3, "pool": "mean"}
+        options = {"mixer": mixer, "relative": relative, "pool": "mean"}
+        options |= {"rank": 3} if mixer == "alpha" else {}
         divided = parallel.divide(small_vit(**options), group)
         with scaling.counting() as calls:
             divided(images()).sum().backward()
@@ -392,11 +393,11 @@ def work(rank, folder):
     )  # fmt: skip
     GROUPS.update({size: dist.new_group(list(range(size))) for size in (1, 2, 3)})
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "offset"))
-    told = {"mesh": attempt(two_by_two, mesh), "strategies": attempt(strategies, mesh)}
+    reports = {"mesh": attempt(two_by_two, mesh), "strategies": attempt(strategies, mesh)}
     for name, size in RUNS:
-        if rank < size and not any(told.values()):  # after a failure the others wait in vain
-            told[f"{name}, {size}"] = attempt(CASES[name], GROUPS[size], Path(folder))
-    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(told))
+        if rank < size and not any(reports.values()):  # after a failure the others wait in vain
+            reports[f"{name}, {size}"] = attempt(CASES[name], GROUPS[size], Path(folder))
+    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(reports))
 
 
 def attempt(case, *arguments):
@@ -408,28 +409,28 @@ def attempt(case, *arguments):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     mp.spawn(work, (str(folder),), nprocs=PROCESSES)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
 @pytest.mark.parametrize(("name", "size"), RUNS)
-def test_processes(told, name, size):
+def test_processes(reports, name, size):
     for rank in range(size):
-        assert told[rank].get(f"{name}, {size}", "not run: an earlier case failed") == "", rank
+        assert reports[rank].get(f"{name}, {size}", "not run: an earlier case failed") == "", rank
 
 
 @pytest.mark.parametrize("name", ["mesh", "strategies"])
-def test_all_processes(told, name):
-    assert [each[name] for each in told] == [""] * PROCESSES
+def test_all_processes(reports, name):
+    assert [each[name] for each in reports] == [""] * PROCESSES
 
 
 def test_scaling_counts_a_model_that_fits_nowhere(capsys):
     scaling.main(["--processes", "0"])
-    told = capsys.readouterr().out
-    assert "14.32 G parameters" in told
-    assert "| 8 | float32 | offset | 2.48 |" in told
+    reports = capsys.readouterr().out
+    assert "14.32 G parameters" in reports
+    assert "| 8 | float32 | offset | 2.48 |" in reports
 
 
 # -- without processes ----------------------------------------------------------------------------

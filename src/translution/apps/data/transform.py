@@ -183,8 +183,7 @@ def decode(content: bytes, channels: int) -> Image.Image:
             image = rounded(image)
         return converted(image, channels)
     except UnidentifiedImageError:  # its message contains an address in memory
-        formats = ", ".join(_formats())
-        raise ValueError(f"not an image, or of another format than {formats}") from None
+        raise ValueError("not an image of a known format (PNG, JPEG, ...)") from None
     except Exception as error:  # for damaged data Pillow raises nearly every class
         raise ValueError(f"not a readable image ({error})") from None
 
