@@ -374,7 +374,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a.pt2"
     file.write_text("old")
 
-    def fail(program, path):
+    def fail(program, path, metadata):
         path.write_text("half")
         raise OSError("disk full")
 

@@ -224,7 +224,7 @@ def test_errors_name_the_file(tmp_path):
             ViT.from_pretrained(tmp_path)
     config.write_text(text)
     change(config, options=[])
-    with pytest.raises(ValueError, match=r"config.json: options: got \[\], want dict"):
+    with pytest.raises(ValueError, match=r"config.json: options: got \[\], want a dict"):
         ViT.from_pretrained(tmp_path)
     config.write_text(text)
     change(config, architecture="vti")

@@ -167,7 +167,7 @@ def test_a_wrong_file_is_named(tmp_path):
     for change, said in (
         ({"preprocessing": content["preprocessing"] | {"crop": 7}}, "preprocessing.crop: got 7"),
         ({"preprocessing": []}, r"preprocessing: got \[\], want a dict"),
-        ({"classes": "abc"}, "preprocessing.classes: got 'abc'"),
+        ({"classes": "abc"}, "classes: got 'abc'"),
     ):
         path.write_text(json.dumps(content | change))
         with pytest.raises(ValueError, match=rf"config\.json: {said}"):

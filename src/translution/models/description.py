@@ -51,6 +51,11 @@ REQUIRED = {
     CHECKPOINT: ("architecture", "options", "config", "classes", "step", "metrics"),
     DIVISION: ("shares", "tables", "optimizer"),
 }
+# What JSON files call these types.
+JSON_WORDS: dict[Any, str] = {
+    dict: "a dict", list: "a list", tuple: "a list", str: "a string", int: "a whole number",
+    float: "a number", bool: "true or false",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -242,4 +247,9 @@ def _short(value: Any) -> str:
 
 
 def _words(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    """The type of a key as an error says it, such as "a dict"; that it may be None is left out."""
+    members = [each for each in typing.get_args(hint) if each is not type(None)]
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_words(each) for each in members)
+    kind: Any = typing.get_origin(hint) or hint
+    return JSON_WORDS.get(kind, getattr(kind, "__name__", str(kind)))
