@@ -37,7 +37,7 @@ from rich.table import Table
 from scenes import BACKGROUND, CLASSES, Style, batches, load_parts
 from segmenter import Segmenter, iou_per_class, save_segmenter, train
 
-from translution.apps.training.engine import DEVICES, pick_device
+from translution.apps.training.devices import DEVICES, pick_device
 from translution.models.configuration import check_choice
 from translution.utils.files import write_whole
 from translution.utils.measuring import machine, multiply_adds

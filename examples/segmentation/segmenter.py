@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from translution import __version__, create_model
-from translution.apps.training.engine import interruptible, quiet
+from translution.apps.training.devices import interruptible, quiet
 from translution.apps.training.tasks import learning_rate
 from translution.models.backbone import Backbone
 from translution.utils.files import write_whole
