@@ -28,6 +28,7 @@ class Backbone(Pretrained):
     channels: tuple[int, ...]
     strides: tuple[int, ...] = (4, 8, 16, 32)
     features_only: bool = False
+    head: nn.Module
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Logits [batch, num_classes], or with `features_only` the list of feature maps.
@@ -69,8 +70,8 @@ class Backbone(Pretrained):
         raise NotImplementedError
 
     def classify(self, last: Tensor) -> Tensor:
-        """The logits from the last feature map."""
-        raise NotImplementedError
+        """The logits from the last feature map: the head, applied to the mean over positions."""
+        return self.head(last.mean((2, 3)))
 
 
 class ChannelNorm(nn.LayerNorm):

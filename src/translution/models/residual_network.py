@@ -151,9 +151,6 @@ class ResNet(Backbone):
             maps.append(x)
         return maps
 
-    def classify(self, last: Tensor) -> Tensor:
-        return self.head(last.mean((2, 3)))
-
 
 def resnet(size: str = "50", mixer: str = "acmix", **overrides: Any) -> ResNet:
     """A ResNet of a named size ("26", "38", "50").

@@ -169,9 +169,6 @@ class SAN(Backbone):
             maps.append(x)
         return maps[1:]
 
-    def classify(self, last: Tensor) -> Tensor:
-        return self.head(last.mean((2, 3)))
-
 
 def san(size: str = "19", mixer: str = "acmix", **overrides: Any) -> SAN:
     """A SAN of a named size ("10", "15", "19").

@@ -190,9 +190,6 @@ class Swin(Backbone):
             maps.append(norm(x))
         return maps
 
-    def classify(self, last: Tensor) -> Tensor:
-        return self.head(last.mean((2, 3)))
-
 
 def swin(size: str = "tiny", mixer: str = "acmix", **overrides: Any) -> Swin:
     """A Swin transformer of a named size ("tiny", "small").
