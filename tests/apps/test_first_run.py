@@ -197,7 +197,7 @@ def test_the_bar_leaves_out_what_has_no_room(width, steps):
 def test_ctrl_c_saves_where_it_is(ended, tmp_path):
     words = ["train", ended[0], f"--out={tmp_path / 'run'}", "--train.workers=1"]
     words += ["--train.steps=5000", "--train.validate_every=1000", "--train.save_every=5000"]
-    code, drawn = in_a_terminal(*words, until=b"images/s", send=b"\x03")
+    code, drawn = in_a_terminal(*words, until=b"steps/s", send=b"\x03")
     assert code == 130, drawn
     assert "Traceback" not in drawn
     assert "Stopped. The same command with --resume continues the run" in drawn
