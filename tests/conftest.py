@@ -28,6 +28,7 @@ TOGETHER = (
     "tests/interop/test_export_trained.py",
     "tests/interop/test_parallel.py",
     "tests/test_docs.py::test_the_site",
+    "tests/test_project.py",
 )
 
 
@@ -72,7 +73,6 @@ SLOW = (
     "interop/test_timm_door.py",
     "test_docs.py::test_the_code_of_a_page_runs",
     "test_docs.py::test_the_site",
-    "test_project.py::test_old_import_paths_work",
 )
 # except these, so that it reaches every module
 FAST = (
@@ -83,7 +83,6 @@ FAST = (
     "core/test_triton.py::test_batches[3-",
     "interop/test_export.py::test_examples",
     "interop/test_export.py::test_a_program_for_one_batch",
-    "test_project.py::test_old_import_paths_work[translution.convert]",
 )
 
 

@@ -148,6 +148,7 @@ class Images(torch.utils.data.Dataset[Any]):
         self._source = source
         self._rows = chosen
         self._cache: _Pixels | None = None
+        self._epochs: dict[int, Tensor] = {}
         if isinstance(source.images, Tensor):
             self.unreadable = 0
         elif self._worth_caching():
@@ -160,41 +161,64 @@ class Images(torch.utils.data.Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | None:
         """(epoch, index) -> uint8 [channels, height, width] and a label; None for an unreadable
         image that is skipped."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int] | None]:
+        """Several samples at once, which is how torch's DataLoader reads a batch."""
+        if not isinstance(self._source.images, Tensor):
+            return [self._sample(key, None) for key in keys]
+        placed = self._on_canvases(keys)
+        size = self.options.image_size
+        if self._crops is None and placed.shape[1:] == size:  # nothing to cut or to resize
+            pixels = placed[:, None].expand(-1, self.channels, *size)
+            labels = self.labels[[index for _, index in keys]].tolist()
+            return list(zip(pixels, labels, strict=True))
+        return [self._sample(key, digit) for key, digit in zip(keys, placed, strict=True)]
+
+    @property
+    def _crops(self) -> tuple[float, float] | None:
+        return self.options.augment.resized_crop if self.part == "train" else None
+
+    def _sample(self, key: tuple[int, int], digit: Tensor | None) -> tuple[Tensor, int] | None:
+        """A sample, from a digit on its canvas [height, width] or else from the source."""
         epoch, index = key
-        training, options = self.part == "train", self.options
-        crops = options.augment.resized_crop if training else None
-        # seeding a generator takes as long as reading a small image, so it is done only if needed
-        generator = torch.Generator()
-        if crops or options.moved:
-            part = PARTS.index(self.part)
-            generator = generator_of(self.seed, 2, part, epoch if training else 0, index)
-        size, label = options.image_size, int(self.labels[index])
+        label = int(self.labels[index])
         image: Image.Image | None
-        if isinstance(self._source.images, Tensor):
-            pixels = self._digit_on_canvas(index, generator)
-            if not crops and pixels.shape == size:  # nothing to cut or to resize
-                return pixels.expand(self.channels, *size), label
-            placed = Image.fromarray(pixels.numpy())
-            image = placed if self.channels == 1 else placed.convert("RGB")
+        if digit is not None:
+            grey = Image.fromarray(digit.numpy())
+            image = grey if self.channels == 1 else grey.convert("RGB")
         else:
             image = self._decoded(index) if self._cache is None else self._cache[index]
         if image is None:
             return None
-        if not crops:
+        if self._crops is None:
             return prepare(image, self.preprocessing), label
-        box = random_box(*image.size, size, crops, options.augment.ratio, generator)
+        generator = generator_of(self.seed, 2, PARTS.index(self.part), epoch, index)
+        size, options = self.options.image_size, self.options
+        box = random_box(*image.size, size, self._crops, options.augment.ratio, generator)
         return fit(image, size, box, options.resample), label
 
-    def _digit_on_canvas(self, index: int, generator: torch.Generator) -> Tensor:
-        """A digit on its canvas, uint8 [canvas, canvas]."""
-        digit = self._source.images[self._rows[index]]
-        size, canvas = len(digit), self.options.canvas or len(digit)
-        moved = self.options.moved
-        if moved:
-            where = anywhere(1, size, canvas, generator, step=int(moved))
-        else:
-            where = centre(1, size, canvas)
-        return place(digit[None], canvas, where)[0, 0]
+    def _on_canvases(self, keys: Sequence[tuple[int, int]]) -> Tensor:
+        """Digits on their canvases, uint8 [samples, canvas, canvas]."""
+        index = torch.tensor([index for _, index in keys])
+        digits = self._source.images[self._rows[index]]
+        size = digits.shape[-1]
+        canvas = self.options.canvas or size
+        if not self.options.moved:
+            return place(digits, canvas, centre(len(digits), size, canvas))[:, 0]
+        where = torch.stack([self._places(epoch)[index] for epoch, index in keys])
+        return place(digits, canvas, where)[:, 0]
+
+    def _places(self, epoch: int) -> Tensor:
+        """Where every digit lies in an epoch, int64 [images, 2]. Evaluation has one epoch."""
+        epoch = epoch if self.part == "train" else 0
+        if epoch not in self._epochs:
+            size = self._source.images.shape[-1]
+            generator = generator_of(self.seed, 2, PARTS.index(self.part), epoch)
+            step, canvas = int(self.options.moved), self.options.canvas or size
+            self._epochs.pop(epoch - 2, None)  # a batch has samples of two epochs at most
+            self._epochs[epoch] = anywhere(len(self), size, canvas, generator, step=step)
+        return self._epochs[epoch]
 
     def _decoded(self, index: int) -> Image.Image | None:
         row = int(self._rows[index])

@@ -277,6 +277,7 @@ class Run:
         """A hash of everything that affects the numbers of the run, without its data's paths."""
         content = self.config.model_dump(mode="json")
         content.pop("out")
+        content.pop("imports")
         for key in ("train", "valid", "test", "folder", "shards", "workers"):
             content["data"].pop(key, None)
         for key in ("device", "workers", "save_every", "log_every"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ...models import create_model, list_models, model_options
 from ...models.description import read_description
@@ -21,6 +21,7 @@ from ...utils.files import write_whole
 from ..config import Count, Options, Place, Seed, as_yaml, parse, shown
 from ..data.images import ImageOptions
 from ..data.text import TextOptions
+from .imports import import_files
 
 __all__ = ["Config", "ModelOptions", "TrainOptions", "config_file"]
 
@@ -226,11 +227,14 @@ class TrainOptions(Options):
 class Config(Options):
     """The configuration of one run.
 
+    imports: Python files that register models (`translution.models.registry.register_family`).
+        They are executed before the configuration is read further, and in each process of the run.
     out: the folder of the run. null is a folder in runs/ with the name of the configuration's file.
     seed: decides all random numbers.
     model, data, train: what is trained, on what, and how.
     """
 
+    imports: Annotated[tuple[Place, ...], AfterValidator(import_files)] = ()
     out: Place | None = None
     seed: Seed = 0
     model: ModelOptions

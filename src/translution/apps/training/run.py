@@ -38,6 +38,7 @@ from .checkpoints import (
 from .config import Config, TrainOptions, config_file
 from .data import Data, Part, Parts
 from .devices import interruptible, is_main_process, pick_device, quiet
+from .imports import import_files
 from .logs import GroupedTensorBoard, MetricsFile
 from .messages import Cost, run_summary
 from .progress import progress
@@ -359,6 +360,7 @@ def model_of(config: Config, data: Data) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: an option that contradicts the data.
     """
+    import_files(config.imports)  # this may be another process than the one that read it
     name, options = config.model.name, config.model.given
     known = model_options(name)
     for option, value in data.facts.items():
