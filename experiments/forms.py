@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from translution.functional.offset_operators import layout_index, layout_positions
 from translution.layouts import Layout
-from translution.models.configuration import configure
 from translution.models.blocks import SIZES, Mixing
+from translution.models.configuration import configure
 from translution.models.language_model import GPT, GPTConfig
 from translution.models.registry import register_family
 from translution.models.vision_transformer import ViT, ViTConfig
 from translution.modules.attention import Attention
 from translution.modules.positions import apply_rotary
-from translution.functional.offset_operators import layout_index, layout_positions
 from translution.operands import Operand
 
 
@@ -42,7 +42,7 @@ class Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, beta: Tensor) -> Tensor:
-        """q [batch, heads, queries, d], k [batch, heads, M, keys, d], beta [heads, M, queries, keys]."""
+        """q [batch, heads, N, d], k [batch, heads, M, keys, d], beta [heads, M, N, keys]."""
         ctx.save_for_backward(q, k, beta)
         s = q.new_zeros(*q.shape[:3], k.shape[3])
         product = torch.empty_like(s)
@@ -302,9 +302,7 @@ class CheapTranslution(Attention):
                 else Operand(t[:, h])
                 for name, t in zip("qkv", (q, k, v), strict=True)
             }
-            s = self.primitives.scores(
-                sides["q"], sides["k"], layout, heads=1, scale=self.scale
-            )
+            s = self.primitives.scores(sides["q"], sides["k"], layout, heads=1, scale=self.scale)
             a = self.primitives.softmax(s, None, layout.may_be_empty)
             made.append(self.primitives.mix(a, sides["v"], layout))
         return torch.stack(made, 1)
@@ -336,9 +334,7 @@ class Forms(Mixing):
         causal: bool = False, prefix: int = 0, prefix_queries: bool = False,
     ) -> nn.Module:  # fmt: skip
         if mixer != "translution" or self.form == "full":
-            return super().make(
-                mixer, dim, grid, heads, head_dim, causal, prefix, prefix_queries
-            )
+            return super().make(mixer, dim, grid, heads, head_dim, causal, prefix, prefix_queries)
         form = Form(**{name: getattr(self, name) for name in Form.__dataclass_fields__})
         return CheapTranslution(
             dim, grid, self.relative, form, heads=heads, head_dim=head_dim, causal=causal,

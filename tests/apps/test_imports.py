@@ -63,8 +63,9 @@ def test_a_recipe_with_a_model_of_its_own(recipe):
 
 def test_in_other_processes(recipe, tmp_path):
     """Two runs at a time, each in a process that knows the model from the configuration alone."""
+    base = yaml.safe_load((tmp_path / "own.yaml").read_text())
     content = {
-        "title": "Own", "asks": "Does it run?", "base": yaml.safe_load((tmp_path / "own.yaml").read_text()),
+        "title": "Own", "asks": "Does it run?", "base": base,
         "rows": {"1": {}, "2": {"model.number": 2}}, "rates": [1e-3], "seeds": 1,
         "measures": ["accuracy"],
     }  # fmt: skip
@@ -88,11 +89,12 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^text.txt: got a file without the suffix .py"):
         import_files(["text.txt"])
     assert import_files(["good.py", "good.py"]) == ["good.py", "good.py"]
-    with pytest.raises(ValueError, match=r"^other/good.py: has the name of .*/good.py"):
+    with pytest.raises(ValueError, match=r"^other/good.py: .*/good.py has that name too"):
         import_files(["other/good.py"])
     del sys.modules["translution_import_good"]
 
 
 def test_a_configuration_names_the_key(recipe, tmp_path):
-    with pytest.raises(ValueError, match=r"command line: imports: missing.py: there is no such file"):
+    said = r"command line: imports: missing.py: there is no such file"
+    with pytest.raises(ValueError, match=said):
         load(Config, "own.yaml", ["imports=[missing.py]"])

@@ -43,6 +43,18 @@ def test_scores_and_mix_forward_and_backward():
     assert mixed == one * (1 + channels) + one * (2 + 2 * channels)
 
 
+def test_classes_of_many_pairs_count_once_per_token():
+    """With buckets a token is projected once per class, and the products of pairs stay."""
+    layout, batch, dim = Layout(96, causal=True, buckets=2), 2, 64
+    x = torch.randn(batch, 96, dim)
+    w = torch.randn(layout.classes, dim, dim)
+    index, pairs = layout.index, 96 * 97 // 2
+    keys = sum(int((index == c).any(0).sum()) for c in range(layout.classes))
+    mixed = flops(lambda: offset_mix(torch.rand(batch, 1, 96, 96), x, w, layout))
+    assert keys <= mixed / (2 * batch * dim) / dim - pairs / dim <= layout.classes * 96
+    assert mixed < 2 * batch * dim * pairs * (1 + dim) / 10
+
+
 def test_neighborhoods():
     q, k, v = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 7)
     want = 2 * (2 * 3 * 4 * 5) * 9 * (6 + 7)

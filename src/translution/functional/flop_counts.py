@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..backends.torch import per_token
 from ..layouts import Layout
 
 __all__ = ["register_when_imported"]
@@ -26,35 +27,60 @@ __all__ = ["register_when_imported"]
 COUNTER = "torch.utils.flop_counter"
 
 
+class Rows(NamedTuple):
+    """How many projected rows a layout needs, in each sample.
+
+    Attributes:
+        pairs: the present pairs.
+        queries, keys: the rows that a table projects on either side: one per pair, or fewer where
+            a token is projected once for all its pairs of one class.
+    """
+
+    pairs: int
+    queries: int
+    keys: int
+
+
 @functools.lru_cache
-def _pairs(layout: str) -> int:
-    return int((Layout.parse(layout).index >= 0).sum())
+def _rows(layout: str, channels: int) -> Rows:
+    parsed, cpu = Layout.parse(layout), torch.device("cpu")
+    pairs = int((parsed.index >= 0).sum())
+    if not per_token.pays(parsed, channels, cpu):
+        return Rows(pairs, pairs, pairs)
+    return Rows(pairs, *per_token.projected_tokens(parsed, cpu))
 
 
 def _scores(xq, xk, wq, wk, bq, bk, heads, scale, layout, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    inner = xq[2] if wq is None else wq[2]
-    relative = [x[2] for x, w in ((xq, wq), (xk, wk)) if w is not None]
-    return 2 * xq[0] * _pairs(layout) * inner * (1 + sum(relative))
+    inner, channels = (xq[2], wk[1]) if wq is None else (wq[2], wq[1])
+    rows = _rows(layout, channels)
+    queries = 0 if wq is None else rows.queries * xq[2]
+    keys = 0 if wk is None else rows.keys * xk[2]
+    return 2 * xq[0] * inner * (rows.pairs + queries + keys)
 
 
 def _scores_backward(grad: Any, *given: Any, **_: Any) -> int:
     xq, xk, wq, wk, _, _, _, _, layout, _, wanted = given
-    inner = xq[2] if wq is None else wq[2]
-    products = 0
-    for x, w, to_x, to_w in ((xq, wq, wanted[0], wanted[2]), (xk, wk, wanted[1], wanted[3])):
-        products += bool(to_x or to_w)  # the gradient of the scores times the other side
-        products += 0 if w is None else (to_x + to_w) * x[2]
-    return 2 * xq[0] * _pairs(layout) * inner * products
+    inner, channels = (xq[2], wk[1]) if wq is None else (wq[2], wq[1])
+    rows, products = _rows(layout, channels), 0
+    for x, w, projected, to_x, to_w in (
+        (xq, wq, rows.queries, wanted[0], wanted[2]),
+        (xk, wk, rows.keys, wanted[1], wanted[3]),
+    ):
+        # the gradient of the scores times the other side
+        products += bool(to_x or to_w) * rows.pairs
+        products += 0 if w is None else (to_x + to_w) * x[2] * projected
+    return 2 * xq[0] * inner * products
 
 
 def _mix(a, x, w, b, layout, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    return 2 * x[0] * _pairs(layout) * w[2] * (1 + x[2])
+    rows = _rows(layout, w[1])
+    return 2 * x[0] * w[2] * (rows.pairs + rows.keys * x[2])
 
 
 def _mix_backward(grad, a, x, w, b, layout, backend, wanted, **_) -> int:  # type: ignore[no-untyped-def]
-    to_a, to_x, to_w, _ = wanted
-    products = to_a + bool(to_x or to_w) + (to_x + to_w) * x[2]
-    return 2 * x[0] * _pairs(layout) * w[2] * products
+    (to_a, to_x, to_w, _), rows = wanted, _rows(layout, w[1])
+    products = (to_a + bool(to_x or to_w)) * rows.pairs + (to_x + to_w) * x[2] * rows.keys
+    return 2 * x[0] * w[2] * products
 
 
 def _attention(query, key, value, kernel, *_, **__) -> int:  # type: ignore[no-untyped-def]

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.torch import per_token
 from ..layouts import Layout
 from ..operands import Operand
 from .derivatives import batched, multilinear
 
-__all__ = ["HALF", "layout_index", "layout_positions", "mix", "scores"]
+__all__ = ["HALF", "layout_index", "layout_positions", "mix", "scores", "shares_projections"]
 
 HALF = (torch.float16, torch.bfloat16)
 """The dtypes whose sums are taken in float32."""
@@ -64,6 +65,25 @@ def _(like: Tensor, layout: str) -> Tensor:
     return like.new_empty((grid_tokens, len(parsed.grid)), dtype=torch.int64)
 
 
+def shares_projections(layout: Layout, x: Tensor, *tables: Tensor | None) -> bool:
+    """Whether so many pairs of a token have the same class that it is projected once per class.
+
+    The products are then large and dense on every device, so all backends leave them to torch.
+    """
+    channels = max(w.shape[-2] for w in tables if w is not None)
+    return per_token.pays(layout, int(channels), x.device)
+
+
+def _computing(backend: str, layout: Layout, x: Tensor, *tables: Tensor | None) -> Any:
+    """The module whose functions compute the primitives for these tokens and tables.
+
+    Raises:
+        ValueError: the backend is unknown or cannot compute with this dtype on this device.
+    """
+    chosen = backends.choose(backend, x.device, x.dtype)
+    return per_token if shares_projections(layout, x, *tables) else chosen
+
+
 @torch.library.custom_op("translution::offset_scores", mutates_args=())
 def _scores(
     xq: Tensor,
@@ -77,9 +97,8 @@ def _scores(
     layout: str,
     backend: str,
 ) -> Tensor:
-    chosen = backends.choose(backend, xq.device, xq.dtype)
-    query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
-    return chosen.scores(query, key, heads, scale, Layout.parse(layout))
+    query, key, parsed = Operand(xq, wq, bq), Operand(xk, wk, bk), Layout.parse(layout)
+    return _computing(backend, parsed, xq, wq, wk).scores(query, key, heads, scale, parsed)
 
 
 @_scores.register_fake
@@ -104,9 +123,9 @@ def _scores_backward(
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    chosen = backends.choose(backend, xq.device, xq.dtype)
-    query, key = Operand(xq, wq, bq), Operand(xk, wk, bk)
-    return chosen.scores_backward(grad, query, key, heads, scale, Layout.parse(layout), wanted)
+    query, key, parsed = Operand(xq, wq, bq), Operand(xk, wk, bk), Layout.parse(layout)
+    chosen = _computing(backend, parsed, xq, wq, wk)
+    return chosen.scores_backward(grad, query, key, heads, scale, parsed, wanted)
 
 
 def _fake_grads(
@@ -145,8 +164,8 @@ _scores.register_autograd(_backward_scores, setup_context=_save_scores)
 
 @torch.library.custom_op("translution::offset_mix", mutates_args=())
 def _mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: str, backend: str) -> Tensor:
-    chosen = backends.choose(backend, x.device, x.dtype)
-    return chosen.mix(a, Operand(x, w, b), Layout.parse(layout))
+    parsed = Layout.parse(layout)
+    return _computing(backend, parsed, x, w).mix(a, Operand(x, w, b), parsed)
 
 
 @_mix.register_fake
@@ -165,8 +184,9 @@ def _mix_backward(
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = backends.choose(backend, x.device, x.dtype)
-    return chosen.mix_backward(grad, a, Operand(x, w, b), Layout.parse(layout), wanted)
+    parsed = Layout.parse(layout)
+    chosen = _computing(backend, parsed, x, w)
+    return chosen.mix_backward(grad, a, Operand(x, w, b), parsed, wanted)
 
 
 @_mix_backward.register_fake

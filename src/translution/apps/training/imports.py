@@ -26,7 +26,7 @@ def import_files(files: Sequence[str]) -> Sequence[str]:
         if loaded is not None and loaded.__file__ == str(path):
             continue
         if loaded is not None:
-            raise ValueError(f"{name}: has the name of {loaded.__file__}, want files of other names")
+            raise ValueError(f"{name}: {loaded.__file__} has that name too, want another one")
         if not path.is_file():
             raise ValueError(f"{name}: there is no such file")
         spec = importlib.util.spec_from_file_location(module_name, path)
