@@ -136,8 +136,7 @@ def scores(
             s = s.float()
         return s if layout.full else s.masked_fill(_absent(s, layout), float("-inf"))
     chosen = check_backend(backend, query.x)
-    tables = query.weight, key.weight
-    if chosen is not None and not operators.shares_projections(layout, query.x, *tables):
+    if chosen is not None and not operators.shares_projections(layout, query, key, heads):
         chosen.prepare_scores(query, key, heads, layout)
     sides = query.x, key.x, query.weight, key.weight, query.bias, key.bias
     return operators.scores(*sides, heads, float(scale), layout.spec, backend)
@@ -163,7 +162,7 @@ def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> 
         v = value.x.unflatten(-1, (heads, -1)).transpose(1, 2)
         return (a.to(v.dtype) @ v).transpose(1, 2).flatten(2)
     chosen = check_backend(backend, value.x)
-    if chosen is not None and not operators.shares_projections(layout, value.x, value.weight):
+    if chosen is not None and not operators.shares_projections(layout, None, value, heads):
         chosen.prepare_mix(a, value, layout)
     return operators.mix(a, *value, layout.spec, backend)
 

@@ -65,23 +65,30 @@ def _(like: Tensor, layout: str) -> Tensor:
     return like.new_empty((grid_tokens, len(parsed.grid)), dtype=torch.int64)
 
 
-def shares_projections(layout: Layout, x: Tensor, *tables: Tensor | None) -> bool:
+def shares_projections(layout: Layout, query: Operand | None, key: Operand, heads: int) -> bool:
     """Whether so many pairs of a token have the same class that it is projected once per class.
 
     The products are then large and dense on every device, so all backends leave them to torch.
     """
-    channels = max(w.shape[-2] for w in tables if w is not None)
-    return per_token.pays(layout, int(channels), x.device)
+    x, sizes = key.x, (_size(query), _size(key))
+    return per_token.pays(layout, *sizes, heads, int(x.shape[0]), x.device)
 
 
-def _computing(backend: str, layout: Layout, x: Tensor, *tables: Tensor | None) -> Any:
-    """The module whose functions compute the primitives for these tokens and tables.
+def _size(side: Operand | None) -> per_token.Size:
+    weight = None if side is None else side.weight
+    return None if weight is None else (int(weight.shape[-2]), int(weight.shape[-1]))
+
+
+def _computing(
+    backend: str, layout: Layout, query: Operand | None, key: Operand, heads: int
+) -> Any:
+    """The module whose functions compute the primitives for these operands.
 
     Raises:
         ValueError: the backend is unknown or cannot compute with this dtype on this device.
     """
-    chosen = backends.choose(backend, x.device, x.dtype)
-    return per_token if shares_projections(layout, x, *tables) else chosen
+    chosen = backends.choose(backend, key.x.device, key.x.dtype)
+    return per_token if shares_projections(layout, query, key, heads) else chosen
 
 
 @torch.library.custom_op("translution::offset_scores", mutates_args=())
@@ -98,7 +105,7 @@ def _scores(
     backend: str,
 ) -> Tensor:
     query, key, parsed = Operand(xq, wq, bq), Operand(xk, wk, bk), Layout.parse(layout)
-    return _computing(backend, parsed, xq, wq, wk).scores(query, key, heads, scale, parsed)
+    return _computing(backend, parsed, query, key, heads).scores(query, key, heads, scale, parsed)
 
 
 @_scores.register_fake
@@ -124,7 +131,7 @@ def _scores_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, key, parsed = Operand(xq, wq, bq), Operand(xk, wk, bk), Layout.parse(layout)
-    chosen = _computing(backend, parsed, xq, wq, wk)
+    chosen = _computing(backend, parsed, query, key, heads)
     return chosen.scores_backward(grad, query, key, heads, scale, parsed, wanted)
 
 
@@ -164,8 +171,8 @@ _scores.register_autograd(_backward_scores, setup_context=_save_scores)
 
 @torch.library.custom_op("translution::offset_mix", mutates_args=())
 def _mix(a: Tensor, x: Tensor, w: Tensor, b: Tensor | None, layout: str, backend: str) -> Tensor:
-    parsed = Layout.parse(layout)
-    return _computing(backend, parsed, x, w).mix(a, Operand(x, w, b), parsed)
+    value, parsed = Operand(x, w, b), Layout.parse(layout)
+    return _computing(backend, parsed, None, value, a.shape[1]).mix(a, value, parsed)
 
 
 @_mix.register_fake
@@ -184,9 +191,9 @@ def _mix_backward(
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parsed = Layout.parse(layout)
-    chosen = _computing(backend, parsed, x, w)
-    return chosen.mix_backward(grad, a, Operand(x, w, b), parsed, wanted)
+    value, parsed = Operand(x, w, b), Layout.parse(layout)
+    chosen = _computing(backend, parsed, None, value, a.shape[1])
+    return chosen.mix_backward(grad, a, value, parsed, wanted)
 
 
 @_mix_backward.register_fake

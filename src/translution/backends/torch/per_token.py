@@ -17,7 +17,7 @@ backward pass computes them again.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +27,17 @@ from ...layouts import Layout
 from ...operands import Operand
 from .groups import sum_dtype
 
-__all__ = ["mix", "mix_backward", "pays", "projected_tokens", "scores", "scores_backward"]
+__all__ = ["Size", "counts_of", "mix", "mix_backward", "pays", "scores", "scores_backward"]
 
 BLOCK = {"cpu": 64, "cuda": 256}
 """The side of a block, by kind of device. Smaller ones have fewer pairs of other classes, which are
 multiplied in vain; larger ones are fewer calls."""
-PASSES = 8
-"""A product within a block, and its mask, take about as much time as this many multiply-adds per
-number."""
+Size = tuple[int, int] | None
+
+# What other work costs beside a multiply-add of a projection, measured on a CPU in both directions:
+ROW = 20, 63  # around the projection of a row per token and per pair, per channel of its result
+PRODUCT = 2.4, 63  # a pair within a block, per channel and per head
+CALL = 1_000_000  # the calls for a block, whatever the batch
 
 
 class Block(NamedTuple):
@@ -66,34 +69,49 @@ class Class(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a layout costs in either way of computing it.
+    """What a layout costs in each sample, if tokens are projected once per class.
 
     Attributes:
         pairs: P, the present pairs.
         queries, keys: the tokens that are projected on either side, once for each of their classes.
         products: the pairs of all blocks, once for each class of a block.
+        blocks: the number of blocks.
     """
 
     pairs: int
     queries: int
     keys: int
     products: int
+    blocks: int
 
 
-def pays(layout: Layout, channels: int, device: torch.device) -> bool:
-    """Whether projecting each token once per class takes less arithmetic than once per pair."""
+def pays(layout: Layout, query: Size, key: Size, heads: int, batch: int, device: Any) -> bool:
+    """Whether projecting each token once per class takes less time than once per pair.
+
+    Args:
+        layout: the pairs.
+        query, key: (channels, heads · head_dim) of the table of either side, or None without one.
+        heads: H.
+        batch: B.
+        device: where it is computed.
+    """
     if layout.buckets is None:  # each offset has a class of its own, so nothing is shared
         return False
-    counts = _counts(layout, device, _side(device))
-    each_pair = 2 * counts.pairs * (channels + PASSES)
-    each_token = (counts.queries + counts.keys) * channels + 2 * counts.products * PASSES
-    return each_token < each_pair
+    counts, by_pair = counts_of(layout, device), 0.0
+    by_token = counts.blocks * CALL / max(batch, 1)
+    for size, tokens in ((query, counts.queries), (key, counts.keys)):
+        if size is not None:
+            channels, inner = size
+            by_pair += counts.pairs * inner * (channels + ROW[1])
+            by_token += tokens * inner * (channels + ROW[0])
+    inner = max(size[1] for size in (query, key) if size is not None)
+    by_token += counts.products * (inner * PRODUCT[0] + heads * PRODUCT[1])
+    return by_token < by_pair
 
 
-def projected_tokens(layout: Layout, device: torch.device) -> tuple[int, int]:
-    """How many queries and keys are projected, counting a token once for each of its classes."""
-    counts = _counts(layout, device, _side(device))
-    return counts.queries, counts.keys
+def counts_of(layout: Layout, device: torch.device) -> Counts:
+    """The `Counts` of a layout."""
+    return _counts(layout, device, _side(device))
 
 
 def _side(device: torch.device) -> int:
@@ -102,15 +120,16 @@ def _side(device: torch.device) -> int:
 
 @cached
 def _counts(layout: Layout, device: torch.device, side: int) -> Counts:
-    pairs = queries = keys = products = 0
-    for found in blocks_of(layout, device, side):
+    pairs = queries = keys = products = blocks = 0
+    for found in blocks_of(layout, torch.device("cpu"), side):  # others have to be read
         queries += _length(found.queries)
         keys += _length(found.keys)
+        blocks += len(found.blocks)
         for block in found.blocks:
             area = _length(block.queries) * _length(block.keys)
             products += area
             pairs += area if block.mask is None else int(block.mask.sum())
-    return Counts(pairs, queries, keys, products)
+    return Counts(pairs, queries, keys, products, blocks)
 
 
 @cached
