@@ -11,8 +11,6 @@ if (
 ):  # set before triton is imported, so that its kernels are interpreted on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-AT_START = frozenset(os.environ)
-
 # Tests whose names begin so share what is slow to make (a server, a site, trained runs), and run in
 # one process when pytest-xdist divides the suite.
 TOGETHER = (
@@ -125,10 +123,6 @@ def _seed():
     # A process group that a test joined has threads, too.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # Lightning leaves the rank and the address of a group behind. transformers would wait for it.
-    for name in os.environ.keys() - AT_START:
-        if name.startswith(("MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_")):
-            del os.environ[name]
 
 
 @pytest.fixture(autouse=True)

@@ -28,15 +28,17 @@ from safetensors.torch import load_file, save_file
 
 from translution.apps import cli
 from translution.apps.config import as_yaml, load, parse
-from translution.apps.training import callbacks, checkpoints
+from translution.apps.training import callbacks, checkpoints, strategies
+from translution.apps.training import run as run_module
 from translution.apps.training.checkpoints import latest, open_checkpoint
 from translution.apps.training.config import Config, TrainOptions, config_file
+from translution.apps.training.data import Data
 from translution.apps.training.devices import Diverged
 from translution.apps.training.logs import MetricsFile
 from translution.apps.training.predict import predict
 from translution.apps.training.run import evaluate, train
 from translution.apps.training.tasks import Classification, LanguageModel, MeanLoss, learning_rate
-from translution.models import create_model
+from translution.models import ViT, create_model
 from translution.models.pretrained import Pretrained
 from translution.utils import measuring
 
@@ -683,8 +685,8 @@ MATTERS = {
     "precision": "bfloat16", "validate_every": 1, "validate_batches": 1, "save_every": 1,
     "log_every": 1,
 }  # fmt: skip
-# These share the work, and have tests of their own.
-ELSEWHERE = {"compile", "device", "devices", "nodes", "strategy", "offset_ranks", "workers"}
+# These share the work between devices and processes, and must not change what is learned.
+DEVICES = {"compile", "device", "devices", "nodes", "strategy", "offset_ranks", "workers"}
 
 
 def trained(folder, *changes):
@@ -703,7 +705,7 @@ def trained(folder, *changes):
 
 
 def test_every_option_of_the_training_matters(tmp_path):
-    assert MATTERS.keys() | ELSEWHERE == TrainOptions.model_fields.keys()
+    assert MATTERS.keys() | DEVICES == TrainOptions.model_fields.keys()
     plain = trained(tmp_path / "plain")
     for name, value in MATTERS.items():
         changes = [f"--train.{name}={json.dumps(value)}"]
@@ -711,6 +713,57 @@ def test_every_option_of_the_training_matters(tmp_path):
             changes = ["--train.steps=null", "--train.epochs=0.3"]
         found = trained(tmp_path / name, *changes)
         assert not same(found[0], plain[0]) or found[1:] != plain[1:], name
+
+
+def arguments_of_trainer(monkeypatch, *changes):
+    """The arguments of Lightning's trainer for these options."""
+    given = {}
+    monkeypatch.setattr(run_module, "Trainer", lambda **arguments: given.update(arguments))
+    options = config("train.ema=null", *changes)
+    strategy = run_module._strategy(options.train, lambda: None, None)
+    run_module.make_trainer(options, strategy=strategy)
+    return given
+
+
+def test_every_option_of_devices_matters(monkeypatch):
+    """On one CPU most cannot act, so each is seen where it takes effect."""
+    plain = arguments_of_trainer(monkeypatch)
+    assert (plain["accelerator"], plain["devices"], plain["num_nodes"]) == ("cpu", 1, 1)
+    assert (plain["strategy"], plain["plugins"]) == ("auto", [])
+    two = arguments_of_trainer(monkeypatch, "train.devices=2")
+    assert two["devices"] == 2
+    assert isinstance(two["plugins"][0], strategies.Loopback)
+    nodes = arguments_of_trainer(monkeypatch, "train.devices=2", "train.nodes=2")
+    assert (nodes["num_nodes"], nodes["plugins"]) == (2, [])  # several machines need a network
+    assert arguments_of_trainer(monkeypatch, "train.strategy=ddp")["strategy"] == "ddp"
+    shared = arguments_of_trainer(monkeypatch, "train.strategy=fsdp", "train.devices=2")
+    assert isinstance(shared["strategy"], strategies.Sharded)
+    changes = "train.devices=4", "train.offset_ranks=2"
+    divided = arguments_of_trainer(monkeypatch, *changes)["strategy"]
+    assert isinstance(divided, strategies.Offset)
+    assert divided.ranks == 2
+    for device, accelerator in (("cuda", "gpu"), ("mps", "mps")):
+        monkeypatch.setattr(torch, device, getattr(torch, device))
+        monkeypatch.setattr(f"torch.{device}.is_available", lambda: True)
+        found = arguments_of_trainer(monkeypatch, f"train.device={device}")
+        assert found["accelerator"] == accelerator
+    data = Data(config("train.workers=2"))
+    assert data.val_dataloader().num_workers == 2
+
+
+def test_compile_compiles_the_model(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self)))
+    train(config("train.compile=true"), tmp_path / "run", tensorboard=False)
+    assert compiled == [ViT]
+
+
+def test_a_group_of_one_leaves_nothing(tmp_path):
+    """Another library that trains afterwards would wait for the others of the group."""
+    before = dict(os.environ)
+    train(config("train.strategy=ddp"), tmp_path / "run", tensorboard=False)
+    assert dict(os.environ) == before
+    assert not torch.distributed.is_initialized()
 
 
 def test_label_smoothing_of_text(tmp_path):

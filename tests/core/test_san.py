@@ -285,7 +285,7 @@ def test_compiles(mixer):
 
 
 def test_acmix_stands_in_the_wide_stages_only():
-    model = san("10", dim=16, group_size=4)
+    model = san("10", "acmix", dim=16, group_size=4)
     kinds = [{type(block.attention) for block in stage.blocks} for stage in model.stages]
     assert kinds == [{PatchwiseAttention2d}] + [{PatchwiseACmix2d}] * 4
     assert SANConfig().depths == SANS["19"]

@@ -150,6 +150,16 @@ def test_models_of_the_first_version_are_read(tmp_path):
     assert same(ViT.from_pretrained(tmp_path), model)
 
 
+@pytest.mark.parametrize("name", ["resnet", "swin", "san", "pvt"])
+def test_models_that_once_had_acmix(tmp_path, name):
+    """A family's name means the network of that name; a file of an earlier format means ACmix."""
+    assert create_model(name).config.mixer in ("convolution", "attention")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"format": "translution-model-1", "architecture": name, "options": {"dim": 64}})
+    )
+    assert read_description(tmp_path).options == {"mixer": "acmix", "dim": 64}
+
+
 def test_a_users_subclass_comes_back(tmp_path):
     class Mine(ViT):
         pass

@@ -680,7 +680,7 @@ def bottleneck_twin(w, x, stride, mixer="acmix") -> Tensor:
 @pytest.mark.parametrize(("before", "stride"), [(8, 1), (32, 1), (16, 2)])
 def test_bottleneck(before, stride):
     weights = random(bottleneck_shapes(before, 8, shortcut=before != 32))
-    config = ResNetConfig(heads=2, kernel_size=3, published=True)
+    config = ResNetConfig("acmix", heads=2, kernel_size=3, published=True)
     block = Bottleneck(before, 8, 32, stride, config.middle).double()
     x = torch.randn(1, before, 4, 4, dtype=torch.float64)
     close(loaded(block, weights)(x), bottleneck_twin(weights, x, stride))

@@ -45,6 +45,8 @@ EARLIER = {
     CHECKPOINT: "translution-checkpoint-1",
     DIVISION: "translution-division-1",  # such a file did not name its format
 }
+# Models whose default mixer was ACmix in earlier formats, and is that of their parent now.
+ONCE_ACMIX = ("resnet", "swin", "san", "pvt")
 # The keys that must be there, by the name of the file. All others have defaults.
 REQUIRED = {
     CONFIG: ("architecture", "options"),
@@ -220,8 +222,18 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _current(content: dict[str, Any], format_name: str, path: Path) -> dict[str, Any]:
     """The content of a description of an earlier version, with the present keys."""
-    if format_name != EARLIER[CHECKPOINT]:
+    if format_name == FORMAT:
         return content
+    if format_name == EARLIER[CHECKPOINT]:
+        content = _with_architecture(content, path)
+    options = content.get("options")
+    if content.get("architecture") in ONCE_ACMIX and isinstance(options, dict):
+        content = content | {"options": {"mixer": "acmix"} | options}
+    return content
+
+
+def _with_architecture(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of an earlier checkpoint, whose key `model` had the name and the options."""
     model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError(f"{path}: model: got {_short(model)}, want a dict of name and options")

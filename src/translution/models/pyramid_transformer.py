@@ -63,7 +63,7 @@ class PVTConfig:
         ValueError: naming the option, what came and what is wanted.
     """
 
-    mixer: str = "acmix"
+    mixer: str = "attention"
     image_size: Sizes = 224
     depths: Sequence[int] = PVTS["tiny"]
     dims: Sequence[int] = (64, 128, 320, 512)
@@ -239,7 +239,7 @@ class PVT(Backbone):
         return self.head(self.norm(tokens[:, 0]))
 
 
-def pvt(size: str = "tiny", mixer: str = "acmix", **overrides: Any) -> PVT:
+def pvt(size: str = "tiny", mixer: str = "attention", **overrides: Any) -> PVT:
     """A pyramid vision transformer of a named size ("tiny", "small").
 
     Args:

@@ -45,7 +45,7 @@ class ResNetConfig:
         ValueError: naming the option, what came and what is wanted.
     """
 
-    mixer: str = "acmix"
+    mixer: str = "convolution"
     depths: Sequence[int] = RESNETS["50"]
     in_channels: int = 3
     num_classes: int = 1000
@@ -152,7 +152,7 @@ class ResNet(Backbone):
         return maps
 
 
-def resnet(size: str = "50", mixer: str = "acmix", **overrides: Any) -> ResNet:
+def resnet(size: str = "50", mixer: str = "convolution", **overrides: Any) -> ResNet:
     """A ResNet of a named size ("26", "38", "50").
 
     Args:

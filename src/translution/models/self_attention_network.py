@@ -68,7 +68,7 @@ class SANConfig:
         ValueError: naming the option, what came and what is wanted.
     """
 
-    mixer: str = "acmix"
+    mixer: str = "attention"
     depths: Sequence[int] = SANS["19"]
     kernel_sizes: Sequence[int] = (3, 7, 7, 7, 7)
     in_channels: int = 3
@@ -170,7 +170,7 @@ class SAN(Backbone):
         return maps[1:]
 
 
-def san(size: str = "19", mixer: str = "acmix", **overrides: Any) -> SAN:
+def san(size: str = "19", mixer: str = "attention", **overrides: Any) -> SAN:
     """A SAN of a named size ("10", "15", "19").
 
     Args:

@@ -61,7 +61,7 @@ class SwinConfig:
         ValueError: naming the option, what came and what is wanted.
     """
 
-    mixer: str = "acmix"
+    mixer: str = "attention"
     depths: Sequence[int] = (2, 2, 6, 2)
     in_channels: int = 3
     num_classes: int = 1000
@@ -191,7 +191,7 @@ class Swin(Backbone):
         return maps
 
 
-def swin(size: str = "tiny", mixer: str = "acmix", **overrides: Any) -> Swin:
+def swin(size: str = "tiny", mixer: str = "attention", **overrides: Any) -> Swin:
     """A Swin transformer of a named size ("tiny", "small").
 
     Args:

@@ -42,7 +42,7 @@ from .imports import import_files
 from .logs import GroupedTensorBoard, MetricsFile
 from .messages import Cost, run_summary
 from .progress import progress
-from .strategies import Loopback, Offset, Sharded, is_started_elsewhere
+from .strategies import Loopback, Offset, Sharded, group_of_one, is_started_elsewhere
 from .tasks import Classification, LanguageModel, Task
 
 __all__ = ["evaluate", "train"]
@@ -152,7 +152,8 @@ def _train(
         if is_main_process():  # the logger would keep that of an earlier process
             Path(board.log_dir, board.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         loggers.append(board)
-    with quiet(), interruptible():
+    processes = config.train.devices * config.train.nodes
+    with quiet(), interruptible(), group_of_one(processes):
         trainer = make_trainer(
             config, callbacks=callbacks, logger=loggers, plugins=[io], max_steps=data.steps,
             max_epochs=1, strategy=strategy,

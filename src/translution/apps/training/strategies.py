@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.environments import (
     LightningEnvironment,
@@ -39,7 +41,14 @@ from ...modules.projections import RelativeLinear
 from .checkpoints import PREFIX, Folders
 from .devices import REMEDY, Diverged
 
-__all__ = ["Loopback", "Offset", "Sharded", "is_started_elsewhere", "shard"]
+__all__ = ["Loopback", "Offset", "Sharded", "group_of_one", "is_started_elsewhere", "shard"]
+
+# The environment variables of a group, which Lightning and `Loopback` set.
+DESCRIBE_GROUP = (
+    "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE",
+    "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
+    "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS",
+)  # fmt: skip
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -81,6 +90,32 @@ class Loopback(LightningEnvironment):
             for library in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{library}_SOCKET_IFNAME", names[0])
         return super().main_port
+
+
+@contextmanager
+def group_of_one(processes: int) -> Iterator[None]:
+    """Let nothing remain of the group of a single process after a block.
+
+    Lightning leaves the group and the variables that describe it, and a library that trains
+    afterwards in this process would wait for the others of that group. The processes of a larger
+    group continue together after the block, so theirs remain.
+
+    Args:
+        processes: the number of processes of the group.
+    """
+    single = processes == 1 and not is_started_elsewhere()
+    before = {name: os.environ.get(name) for name in DESCRIBE_GROUP}
+    joined = dist.is_available() and dist.is_initialized()
+    try:
+        yield
+    finally:
+        if single:
+            if dist.is_available() and dist.is_initialized() and not joined:
+                dist.destroy_process_group()
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
