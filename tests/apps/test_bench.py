@@ -13,9 +13,10 @@ from translution.apps import cli
 from translution.apps.bench import command
 from translution.apps.bench.cases import OPERATORS, Case
 from translution.apps.bench.dense import dense_bytes, dense_translution
-from translution.apps.bench.measure import measure_dense, step
+from translution.apps.bench.measure import measure, measure_dense, step
 from translution.apps.bench.steps import published_bytes
 from translution.apps.bench.unfold import unfold_acmix
+from translution.backends.torch import per_token
 from translution.functional import offset_mix, offset_scores
 from translution.models import registry
 from translution.modules import ACmix2d
@@ -135,6 +136,19 @@ def test_flops_of_products(relative):
     built = OPERATORS["translution"](case, CPU)
     unit = 2 * 5 * 8 * 8
     assert built.flops == unit * (36 * len(relative) + 6 * (3 - len(relative)))
+
+
+def test_buckets_are_compared_with_a_projection_per_pair():
+    case = Case("translution", (64,), True, 32, 2, 4, torch.float32, "v", buckets=2)
+    built = OPERATORS["translution"](case, CPU)
+    keys = sum(int((case.layout.index == c).any(0).sum()) for c in range(case.layout.classes))
+    assert 2 * 4 * 32 * 32 * (keys + 2 * 64) <= built.flops < 2 * 4 * 32 * 32 * (case.pairs + 128)
+    row = measure(case, CPU, True, repeats=1, dense_limit=1e9)
+    assert row["buckets"] == 2
+    assert row["dense"]["batch"] == 4
+    assert not per_token._never
+    with per_token.never():
+        assert OPERATORS["translution"](case, CPU).flops == 2 * 4 * 32 * 32 * (case.pairs + 128)
 
 
 def test_dense_is_compared_at_the_batch_that_fits():

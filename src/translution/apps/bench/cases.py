@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...backends.torch import per_token
 from ...functional import offset_mix, offset_scores
 from ...layouts import Layout
 from ...modules import ACmix2d, AlphaTranslution1d, AlphaTranslution2d
@@ -37,6 +39,7 @@ class Case:
         kernel: the size of ACmix's attention window in pixels.
         stride: the stride of ACmix.
         backend: the backend that computes the operator, or "auto".
+        buckets: the matrices on each side of offset 0, per axis; None gives each offset its own.
     """
 
     operator: str
@@ -51,6 +54,7 @@ class Case:
     kernel: int = 7
     stride: int = 1
     backend: str = "auto"
+    buckets: int | None = None
 
     def check(self) -> None:
         """Check that the case can be built, before anything runs.
@@ -66,7 +70,8 @@ class Case:
     @property
     def layout(self) -> Layout:
         """The offset class of each pair of tokens."""
-        return Layout(self.grid, causal=self.causal)
+        buckets = None if self.buckets is None else (self.buckets,) * len(self.grid)
+        return Layout(self.grid, causal=self.causal, buckets=buckets)
 
     @property
     def pairs(self) -> int:
@@ -78,6 +83,7 @@ class Case:
         """The case in words, for a table."""
         grid = "×".join(map(str, self.grid)) + (" causal" if self.causal else "")
         stride = f" stride {self.stride}" if self.stride > 1 else ""
+        grid += f", {self.buckets} buckets" if self.buckets else ""
         return f"{self.operator} {grid}{stride}, batch {self.batch}, width {self.width}"
 
 
@@ -92,7 +98,9 @@ class Built:
             as three times as many.
         bytes: the bytes of the inputs and weights that are read and of the outputs.
         beside: the ordinary operator to compare with, a name of `BESIDE`.
-        dense: the direct implementation, which copies a matrix or a value for every pair.
+        dense: the direct implementation, which copies a matrix or a value for every pair. With
+            buckets it is the operator itself, which then projects a token once per pair.
+        around: the context in which `dense` is computed, in both directions.
         dense_bytes: estimates the memory of `dense`, from (backward, batch).
     """
 
@@ -102,6 +110,7 @@ class Built:
     bytes: int
     beside: str
     dense: Callable[[], Tensor] | None = None
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
     dense_bytes: Callable[..., int] | None = None
 
 
@@ -112,9 +121,10 @@ def _leaf(*shape: int, case: Case, device: torch.device, scale: float = 1.0) -> 
 def translution(case: Case, device: torch.device) -> Built:
     """Build Translution without its output projection: offset_scores, softmax and offset_mix.
 
-    A relative projection counts 2 · batch · pairs · width² floating-point operations, and a shared
-    projection 2 · batch · tokens · width². The products of queries with keys and of weights with
-    values are small beside them and are not counted.
+    A relative projection counts 2 · batch · rows · width² floating-point operations, and a shared
+    projection 2 · batch · tokens · width². The rows are the pairs; with buckets, a token is
+    projected once for each of its classes, if that takes less time. The products of queries with
+    keys and of weights with values are mostly small beside them and are not counted.
     """
     layout, width, heads = case.layout, case.width, case.heads
     x = _leaf(case.batch, layout.tokens, width, case=case, device=device)
@@ -129,12 +139,19 @@ def translution(case: Case, device: torch.device) -> Built:
         s = offset_scores(x, x, wq, wk, layout, heads=heads, scale=scale, backend=case.backend)
         return offset_mix(s.softmax(-1), x, wv, layout, backend=case.backend)
 
-    unit = 2 * case.batch * case.pairs * width * width
-    shared = 2 * case.batch * layout.tokens * width * width
-    flops = len(case.relative) * unit + (3 - len(case.relative)) * shared
+    rows, size = case.pairs, (width, width)
+    own = {name: size if name in case.relative else None for name in "qkv"}
+    if per_token.pays(layout, own["q"], own["k"] or own["v"], heads, case.batch, device):
+        rows = per_token.counts_of(layout, device).keys
+    unit = 2 * case.batch * width * width
+    flops = unit * (len(case.relative) * rows + (3 - len(case.relative)) * layout.tokens)
     moved = sum(t.numel() for t in (x, x, *sides)) * x.element_size()
     built = Built(forward, [x, *sides], flops, moved, "attention")
-    if case.relative == "qkv" and not case.causal:
+    if case.buckets is not None:
+        built.dense, built.around = forward, per_token.never
+        scores = 12 * heads * layout.tokens**2
+        built.dense_bytes = lambda backward, batch=case.batch: batch * scores
+    elif case.relative == "qkv" and not case.causal:
         index = layout.index_on(device)
         built.dense = lambda: dense_translution(x, wq, wk, wv, index, heads)
         built.dense_bytes = lambda backward, batch=case.batch: dense_bytes(

@@ -42,7 +42,7 @@ SHAPES: dict[str, Shapes] = {
 # Two rows are the same measurement if these fields agree.
 SAME = (
     "operator", "grid", "causal", "batch", "width", "heads", "dtype", "relative", "rank",
-    "kernel", "stride", "device", "backend", "backward",
+    "kernel", "stride", "buckets", "device", "backend", "backward",
 )  # fmt: skip
 
 
@@ -73,6 +73,10 @@ def bench(
     rank: Annotated[int, typer.Option(help="The rank per head of alpha.")] = 8,
     kernel: Annotated[int, typer.Option(help="The odd size of acmix's window.")] = 7,
     stride: Annotated[int, typer.Option(help="The stride of acmix.")] = 1,
+    buckets: Annotated[
+        int,
+        typer.Option(help="Matrices on each side of offset 0, per axis; 0 gives each its own."),
+    ] = 0,
     dense: Annotated[
         bool, typer.Option(help="Also measure the direct implementation, at a batch that fits.")
     ] = True,
@@ -96,7 +100,8 @@ def bench(
     Each operator is compared with q, k, v projections and scaled_dot_product_attention on the same
     tokens, and Translution also with the direct implementation, which gathers a matrix for every
     pair and sample. If that does not fit into memory at the batch of the row, both are compared at
-    a smaller batch, and the table shows the bytes that it would take. The operator acmix is
+    a smaller batch, and the table shows the bytes that it would take. With buckets, Translution is
+    compared with itself where it projects a token once for each pair. The operator acmix is
     compared with a 3x3 convolution, and with an implementation that copies keys and values for
     every neighbour.
     """
@@ -108,11 +113,14 @@ def bench(
         "heads": (heads, 0),
         "kernel": (kernel, 1),
         "stride": (stride, 1),
+        "buckets": (buckets, 0),
         "threads": (threads, 0),
     }
     for name, (value, want) in least.items():
         if value < want:
             raise ValueError(f"{name}: got {value}, want at least {want}")
+    if buckets and operator != "translution":
+        raise ValueError(f"buckets: got {buckets} for {operator}, want 0 or translution")
     if kernel % 2 == 0:
         raise ValueError(f"kernel: got {kernel}, want an odd number")
     if not dense_limit >= 0:
@@ -135,7 +143,21 @@ def bench(
         if w % n:
             raise ValueError(f"heads: got {n}, want a divisor of width {w}")
         cases.append(
-            Case(operator, shape, causal, w, n, b, kind, relative, rank, kernel, stride, backend)
+            Case(
+                operator,
+                shape,
+                causal,
+                w,
+                n,
+                b,
+                kind,
+                relative,
+                rank,
+                kernel,
+                stride,
+                backend,
+                buckets or None,
+            )
         )
         chosen(cases[-1], where)
         cases[-1].check()
@@ -190,6 +212,7 @@ def table(rows: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> Table:
     short = rows[0]["beside"][:4] + "."
     other = any("torch_seconds" in row for row in rows)
     twin = "unfold" if rows[0]["operator"] == "acmix" else "dense"
+    twin = "per pair" if rows[0].get("buckets") else twin
     kinds = len({row["dtype"] for row in rows}) > 1
     columns = ["grid", "width", "batch", *["dtype"] * kinds, "pass", "ms", "share", "copy", "MB"]
     columns += ["÷ torch"] * other

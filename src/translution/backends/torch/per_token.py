@@ -17,6 +17,8 @@ backward pass computes them again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from ...layouts import Layout
 from ...operands import Operand
 from .groups import sum_dtype
 
-__all__ = ["Size", "counts_of", "mix", "mix_backward", "pays", "scores", "scores_backward"]
+__all__ = ["Size", "counts_of", "mix", "mix_backward", "never", "pays", "scores", "scores_backward"]
 
 BLOCK = {"cpu": 64, "cuda": 256}
 """The side of a block, by kind of device. Smaller ones have fewer pairs of other classes, which are
@@ -95,7 +97,7 @@ def pays(layout: Layout, query: Size, key: Size, heads: int, batch: int, device:
         batch: B.
         device: where it is computed.
     """
-    if layout.buckets is None:  # each offset has a class of its own, so nothing is shared
+    if _never or layout.buckets is None:  # without buckets, each offset has a class of its own
         return False
     counts, by_pair = counts_of(layout, device), 0.0
     by_token = counts.blocks * CALL / max(batch, 1)
@@ -107,6 +109,20 @@ def pays(layout: Layout, query: Size, key: Size, heads: int, batch: int, device:
     inner = max(size[1] for size in (query, key) if size is not None)
     by_token += counts.products * (inner * PRODUCT[0] + heads * PRODUCT[1])
     return by_token < by_pair
+
+
+_never = False  # of the whole process: a backward pass may run in another thread
+
+
+@contextmanager
+def never() -> Iterator[None]:
+    """Project each token once per pair inside of this block, so that both ways can be compared."""
+    global _never
+    before, _never = _never, True
+    try:
+        yield
+    finally:
+        _never = before
 
 
 def counts_of(layout: Layout, device: torch.device) -> Counts:
