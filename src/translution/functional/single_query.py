@@ -3,7 +3,11 @@
 Where the last token is the only query and each of its keys has a class of its own
 (`Layout.single_query`), the matrices that are needed are the first rows of the table, ordered from
 the nearest key to the farthest. One batched matrix product then computes all pairs, and its cost is
-that of reading the table once. Every other layout goes to `functional.offset`.
+that of reading the table once.
+
+With buckets, many keys have one class. The query is then multiplied by the matrices of each class,
+instead of the keys: q^c · (x_j Wk[c]) = (Wk[c] q^c) · x_j. In the same way the values are mixed
+before they are projected: Σ_c (Σ_j∈c a_j x_j) Wv[c]. All other layouts go to `functional.offset`.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from ..layouts import Layout
 from ..operands import Operand
 from . import offset
 from .offset import autocast
-from .offset_operators import HALF
+from .offset_operators import HALF, layout_index
 
 __all__ = ["mix", "scores"]
 
@@ -24,6 +28,8 @@ def scores(
     query: Operand, key: Operand, layout: Layout, *, heads: int, scale: float = 1.0
 ) -> Tensor:
     """The scores of all pairs, [batch, heads, queries, keys], as `functional.offset.scores`."""
+    if _shares_classes(layout) and (_has_table(query) or _has_table(key)):
+        return _shared_scores(query, key, layout, heads) * scale
     if layout.single_query is None or not (_has_table(query) or _has_table(key)):
         return offset.scores(query, key, layout, heads=heads, scale=scale)
     count = layout.single_query[0]
@@ -40,6 +46,8 @@ def scores(
 
 def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
     """The mixed values, [batch, queries, heads · head_dim], as `functional.offset.mix`."""
+    if _shares_classes(layout) and _has_table(value):
+        return _shared_mix(a, value, layout)
     if layout.single_query is None or not _has_table(value):
         return offset.mix(a, value, layout)
     x = autocast(value.x)
@@ -47,6 +55,46 @@ def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
     v = _projected(rows, layout.single_query[0]).unflatten(-1, (a.shape[1], -1))
     near = _nearest_first(a, layout, 3)[:, :, 0].permute(2, 0, 1)  # [keys, batch, heads]
     return (v.to(near.dtype) * near[..., None]).sum(0).flatten(1)[:, None].to(x.dtype)
+
+
+def _shares_classes(layout: Layout) -> bool:
+    """Whether there is one query, and several keys may have one class."""
+    return layout.n_queries == 1 and layout.single_query is None and layout.buckets is not None
+
+
+def _shared_scores(query: Operand, key: Operand, layout: Layout, heads: int) -> Tensor:
+    x = autocast(key.x)
+    q = _projected(query._replace(x=autocast(query.x).transpose(0, 1)), layout.classes)
+    if q.dtype in HALF:
+        q, x = q.float(), x.float()
+    q = q.expand(layout.classes, -1, -1).unflatten(-1, (heads, -1))  # [classes, batch, heads, D]
+    if key.weight is None:
+        by_class = torch.einsum("kbhd,bnhd->kbhn", q, x.unflatten(-1, (heads, -1)))
+    else:
+        matrices = key.weight.to(x.dtype).unflatten(-1, (heads, -1))
+        by_class = torch.einsum("kbhd,kchd->kbhc", q, matrices) @ x.mT
+        if key.bias is not None:
+            bias = key.bias.to(x.dtype).unflatten(-1, (heads, -1))
+            by_class = by_class + torch.einsum("kbhd,khd->kbh", q, bias)[..., None]
+    index = layout_index(x, layout)
+    s = by_class.gather(0, index.clamp(min=0).expand(1, *by_class.shape[1:]))[0]
+    return s.masked_fill(index < 0, float("-inf"))[:, :, None]
+
+
+def _shared_mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
+    assert value.weight is not None
+    x = autocast(value.x)
+    classes = torch.arange(layout.classes, device=x.device)[:, None]
+    elsewhere = layout_index(x, layout) != classes
+    weights = a.masked_fill(elsewhere, 0.0)  # [batch, heads, classes, keys]
+    mixed = weights.flatten(1, 2).to(x.dtype) @ x
+    mixed = mixed.unflatten(1, (a.shape[1], -1))
+    matrices = value.weight.to(x.dtype).unflatten(-1, (a.shape[1], -1))
+    y = torch.einsum("bhkc,kchd->bhd", mixed, matrices)
+    if value.bias is not None:
+        bias = value.bias.to(x.dtype).unflatten(-1, (a.shape[1], -1))
+        y = y + torch.einsum("bhk,khd->bhd", weights.sum(-1).to(x.dtype), bias)
+    return y.flatten(1)[:, None]
 
 
 def _has_table(operand: Operand) -> bool:
