@@ -319,7 +319,7 @@ def test_errors(changes, message):
 )
 def test_the_experiments_here_are_whole(path):
     found = load_experiment(path)
-    assert found.seeds >= 3
+    assert found.seeds >= 3 or path.stem.startswith("screen-")  # these only sort out what to repeat
     assert found.arms(BUDGETS)
 
 

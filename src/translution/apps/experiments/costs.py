@@ -15,9 +15,9 @@ from ..data.images import Images
 from ..training.config import Config
 from ..training.data import Data, Parts
 from ..training.devices import pick_device
-from ..training.run import model_of
+from ..training.run import cost_of, model_of
 
-__all__ = ["costs_of", "data_of", "parameters_of", "parts_of", "widened"]
+__all__ = ["costs_of", "data_of", "parameters_of", "parts_of", "step_multiply_adds", "widened"]
 
 REPEATS = 5  # timed steps; their median is reported
 
@@ -61,6 +61,14 @@ def parameters_of(config: Config, row: str = "") -> int:
         raise ValueError(f"rows: {row}: {error}" if row else str(error)) from None
 
 
+def step_multiply_adds(config: Config) -> float:
+    """Count the multiply-adds of a training step: three times those of its forward pass."""
+    data = data_of(config)
+    name, options = model_of(config, data)
+    units = data.facts.get("context", 1)  # the tokens of a text; an image is one unit
+    return 3.0 * cost_of(name, options, data).multiply_adds * units * config.train.batch_size
+
+
 def widened(config: Config, parameters: int) -> int:
     """Find the width with which a model has about a given number of parameters.
 
@@ -98,8 +106,9 @@ def costs_of(configs: Sequence[Config]) -> list[dict[str, Any]]:
         configs: the configurations of the runs.
 
     Returns:
-        For each configuration the number of "parameters", the median time of a step in milliseconds
-        ("step_ms"), and its peak memory in bytes ("peak_bytes").
+        For each configuration the number of "parameters", the "multiply_adds" of a step (three
+        times those of its forward pass), the median time of a step in milliseconds ("step_ms"), and
+        its peak memory in bytes ("peak_bytes").
     """
     device = torch.device(pick_device(configs[0].train.device))
     threads = torch.get_num_threads()
@@ -111,10 +120,11 @@ def costs_of(configs: Sequence[Config]) -> list[dict[str, Any]]:
             return [
                 {
                     "parameters": sum(p.numel() for p in step.model.parameters()),
+                    "multiply_adds": step_multiply_adds(config),
                     "step_ms": round(1e3 * seconds, 2),
                     "peak_bytes": step.peak_bytes(),
                 }
-                for step, seconds in zip(steps, times, strict=True)
+                for config, step, seconds in zip(configs, steps, times, strict=True)
             ]
     finally:
         torch.set_num_threads(threads)

@@ -9,20 +9,31 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ...utils.words import MIXER_TITLES
 from .config import MEASURES
-from .results import Column, Results
+from .results import Cell, Column, Results
 
-__all__ = ["COLOURS", "INK", "STYLE", "colours_of", "draw", "legend", "line", "panels", "svg"]
+__all__ = [
+    "COLOURS",
+    "INK",
+    "STYLE",
+    "colours_of",
+    "draw",
+    "draw_costs",
+    "legend",
+    "line",
+    "panels",
+    "svg",
+]
 
 # Readable on white and on near-black; most colour-blind readers can distinguish them.
 COLOURS = {
@@ -167,6 +178,94 @@ def draw(results: Results, path: Path) -> None:
             panel.set_axis_off()
         FigureCanvasAgg(figure)
         figure.savefig(path, dpi=110, format="png", facecolor="white")
+
+
+def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
+    """Draw the first measure over the cost of the training: its time, and its multiply-adds.
+
+    A step line joins the best rows: every other row costs more, or is worse. Rows that were trained
+    for longer, in the comparison of equal time or as rows of their own, are points of their own.
+
+    Args:
+        results: the results of the experiment.
+        path: the PNG file to write, or a buffer.
+
+    Returns:
+        Whether there was something to draw: at least two rows with different costs.
+    """
+    e, facts = results.experiment, results.facts["rows"]
+    first = results.columns()[0]
+    columns = [
+        column
+        for column in results.columns()
+        if column.budget != "parameters"
+        and (column.regime, column.test) == _last_trained(results)
+        and column.measure is first.measure
+    ]
+    names = {"step_ms": "time of the training, × that of the first row"}
+    if all("multiply_adds" in facts[row] for row in e.rows):
+        names["multiply_adds"] = "multiply-adds of the training, × those of the first row"
+    points = [
+        (row, column.budget, cell)
+        for column in columns
+        for row in e.rows
+        if (cell := results.at(column, row)) is not None
+        and (column.budget == "steps" or row != getattr(e, column.budget).like)
+    ]
+    if len(points) < 2 or e.axis is not None:
+        return False
+    points.sort(key=lambda point: point[2].steps * facts[point[0]]["step_ms"])
+    first_row = next(iter(e.rows))
+    unit = {
+        fact: facts[first_row][fact]
+        * min(cell.steps for row, _, cell in points if row == first_row)
+        for fact in names
+    }
+    with matplotlib.rc_context(STYLE):
+        size = 4.6 * len(names) + 3.2, max(4.2, 0.6 + 0.17 * len(points))
+        figure, axes = panels(1, len(names) + 1, size, width_ratios=[4.6] * len(names) + [3.2])
+        for panel, (fact, title) in zip(axes.flat, names.items(), strict=False):
+            costs = [cell.steps * facts[row][fact] / unit[fact] for row, _, cell in points]
+            _over_costs(panel, costs, [cell for _, _, cell in points], first.measure.higher)
+            panel.set_xlabel(title)
+            panel.set_ylabel(first.measure.title)
+            panel.sharey(axes.flat[0])
+        texts = [
+            f"{i}  {row}" + f", {cell.steps:,} steps" * (budget == "time")
+            for i, (row, budget, cell) in enumerate(points, 1)
+        ]
+        axes.flat[-1].set_axis_off()
+        axes.flat[-1].text(0, 1, "\n".join(texts), va="top", fontsize=8, linespacing=1.35)
+        FigureCanvasAgg(figure)
+        figure.savefig(path, dpi=110, format="png", facecolor="white")
+    return True
+
+
+def _last_trained(results: Results) -> tuple[str, str]:
+    """The last regime, tested on data of its own kind: the column that a mixer is chosen by."""
+    column = [c for c in results.columns() if c.budget == "steps"][-1]
+    return column.regime, column.test
+
+
+def _over_costs(panel: Axes, costs: Sequence[float], cells: Sequence[Cell], higher: bool) -> None:
+    """Draw numbered points, and the line of the best for each cost."""
+    best: list[tuple[float, float]] = []
+    for cost, cell in sorted(zip(costs, cells, strict=True), key=lambda pair: pair[0]):
+        if not best or (cell.mean > best[-1][1]) == higher:
+            best.append((cost, cell.mean))
+    places, heights = zip(*best, strict=True)
+    panel.step([*places, max(costs)], [*heights, heights[-1]], where="post", color=SOFT, lw=1)
+    for i, (cost, cell) in enumerate(zip(costs, cells, strict=True), 1):
+        colour = ACCENT if (cost, cell.mean) in best else SOFT
+        panel.errorbar(cost, cell.mean, cell.std or 0.0, fmt="o", ms=4, lw=1, color=colour)
+        panel.annotate(
+            str(i), (cost, cell.mean), xytext=(3, 2), textcoords="offset points", fontsize=7,
+            color=INK,
+        )  # fmt: skip
+    panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"×{x:g}"))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _beside(panel: Axes, results: Results, column: Column) -> None:

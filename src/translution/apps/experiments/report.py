@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from ...utils.files import write_whole
 from ...utils.tables import markdown_table
 from .config import MEASURES
-from .figures import draw
+from .figures import draw, draw_costs
 from .results import Results
 
 __all__ = ["write_results"]
@@ -36,13 +37,17 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
     write_whole(path, lambda to: to.write_text(text + "\n", "utf-8"))
     picture = docs / "images" / f"results-{name}.png"
     write_whole(picture, lambda to: draw(results, to))
-    block = "\n\n".join(
-        [
-            markdown_table(*results.table()),
-            f"![{alternative(results)}](images/{picture.name})",
-            f"`{command}`. {results.about()}",
-        ]
-    )
+    parts = [markdown_table(*results.table()), f"![{alternative(results)}](images/{picture.name})"]
+    buffer = io.BytesIO()
+    if draw_costs(results, buffer):
+        costs = docs / "images" / f"costs-{name}.png"
+        write_whole(costs, lambda to: to.write_bytes(buffer.getvalue()))
+        measure = MEASURES[results.experiment.measures[0]].title
+        parts.append(
+            f"![{results.experiment.title}: {measure} of each row over the cost of its training; a "
+            f"line joins the rows that no cheaper row surpasses](images/{costs.name})"
+        )
+    block = "\n\n".join([*parts, f"`{command}`. {results.about()}"])
     page = docs / "results.md"
     old = page.read_text("utf-8") if page.exists() else "# Results\n"
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"

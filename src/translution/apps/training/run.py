@@ -112,7 +112,7 @@ def _train(
             f"{folder} is already at step {step} of {data.steps}; a larger --{length} continues it"
         )
         return dict(saved.metrics)
-    cost = _cost(name, options, data)
+    cost = cost_of(name, options, data)
     _say(run_summary(config, data, name, options, cost))
     if at is not None:
         _say(f"from   step {step}, {at}")
@@ -384,7 +384,7 @@ def make_task(model: nn.Module, config: Config, part: Images | Windows, steps: i
     return LanguageModel(model, config, steps)
 
 
-def _cost(name: str, options: dict[str, Any], data: Data) -> Cost:
+def cost_of(name: str, options: dict[str, Any], data: Data) -> Cost:
     """Count the parameters of a model, and its multiply-adds per image or token."""
     with torch.device("meta"):
         model = create_model(name, **options)
