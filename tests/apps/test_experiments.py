@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,6 +225,29 @@ def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
         finish(runs, run, run.rate)
     said = "Test part, mean over 1 to 3 seeds, ± standard deviation where there are several, "
     assert results(runs).about().startswith(said)
+
+
+def test_processes_end_with_the_one_that_waits_for_them(tmp_path):
+    """Also if that one is killed; they would train on, and nobody would know."""
+    file = tmp_path / "killed.py"
+    file.write_text(
+        "import os, time\n"
+        "from translution.apps.experiments.making import working\n"
+        "if __name__ == '__main__':\n"
+        "    with working(2, print, 1) as (pool, _):\n"
+        "        worker = pool.submit(os.getpid).result()\n"
+        "        pool.submit(time.sleep, 300)\n"
+        "        print(worker, flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120)
+    worker = int(done.stdout)
+    state = Path(f"/proc/{worker}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the process is still there")
 
 
 def test_nothing_is_written_before_a_rate_is_chosen(runs, tmp_path):

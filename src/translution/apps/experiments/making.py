@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,9 +216,18 @@ def _begin(watch: Watch, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _end_with_parent() -> None:
+    """End this process when the waiting process has ended, however that happened."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _begin_process(messages: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the waiting process handles Ctrl-C
     # imported objects stay; garbage collection among them would take a third of a second per run
     gc.freeze()
     atexit.register(gc.unfreeze)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _begin(lambda *message: messages.put(message), 1)
