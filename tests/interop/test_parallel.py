@@ -24,7 +24,7 @@ from translution import AlphaTranslution1d, Layout, Translution1d, Translution2d
 from translution.apps.bench import scaling
 from translution.functional import offset_mix, offset_scores
 from translution.interop import parallel
-from translution.models import GPT
+from translution.models import GPT, create_model
 from translution.models.description import read_description
 from translution.models.pretrained import Pretrained
 from translution.models.weights import read_weights
@@ -365,6 +365,18 @@ def strategies(mesh):
         assert sent == pytest.approx(want[strategy], rel=0.1 if strategy == "fsdp" else 1e-3)
 
 
+def feature_maps(group, folder):
+    """A backbone that returns feature maps has no parameter without a gradient, which DDP needs."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    for name in ("acmix_resnet26", "acmix_swin_tiny", "acmix_pvt_tiny", "acmix_san10"):
+        depths = (1,) * (5 if name == "acmix_san10" else 4)
+        model = create_model(name, features_only=True, depths=depths)
+        wrapped = DistributedDataParallel(model, process_group=group)
+        for _ in range(2):  # the second forward pass fails if a gradient was missing in the first
+            sum(y.sum() for y in wrapped(torch.randn(1, 3, 64, 64))).backward()
+
+
 CASES = {
     **{name: same_as_one(name) for name in MODELS},
     "built as one": built_as_one,
@@ -375,10 +387,17 @@ CASES = {
     "half precision": half_precision,
     "traffic": traffic,
     "errors": errors,
+    "feature maps": feature_maps,
 }
 PROCESSES = 4
 ON_ONE = ("vit qkv", "gpt", "built as one", "files", "decoding", "errors")  # nothing is divided
-RUNS = [(name, size) for size in (1, 2, 3) for name in CASES if size > 1 or name in ON_ONE]
+ON_TWO = ("feature maps",)
+RUNS = [
+    (name, size)
+    for size in (1, 2, 3)
+    for name in CASES
+    if (size == 2 if name in ON_TWO else size > 1 or name in ON_ONE)
+]
 GROUPS = {}  # in the processes: the group of the first so many
 
 
