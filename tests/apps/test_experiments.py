@@ -46,8 +46,8 @@ CONTENT = {
 FACTS = {
     "machine": {},
     "rows": {
-        "attention": {"parameters": 100, "step_ms": 2.0},
-        "Translution": {"parameters": 900, "step_ms": 9.0},
+        "attention": {"parameters": 100, "step_ms": 2.0, "multiply_adds": 5.0},
+        "Translution": {"parameters": 900, "step_ms": 9.0, "multiply_adds": 60.0},
     },
 }
 MACHINE = {"cpu": "a processor", "cores": 2, "torch": "2.13.0"}
@@ -286,8 +286,10 @@ def test_words_around_the_table_stay(runs, tmp_path):
     assert row["mean"] == pytest.approx(51.0)
     assert row["std"] == pytest.approx(1.0)
     assert len(content["tiny"]["runs"]) == len(results(runs).runs)
-    picture = (docs / "images" / "results-tiny.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
+    for name in ("results-tiny.png", "costs-tiny.png"):
+        picture = (docs / "images" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert f"](images/{name})" in text
 
 
 def test_known_results_are_taken_over(runs, tmp_path):
