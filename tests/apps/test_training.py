@@ -741,7 +741,7 @@ def test_every_option_of_devices_matters(monkeypatch):
     changes = "train.devices=4", "train.offset_ranks=2"
     divided = arguments_of_trainer(monkeypatch, *changes)["strategy"]
     assert isinstance(divided, strategies.Offset)
-    assert divided.ranks == 2
+    assert divided.each == 2
     for device, accelerator in (("cuda", "gpu"), ("mps", "mps")):
         monkeypatch.setattr(torch, device, getattr(torch, device))
         monkeypatch.setattr(f"torch.{device}.is_available", lambda: True)
