@@ -638,6 +638,9 @@ def test_weights_that_are_not_finite_are_not_served(finished, tmp_path):
         ("--train.batch_size=15", r"batch_size: got 15, want a multiple of 2"),
         ("--train.min_learning_rate=1", r"min_learning_rate: got 1.0, want at most"),
         ("--train.betas=[0.9, 1]", r"betas: got"),
+        ("--train.warmup_from=1", r"warmup_from: got 1.0, want at most learning_rate 0.003"),
+        ("--train.momentum=0.8", r"momentum: got 0.8, but the optimizer 'adamw' does not use it"),
+        ("--train.nesterov=true", r"nesterov: got True, but the optimizer 'adamw' does not use"),
         *(
             (f"--train.{key}", key.partition("=")[0])
             for key in (
@@ -648,6 +651,10 @@ def test_weights_that_are_not_finite_are_not_served(finished, tmp_path):
                 "learning_rate=.inf",
                 "min_learning_rate=-1",
                 "warmup=-1",
+                "warmup_from=-1",
+                "optimizer=adam",
+                "momentum=1",
+                "nesterov=some",
                 "schedule=linear",
                 "weight_decay=.inf",
                 "decay=none",
@@ -680,11 +687,12 @@ def test_bad_configurations(tmp_path, change, told):
 # A value of each option that changes the weights or what a run writes, from 3 steps of TINY.
 MATTERS = {
     "steps": 2, "epochs": None, "batch_size": 8, "accumulate": 1, "learning_rate": 1e-4,
-    "min_learning_rate": 1e-3, "warmup": 1, "schedule": "constant", "weight_decay": 10.0,
-    "decay": "matrices", "betas": [0.5, 0.5], "clip": 0.01, "label_smoothing": 0.5, "ema": None,
-    "precision": "bfloat16", "validate_every": 1, "validate_batches": 1, "save_every": 1,
-    "log_every": 1,
+    "min_learning_rate": 1e-3, "warmup": 1, "warmup_from": 1e-4, "schedule": "constant",
+    "optimizer": "sgd", "betas": [0.5, 0.5], "weight_decay": 10.0, "decay": "matrices",
+    "clip": 0.01, "label_smoothing": 0.5, "ema": None, "precision": "bfloat16",
+    "validate_every": 1, "validate_batches": 1, "save_every": 1, "log_every": 1,
 }  # fmt: skip
+OF_SGD = {"momentum": 0.5, "nesterov": True}
 # These share the work between devices and processes, and must not change what is learned.
 DEVICES = {"compile", "device", "devices", "nodes", "strategy", "offset_ranks", "workers"}
 
@@ -705,7 +713,7 @@ def trained(folder, *changes):
 
 
 def test_every_option_of_the_training_matters(tmp_path):
-    assert MATTERS.keys() | DEVICES == TrainOptions.model_fields.keys()
+    assert MATTERS.keys() | OF_SGD.keys() | DEVICES == TrainOptions.model_fields.keys()
     plain = trained(tmp_path / "plain")
     for name, value in MATTERS.items():
         changes = [f"--train.{name}={json.dumps(value)}"]
@@ -713,6 +721,11 @@ def test_every_option_of_the_training_matters(tmp_path):
             changes = ["--train.steps=null", "--train.epochs=0.3"]
         found = trained(tmp_path / name, *changes)
         assert not same(found[0], plain[0]) or found[1:] != plain[1:], name
+    sgd = "--train.optimizer=sgd"
+    plain = trained(tmp_path / "sgd", sgd)
+    for name, value in OF_SGD.items():
+        found = trained(tmp_path / name, sgd, f"--train.{name}={json.dumps(value)}")
+        assert not same(found[0], plain[0]), name
 
 
 def arguments_of_trainer(monkeypatch, *changes):
@@ -810,6 +823,81 @@ def test_the_optimizer_follows_the_schedule_of_the_options():
             assert group["lr"] == pytest.approx(wanted)
         optimizer.step()
         schedule.step()
+
+
+def test_a_warmup_from_a_given_rate():
+    rates = [learning_rate(step, 100, 10, first=0.2) for step in range(11)]
+    assert rates == pytest.approx([0.2 + 0.08 * i for i in range(11)])
+    options = config("train.warmup_from=6e-4", "train.clip=null")
+    task = Classification(torch.nn.Linear(2, 2), options, 6, classes=2, image_size=(1, 2))
+    optimizer = task.configure_optimizers()["optimizer"]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([6e-4])
+
+
+def test_options_of_another_optimizer_and_of_no_warmup():
+    with pytest.raises(ValueError, match=r"betas: got \(0.5, 0.9\), but the optimizer 'sgd'"):
+        config("train.optimizer=sgd", "train.betas=[0.5, 0.9]")
+    with pytest.raises(ValueError, match="nesterov: got True with a momentum of 0, want"):
+        config("train.optimizer=sgd", "train.nesterov=true", "train.momentum=0")
+    with pytest.raises(ValueError, match=r"warmup_from: got 0.0, but there is no warm-up"):
+        config("train.warmup_from=0", "train.warmup=0")
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_sgd(nesterov):
+    """Its steps are those of the formula: the decay is a part of the gradient."""
+    options = config(
+        "train.optimizer=sgd", f"train.nesterov={json.dumps(nesterov)}", "train.momentum=0.8",
+        "train.weight_decay=0.1", "train.clip=null", "train.schedule=constant", "train.warmup=0",
+    )  # fmt: skip
+    layer = torch.nn.Linear(3, 2, bias=False)
+    task = Classification(layer, options, 6, classes=2, image_size=(1, 3))
+    optimizer = task.configure_optimizers()["optimizer"]
+    want, velocity = layer.weight.detach().clone(), torch.zeros(2, 3)
+    for _ in range(3):
+        gradient = torch.randn(2, 3)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        gradient = gradient + 0.1 * want
+        velocity = 0.8 * velocity + gradient
+        want = want - 3e-3 * (gradient + 0.8 * velocity if nesterov else velocity)
+        torch.testing.assert_close(layer.weight.detach(), want)
+
+
+NO_WEIGHTS = {
+    "attention_vit_tiny_patch56_224": {"cls_token", "positions"},
+    "bias_vit_tiny_patch56_224": {"cls_token", "position_bias.weight"},
+    "translution_vit_tiny_patch56_224": {"cls_token"},
+    "attention_gpt_tiny": {"positions"},
+    "swin_tiny": {"position_bias"},
+    "acmix_swin_tiny": {"position_bias"},
+    "acmix_resnet26": set(),
+    "acmix_san10": set(),
+    "acmix_pvt_tiny": {"cls_token", "positions"},
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+def test_what_decays(name):
+    """Besides what has one axis (norms, biases), only what says where a token is does not."""
+    with torch.device("meta"):
+        model = create_model(name)
+    found = {}
+    for rule in ("all", "matrices", "weights"):
+        options = config(f"train.decay={rule}", "train.weight_decay=0.5")
+        task = Classification(model, options, 6, classes=2, image_size=(1, 2))
+        groups = task.configure_optimizers()["optimizer"].param_groups
+        assert {group["weight_decay"] for group in groups} <= {0.0, 0.5}
+        decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+        found[rule] = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert found["all"] == {name for name, _ in model.named_parameters()}
+    assert found["matrices"] == {name for name, p in model.named_parameters() if p.ndim > 1}
+    without = found["matrices"] - found["weights"]
+    assert found["weights"] <= found["matrices"]
+    ends = NO_WEIGHTS[name]
+    assert all(any(one.endswith(end) for end in ends) for one in without)
+    assert all(any(one.endswith(end) for one in without) for end in ends)
 
 
 def test_slow_matrix_products_are_measured_with_small_matrices(monkeypatch):

@@ -282,8 +282,19 @@ class Run:
             content["data"].pop(key, None)
         for key in ("device", "workers", "save_every", "log_every"):
             content["train"].pop(key, None)
+        plain = {"optimizer": "adamw", "momentum": 0.9, "nesterov": False, "warmup_from": None}
+        _drop(content["train"], plain)
+        _drop(content["data"].get("augment", {}), {"erasing_fill": "mean"})
         text = json.dumps([self.arm.name, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _drop(options: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Remove options that have these values: results from before there were such options are
+    those of their defaults."""
+    for name, value in plain.items():
+        if name in options and options[name] == value:
+            del options[name]
 
 
 def slug(name: str) -> str:

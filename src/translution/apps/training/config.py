@@ -34,6 +34,8 @@ __all__ = ["Config", "ModelOptions", "TrainOptions", "config_file"]
 
 
 LARGEST = 1e30  # a float32 can hold it, also if an optimizer multiplies it
+# The options that an optimizer does not use, and that must have their defaults.
+UNUSED = {"adamw": ("momentum", "nesterov"), "sgd": ("betas",)}
 
 
 class ModelOptions(Options):
@@ -145,11 +147,17 @@ class TrainOptions(Options):
     learning_rate: the peak of the learning rate.
     warmup: the number of steps in which the learning rate rises linearly to its peak. If the run
         is not longer than that, the warm-up is a tenth of the run, and the run says so.
+    warmup_from: the learning rate of the first step of the warm-up. null makes all its steps
+        equal, the first one included: it is learning_rate / (warmup + 1).
     schedule: after the warm-up, "cosine" lowers the learning rate to min_learning_rate at the last
         step, and "constant" keeps it.
-    weight_decay: that of AdamW.
-    decay: "all" applies it to all parameters, "matrices" to those with at least two axes.
+    optimizer: "adamw", or "sgd" with momentum.
     betas: those of AdamW.
+    momentum: that of SGD. nesterov: whether it is Nesterov's.
+    weight_decay: in AdamW the share of a parameter that is subtracted, times the learning rate; in
+        SGD its multiple that is added to the gradient.
+    decay: "all" applies it to all parameters, "matrices" to those with at least two axes, and
+        "weights" to those of them that are no position bias, learned position or class token.
     clip: the largest norm of the gradient; null does not clip.
     label_smoothing: that of the cross-entropy.
     ema: the decay of an exponential moving average of the weights, which is then evaluated and
@@ -172,10 +180,14 @@ class TrainOptions(Options):
     learning_rate: float = Field(3e-4, gt=0, le=LARGEST)
     min_learning_rate: float = Field(0.0, ge=0, le=LARGEST)
     warmup: int = Field(0, ge=0, le=10**12)
+    warmup_from: float | None = Field(None, ge=0, le=LARGEST)
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = Field(0.05, ge=0, le=1e6)
-    decay: Literal["all", "matrices"] = "all"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.05, ge=0, le=1e6)
+    decay: Literal["all", "matrices", "weights"] = "all"
     clip: float | None = Field(None, gt=0, le=LARGEST)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     ema: float | None = Field(None, gt=0, lt=1)
@@ -215,8 +227,27 @@ class TrainOptions(Options):
                 f"min_learning_rate: got {self.min_learning_rate}, want at most learning_rate "
                 f"{self.learning_rate}"
             )
+        if self.warmup_from is not None and not self.warmup:
+            raise ValueError(
+                f"warmup_from: got {self.warmup_from}, but there is no warm-up; want null, or a "
+                "warmup"
+            )
+        if self.warmup_from is not None and self.warmup_from > self.learning_rate:
+            raise ValueError(
+                f"warmup_from: got {self.warmup_from}, want at most learning_rate "
+                f"{self.learning_rate}"
+            )
+        for name in UNUSED[self.optimizer]:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name}: got {value}, but the optimizer {self.optimizer!r} does not use it; "
+                    f"want {default}"
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {self.betas}, want two of at least 0 and less than 1")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: got True with a momentum of 0, want a momentum")
         ranks = self.devices * self.nodes
         if ranks % self.offset_ranks:
             raise ValueError(

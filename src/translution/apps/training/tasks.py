@@ -26,8 +26,17 @@ from .strategies import Offset, Sharded, shard
 __all__ = ["Classification", "LanguageModel", "Task", "learning_rate"]
 
 
+POSITIONS = {"cls_token", "positions", "position_bias"}
+"""The names of parameters, or of modules with them, that the rule "weights" does not decay."""
+
+
 def learning_rate(
-    step: int, steps: int, warmup: int, schedule: str = "cosine", least: float = 0.0
+    step: int,
+    steps: int,
+    warmup: int,
+    schedule: str = "cosine",
+    least: float = 0.0,
+    first: float | None = None,
 ) -> float:
     """The learning rate of a step as a share of its peak.
 
@@ -39,13 +48,22 @@ def learning_rate(
         warmup: the number of steps of the warm-up.
         schedule: "cosine" falls to `least` at the end, "constant" stays at the peak.
         least: the share at the end of the cosine.
+        first: the share in the first step of the warm-up. None makes all its steps equal, the first
+            one included.
     """
     if step < warmup:
-        return (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1) if first is None else first + (1 - first) * step / warmup
     if schedule == "constant":
         return 1.0
     done = (step - warmup) / max(1, steps - warmup)
     return least + (1 - least) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def is_decayed(name: str, parameter: nn.Parameter, rule: str) -> bool:
+    """Whether a rule, as in `TrainOptions.decay`, applies weight decay to a parameter."""
+    if rule == "all":
+        return True
+    return parameter.ndim > 1 and (rule == "matrices" or not POSITIONS & set(name.split(".")))
 
 
 class MeanLoss(MeanMetric):
@@ -150,20 +168,25 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.options
         decayed, others = list[nn.Parameter](), list[nn.Parameter]()
-        for parameter in self.model.parameters():
+        for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                decays = options.decay == "all" or parameter.ndim > 1
+                decays = is_decayed(name, parameter, options.decay)
                 (decayed if decays else others).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": options.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=options.learning_rate, betas=options.betas,
-        )  # fmt: skip
-        warmup = options.warmup_within(self.steps)
-        rates = warmup, options.schedule, options.min_learning_rate / options.learning_rate
+        groups, rate = [group for group in groups if group["params"]], options.learning_rate
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, lr=rate, betas=options.betas)
+            if options.optimizer == "adamw"
+            else torch.optim.SGD(
+                groups, lr=rate, momentum=options.momentum, nesterov=options.nesterov
+            )
+        )
+        warmup, first = options.warmup_within(self.steps), options.warmup_from
+        least = options.min_learning_rate / rate
+        rates = warmup, options.schedule, least, None if first is None else first / rate
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate(step, self.steps, *rates)
         )
