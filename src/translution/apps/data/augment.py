@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,13 +13,11 @@ from torch.distributions import Beta
 from torch.nn.functional import one_hot, pad
 
 from ..config import Options
+from .rand_augment import RandAugmentOptions, rand_augment
 
 __all__ = ["Augment", "AugmentOptions"]
 
-LEVELS = 30  # RandAugment's magnitude goes from 0 to this
-OPERATIONS = 100  # the most that RandAugment applies to an image
 ALPHA = (1e-3, 1e3)  # least and largest of the Beta distribution
-GREY = 0.5  # fills what a rotation or shift by RandAugment uncovers
 ERASED = (0.02, 1 / 3)  # least and largest share of the area that is erased
 STRETCH = (0.3, 3.3)  # least and largest ratio of its height to its width
 
@@ -33,8 +31,10 @@ class AugmentOptions(Options):
         [0.08, 1]. ratio: the least and largest stretch of that part. Both happen in the loader.
     pad: the image gets a black border of so many pixels, and is cut out of it again at random.
     flip: the probability of a mirror image.
-    randaugment: [n, m] applies n operations to each image, at magnitude m of 30.
-    erasing: the probability that a rectangle is filled with the mean colour.
+    randaugment: [n, m] applies n operations to each image, at magnitude m of 30; or
+        `RandAugmentOptions`.
+    erasing: the probability that a rectangle is erased. erasing_fill: with the "mean" colour, or
+        with "noise", which has the mean and deviation of the data.
     mixup, cutmix: alpha of the Beta distribution that the share of another image is drawn from,
         usually 0.8 and 1; 0 switches it off. If both are given, each batch draws one of them.
     mix: the probability that a batch is mixed at all.
@@ -44,8 +44,9 @@ class AugmentOptions(Options):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     pad: int = Field(default=0, ge=0, le=2**14)
     flip: Share = 0.0
-    randaugment: tuple[int, int] | None = None
+    randaugment: RandAugmentOptions | None = None
     erasing: Share = 0.0
+    erasing_fill: Literal["mean", "noise"] = "mean"
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     mix: Share = 1.0
@@ -60,12 +61,6 @@ class AugmentOptions(Options):
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise ValueError(
                 f"ratio: got {list(self.ratio)}, want least and largest stretch, above 0"
-            )
-        n, m = self.randaugment or (1, 0)
-        if not 1 <= n <= OPERATIONS or not 0 <= m <= LEVELS:
-            raise ValueError(
-                f"randaugment: got {[n, m]}, want [n, m] with n from 1 to {OPERATIONS} and "
-                f"m from 0 to {LEVELS} (null switches it off)"
             )
         least, most = ALPHA
         for name in ("mixup", "cutmix"):
@@ -152,11 +147,17 @@ class Augment(nn.Module):
         if options.flip:
             pixels = torch.where(_chosen(options.flip, pixels), pixels.flip(-1), pixels)
         if options.randaugment:
-            pixels = _rand_augment(pixels, *options.randaugment)
+            pixels = rand_augment(pixels, options.randaugment, self.mean)
         if options.erasing:
             chosen = _chosen(options.erasing, pixels) & _rectangles(pixels)
-            pixels = torch.where(chosen, self.mean, pixels)
+            pixels = torch.where(chosen, self._filling(pixels), pixels)
         return pixels
+
+    def _filling(self, pixels: Tensor) -> Tensor:
+        """What erased pixels become."""
+        if self.options.erasing_fill == "mean":
+            return self.mean
+        return self.mean + self.std * torch.randn(pixels.shape).to(pixels.device)
 
     def _mixed(self, pixels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mix each image with another one of the batch: all pixels (MixUp) or a box (CutMix)."""
@@ -223,68 +224,3 @@ def _cut(h: int, w: int, share: float) -> tuple[tuple[slice, slice], float]:
     )
     area = (rows.stop - rows.start) * (columns.stop - columns.start)
     return (rows, columns), area / (h * w)
-
-
-# -- RandAugment ---------------------------------------------------------------------------------
-
-
-def _rand_augment(pixels: Tensor, n: int, m: int) -> Tensor:
-    """Apply n random operations to each image, at magnitude +m or -m of 30."""
-    pixels = pixels.clone()
-    operations = _operations()
-    for _ in range(n):
-        drawn = torch.randint(len(operations), (len(pixels),))
-        level = m / LEVELS * (torch.randint(2, (len(pixels),)) * 2 - 1)
-        for i, operation in enumerate(operations):
-            indices = (drawn == i).nonzero()[:, 0]
-            if len(indices):
-                here = indices.to(pixels.device)
-                changed = operation(pixels[here], level[indices].to(pixels.device))
-                pixels[here] = changed.clamp(0, 1)
-    return pixels
-
-
-def _operations() -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """RandAugment's fourteen operations. Each takes images [images, channels, height, width] with
-    values from 0 to 1, and levels [images] from -1 to 1."""
-    from kornia import enhance
-    from kornia.geometry.transform import warp_affine
-
-    def warp(x: Tensor, rows: Sequence[Sequence[Tensor | float]]) -> Tensor:
-        """Apply the matrix [[a, b, tx], [c, d, ty]] about the centre; tx, ty are in image sizes."""
-        h, w = x.shape[-2:]
-        (a, b, tx), (c, d, ty) = rows
-        cx, cy = (w - 1) / 2, (h - 1) / 2
-        tx, ty = tx * w + cx - a * cx - b * cy, ty * h + cy - c * cx - d * cy
-        zero = x.new_zeros(len(x))
-        matrix = torch.stack([zero + v for v in (a, b, tx, c, d, ty)], 1).view(-1, 2, 3)
-        return warp_affine(x - GREY, matrix, (h, w)) + GREY
-
-    def rotate(x: Tensor, s: Tensor) -> Tensor:
-        cos, sin = (s * math.pi / 6).cos(), (s * math.pi / 6).sin()
-        return warp(x, [[cos, sin, 0.0], [-sin, cos, 0.0]])
-
-    def autocontrast(x: Tensor, s: Tensor) -> Tensor:
-        low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
-        return torch.where(high > low, (x - low) / (high - low).clamp(min=1e-6), x)
-
-    def posterize(x: Tensor, s: Tensor) -> Tensor:
-        step = 2.0 ** (4 * s.abs()).round()[:, None, None, None]  # 8 bits down to 4
-        return ((x * 255).round() / step).floor() * step / 255
-
-    return [
-        lambda x, s: x,
-        autocontrast,
-        lambda x, s: enhance.equalize(x),
-        rotate,
-        posterize,
-        lambda x, s: enhance.solarize(x, (1 - s.abs()) * 256 / 255),
-        lambda x, s: enhance.adjust_saturation_with_gray_subtraction(x, 1 + 0.9 * s),
-        lambda x, s: enhance.adjust_contrast_with_mean_subtraction(x, 1 + 0.9 * s),
-        lambda x, s: enhance.adjust_brightness_accumulative(x, 1 + 0.9 * s),
-        lambda x, s: enhance.sharpness(x, 1 + 0.9 * s),
-        lambda x, s: warp(x, [[1.0, 0.3 * s, 0.0], [0.0, 1.0, 0.0]]),
-        lambda x, s: warp(x, [[1.0, 0.0, 0.0], [0.3 * s, 1.0, 0.0]]),
-        lambda x, s: warp(x, [[1.0, 0.0, 0.45 * s], [0.0, 1.0, 0.0]]),
-        lambda x, s: warp(x, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.45 * s]]),
-    ]
