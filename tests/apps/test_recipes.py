@@ -31,11 +31,13 @@ from translution.apps.data.digits import load_digits
 from translution.apps.training.checkpoints import find_checkpoint, open_checkpoint
 from translution.apps.training.config import Config
 from translution.apps.training.predict import predict
+from translution.models import model_options
 from translution.models.blocks import IMAGE_MIXERS, MIXERS, SIZES
 from translution.models.pretrained import Pretrained
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+CIFAR10 = [path for path in RECIPES if path.stem.startswith("cifar10")]
 FACTS = {"images": {"num_classes": 10}, "text": {"vocab_size": 4096}}
 
 
@@ -71,8 +73,9 @@ def test_every_recipe_builds_its_model(path):
         options |= {"image_size": config.data.image_size, "in_channels": config.data.channels}
     else:
         options |= {"context": config.data.context}
+    known = model_options(config.model.name)
     with torch.device("meta"):
-        create_model(config.model.name, **options)
+        create_model(config.model.name, **{k: v for k, v in options.items() if k in known})
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -86,6 +89,111 @@ def test_imagenet_for_each_mixer_and_size(mixer):
         load(Config, ROOT / "recipes" / "openwebtext-1024.yaml", [f"model.mixer={mixer}"])
 
 
+ON_A_CPU = {
+    "my-photos", "my-text", "tiny-digits", "tiny-text", "cifar10-small", "text-small",
+    "demo-digits", "demo-text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_for_a_gpu_says_so_at_its_top(path):
+    """And when it starts: tests/apps/test_first_run.py."""
+    head = " ".join(line.removeprefix("# ") for line in path.read_text("utf-8").splitlines()[:7])
+    meant = "This is meant for a GPU" in head or "This is meant for several GPUs" in head
+    assert meant != (path.stem in ON_A_CPU)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folders as ImageNet's: two classes of images of several sizes, of one colour each."""
+    folder = tmp_path_factory.mktemp("photos")
+    for part, each in (("train", 12), ("val", 3)):
+        for colour in ("green", "red"):
+            (folder / part / colour).mkdir(parents=True)
+            for i in range(each):
+                image = Image.new("RGB", (70 + i, 66), colour)
+                image.save(folder / part / colour / f"{i}.png")
+    return folder
+
+
+SMALL = {
+    "acmix-resnet": ("model.size=26", "model.dim=8"),
+    # after 3 steps the statistics of so many norms are far from those of the batches
+    "acmix-san": (
+        "model.size=10", "model.depths=[1,1,1,1,1]", "model.dim=16", "model.group_size=2",
+        "train.learning_rate=1e-3", "train.steps=25",
+    ),
+    "acmix-swin": ("model.dim=8", "model.depths=[1,1,2,1]", "model.heads=[1,2,2,4]"),
+    "acmix-pvt": (
+        "model.dims=[8,8,16,16]", "model.depths=[1,1,1,1]", "model.heads=[1,1,2,2]",
+    ),
+    "imagenet": ("model.dim=16", "model.depth=1", "model.heads=2", "model.mixer=alpha"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_for_imagenet_trains(name, photos, tmp_path):
+    """With a small model, and few steps of small images."""
+    changes = [f"--{change}" for change in SMALL[name]]
+    done = run(
+        "train", f"recipes/{name}.yaml", f"--out={tmp_path / 'run'}",
+        f"--data.train={photos / 'train'}", f"--data.valid={photos / 'val'}",
+        "--data.image_size=64", "--train.epochs=null", "--train.steps=3", "--train.batch_size=8",
+        "--train.log_every=1", "--train.workers=0", "--train.device=cpu", *changes,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "valid_accuracy" in done.stdout
+    assert open_checkpoint(tmp_path / "run").classes == ["green", "red"]
+
+
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [
+        ("acmix-resnet", {"26": "resnet26", "38": "resnet38", "50": "resnet50"}),
+        ("acmix-san", {"10": "san10", "15": "san15", "19": "san19"}),
+        ("acmix-swin", {"tiny": "swin_tiny", "small": "swin_small"}),
+        ("acmix-pvt", {"tiny": "pvt_tiny", "small": "pvt_small"}),
+    ],
+)
+def test_the_sizes_of_a_family(name, models):
+    for size, known in models.items():
+        config = load(Config, ROOT / "recipes" / f"{name}.yaml", [f"model.size={size}"])
+        with torch.device("meta"):
+            made = create_model(config.model.name, **config.model.given)
+            want = create_model(f"acmix_{known}")
+        assert made.config == want.config
+
+
+def test_my_photos(photos, tmp_path):
+    folder = tmp_path / "run"
+    done = run(
+        "train", "recipes/my-photos.yaml", f"--data.train={photos / 'train'}", f"--out={folder}",
+        "--train.steps=25", "--train.validate_every=25", "--train.save_every=25",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run("predict", folder, photos / "val" / "red", "--output", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [one["classes"] for one in found] == [["red"]] * 3
+
+
+def test_my_text(tmp_path):
+    """One file, of which paragraphs are held out."""
+    source, folder = tmp_path / "mine.txt", tmp_path / "run"
+    source.write_text("\n\n".join(f"abcdefgh {'abcdefgh ' * (5 + i % 7)}" for i in range(80)))
+    done = run(
+        "train", "recipes/my-text.yaml", f"--data.train={source}", f"--out={folder}",
+        f"--data.shards={tmp_path / 'shards'}", "--train.steps=30", "--train.batch_size=16",
+        "--data.context=32", "--train.validate_every=30", "--train.save_every=30",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a vocabulary of " in done.stdout
+    done = run("generate", folder, "--prompt", "abcdefgh abc", "--max-tokens", "6",
+               "--temperature", "0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "defgh" in done.stdout
+
+
 def test_print_is_a_recipe_too(tmp_path):
     done = run("train", "recipes/tiny-digits.yaml", "--print", "--train.steps=7")
     assert done.returncode == 0, done.stderr
@@ -96,7 +204,7 @@ def test_print_is_a_recipe_too(tmp_path):
 @pytest.mark.parametrize(
     "change", ["size=tiny", "name=resnet26", "name=acmix_swin_tiny", "name=san10", "name=gpt"]
 )
-@pytest.mark.parametrize("path", RECIPES[:2], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CIFAR10, ids=lambda path: path.stem)
 def test_print_has_the_defaults_of_the_model(path, change, tmp_path):
     """And stands for the same model."""
     given = yaml.safe_load(path.read_text("utf-8"))
