@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -465,6 +468,13 @@ def test_every_option_matters():
     for name, value in OF_RANDAUGMENT.items():
         found = changed(randaugment=plain | {name: value})
         assert not torch.equal(changed(randaugment=plain), found), name
+
+
+def test_the_example_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    options = AugmentOptions(**yaml.safe_load(example)).randaugment
+    assert (options.magnitude, options.interpolation) == (27, "bicubic")
 
 
 def test_erasing_with_noise_has_the_data_s_mean_and_deviation():

@@ -441,30 +441,3 @@ train: {{steps: 2}}
     (line,) = [line for line in done.stderr.splitlines() if "left out" in line]
     assert line.startswith("translution: train: left out: ")
     assert ".py" not in done.stderr
-
-
-def test_the_example_of_ones_own_images(tmp_path, monkeypatch):
-    """docs/training.md's, in fewer steps."""
-    text = (ROOT / "docs" / "training.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "animals.yaml").write_text(example)
-    for part in ("train", "test"):
-        for name, grey in (("cat", 60), ("dog", 200)):
-            folder = tmp_path / "animals" / part / name
-            folder.mkdir(parents=True)
-            for i in range(12):
-                Image.new("RGB", (80, 70), (grey, grey, 5 * i)).save(folder / f"{i}.jpg")
-    (tmp_path / "animals" / "train" / "dog" / "0.jpg").write_bytes(b"no picture")
-    words = ("train.epochs=null", "train.steps=2", "train.batch_size=4", "train.device=cpu")
-    code, out, err = command("train", "animals.yaml", *(f"--{word}" for word in words))
-    assert code == 0, err
-    assert "2 classes; 64×64 pixels" in out
-    code, out, err = command("evaluate", "runs/animals", "--part", "test")
-    assert code == 0, err
-    assert "test_accuracy" in out
-    (tmp_path / "new").mkdir()
-    Image.new("RGB", (90, 90)).save(tmp_path / "new" / "a.jpg")
-    code, _, err = command("predict", "runs/animals", "new/*.jpg", "--top", "2", "--output=a.csv")
-    assert code == 0, err
-    assert {"cat", "dog"} <= set(re.split(r"[,\s]", (tmp_path / "a.csv").read_text()))

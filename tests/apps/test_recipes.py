@@ -165,12 +165,18 @@ def test_the_sizes_of_a_family(name, models):
 
 
 def test_my_photos(photos, tmp_path):
+    """Of which one cannot be read."""
+    shutil.copytree(photos / "train", tmp_path / "photos")
+    (tmp_path / "photos" / "red" / "broken.jpg").write_bytes(b"no picture")
     folder = tmp_path / "run"
     done = run(
-        "train", "recipes/my-photos.yaml", f"--data.train={photos / 'train'}", f"--out={folder}",
-        "--train.steps=25", "--train.validate_every=25", "--train.save_every=25",
+        "train", "recipes/my-photos.yaml", f"--data.train={tmp_path / 'photos'}",
+        f"--data.test={photos / 'val'}", f"--out={folder}", "--train.steps=25",
+        "--train.validate_every=25", "--train.save_every=25",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "(1 unreadable left out); 2 classes; 64×64 pixels" in done.stdout
+    assert evaluated(folder, tmp_path / "test.json")["test_accuracy"] == 1
     done = run("predict", folder, photos / "val" / "red", "--output", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
