@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -28,12 +29,15 @@ from translution import create_model
 from translution.apps import cli
 from translution.apps.config import load
 from translution.apps.data.digits import load_digits
+from translution.apps.data.text import Windows
+from translution.apps.training import messages
 from translution.apps.training.checkpoints import find_checkpoint, open_checkpoint
 from translution.apps.training.config import Config
 from translution.apps.training.predict import predict
 from translution.models import model_options
 from translution.models.blocks import IMAGE_MIXERS, MIXERS, SIZES
 from translution.models.pretrained import Pretrained
+from translution.utils.measuring import multiply_adds
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -97,10 +101,41 @@ ON_A_CPU = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_for_a_gpu_says_so_at_its_top(path):
-    """And when it starts: tests/apps/test_first_run.py."""
     head = " ".join(line.removeprefix("# ") for line in path.read_text("utf-8").splitlines()[:7])
     meant = "This is meant for a GPU" in head or "This is meant for several GPUs" in head
     assert meant != (path.stem in ON_A_CPU)
+
+
+# The training samples of the data sets that the recipes for a GPU name.
+SAMPLES = {"imagenet": 1_281_167, "cifar10": 45_000, "mnist": 60_000, "openwebtext": 32_000}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if path.stem not in ON_A_CPU], ids=lambda path: path.stem
+)
+def test_a_recipe_for_a_gpu_says_so_when_it_starts(path, monkeypatch):
+    """On a CPU that is as fast as 200 GFLOP/s."""
+    config = load(Config, path, ["train.device=cpu"])
+    images = config.data.kind == "images"
+    kind = "imagenet" if path.stem.startswith("acmix") else path.stem.partition("-")[0]
+    samples = SAMPLES.get(kind, 0)
+    steps = config.train.steps or round(config.train.epochs * samples / config.train.batch_size)
+    part = object() if images else object.__new__(Windows)
+    facts = {} if images else {"context": config.data.context}
+    data = SimpleNamespace(part=lambda _: part, steps=steps, facts=facts)
+    options = config.model.given | FACTS[config.data.kind] | facts
+    if images:
+        options |= {"image_size": config.data.image_size, "in_channels": config.data.channels}
+        x = torch.zeros(1, config.data.channels, *config.data.image_size, device="meta")
+    else:
+        x = torch.zeros(1, config.data.context, device="meta").long()
+    known = model_options(config.model.name)
+    with torch.device("meta"):
+        made = create_model(config.model.name, **{k: options[k] for k in options if k in known})
+    units = 1 if images else config.data.context
+    cost = messages.Cost(0, multiply_adds(lambda: made.eval()(x)) / units)
+    monkeypatch.setattr(messages, "matmul_rate", lambda *_: 2e11)
+    assert "this run is meant for a GPU" in messages.too_slow(config, data, cost)
 
 
 @pytest.fixture(scope="module")
