@@ -35,8 +35,11 @@ TINY = {
 }  # fmt: skip
 
 
+SGD = ["train.optimizer=sgd", "train.betas=[0.9, 0.999]", "train.learning_rate=0.1"]
+
+
 def gradients_of(folder: Path, strategy: str, devices: int, steps: int) -> None:
-    """Train in float64, and keep each step's gradients."""
+    """Train in float64, and keep each step's gradients. A folder named "sgd…" is one of SGD."""
     kept = []
     torch.set_default_dtype(torch.float64)
 
@@ -55,6 +58,7 @@ def gradients_of(folder: Path, strategy: str, devices: int, steps: int) -> None:
         changes += [f"train.offset_ranks={devices}"]
     else:
         changes += [f"train.strategy={strategy}"]
+    changes += SGD if folder.name.startswith("sgd") else []
     config = parse(Config, TINY, "here", changes)
     try:
         run.train(config, folder, resume=True)
@@ -106,11 +110,12 @@ def runs(tmp_path_factory):
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
         str(20_000 + os.getpid() % 20_000), __file__, str(folder),
         "ddp:ddp:4", "fsdp:fsdp:4", "both:ddp:2", "both:fsdp:4", "half:fsdp:2", "offset:offset:4",
-        "part:offset:2", "mixed:ddp:2", "mixed:offset:4",
+        "part:offset:2", "mixed:ddp:2", "mixed:offset:4", "sgd:fsdp:2", "sgd:offset:4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     gradients_of(folder / "one", "auto", 1, 4)
+    gradients_of(folder / "sgd-one", "auto", 1, 4)
     shutil.copytree(folder / "half", folder / "back")
     gradients_of(folder / "back", "auto", 1, 4)
     shutil.copytree(folder / "part", folder / "alone")
@@ -129,10 +134,11 @@ def test_gradients_equal_those_of_one_process(runs, name):
             torch.testing.assert_close(theirs[key], mine[key], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "both", "back", "offset", "mixed", "alone"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "both", "back", "offset", "mixed", "alone", "sgd"])
 def test_weights_and_metrics_equal_those_of_one_process(runs, name):
     """Also where a run goes on with another strategy: optimizer states find their parameters."""
-    one, two = (open_checkpoint(runs / n / "checkpoints" / "last-000004") for n in ("one", name))
+    alone = "sgd-one" if name == "sgd" else "one"
+    one, two = (open_checkpoint(runs / n / "checkpoints" / "last-000004") for n in (alone, name))
     for (key, mine), theirs in zip(
         one.model.state_dict().items(), two.model.state_dict().values(), strict=True
     ):
