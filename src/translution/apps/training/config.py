@@ -147,15 +147,15 @@ class TrainOptions(Options):
     learning_rate: the peak of the learning rate.
     warmup: the number of steps in which the learning rate rises linearly to its peak. If the run
         is not longer than that, the warm-up is a tenth of the run, and the run says so.
-    warmup_from: the learning rate of the first step of the warm-up. null makes all its steps
-        equal, the first one included: it is learning_rate / (warmup + 1).
+    warmup_from: the learning rate of the first step of the warm-up. null is
+        learning_rate / (warmup + 1), as if it rose from 0.
     schedule: after the warm-up, "cosine" lowers the learning rate to min_learning_rate at the last
         step, and "constant" keeps it.
     optimizer: "adamw", or "sgd" with momentum.
     betas: those of AdamW.
     momentum: that of SGD. nesterov: whether it is Nesterov's.
-    weight_decay: in AdamW the share of a parameter that is subtracted, times the learning rate; in
-        SGD its multiple that is added to the gradient.
+    weight_decay: AdamW subtracts this share of a parameter, times the learning rate, in each step;
+        SGD adds this multiple of it to its gradient.
     decay: "all" applies it to all parameters, "matrices" to those with at least two axes, and
         "weights" to those of them that are no position bias, learned position or class token.
     clip: the largest norm of the gradient; null does not clip.

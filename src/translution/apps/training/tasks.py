@@ -48,8 +48,7 @@ def learning_rate(
         warmup: the number of steps of the warm-up.
         schedule: "cosine" falls to `least` at the end, "constant" stays at the peak.
         least: the share at the end of the cosine.
-        first: the share in the first step of the warm-up. None makes all its steps equal, the first
-            one included.
+        first: the share in the first step of the warm-up. None is 1 / (warmup + 1).
     """
     if step < warmup:
         return (step + 1) / (warmup + 1) if first is None else first + (1 - first) * step / warmup
