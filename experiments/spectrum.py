@@ -1,8 +1,8 @@
 """How many matrices does a trained table have? Each is a mixture of a few bases if few suffice.
 
-    translution experiment experiments/forms-digits.yaml --rows "full tables qkv" --seeds=1 --keep
-    python experiments/spectrum.py runs/experiments/forms-digits/steps-full-tables-qkv-0.002-0/run \\
-        --data.folder=FOLDER --picture=docs/images/spectrum.png
+    translution experiment experiments/screen-digits.yaml --rows "full tables qkv" --keep
+    python experiments/spectrum.py --data.folder=FOLDER --picture=docs/images/spectrum.png \\
+        runs/experiments/screen-digits/steps-full-tables-qkv-0.002-0/run
 
 For each table and head, the matrices of all offset classes are the rows of one matrix, whose
 singular values are computed. The tables are then replaced by their best approximation with M bases,
