@@ -755,9 +755,11 @@ def test_every_option_of_devices_matters(monkeypatch):
     divided = arguments_of_trainer(monkeypatch, *changes)["strategy"]
     assert isinstance(divided, strategies.Offset)
     assert divided.each == 2
-    for device, accelerator in (("cuda", "gpu"), ("mps", "mps")):
-        monkeypatch.setattr(torch, device, getattr(torch, device))
-        monkeypatch.setattr(f"torch.{device}.is_available", lambda: True)
+    for device, accelerator, available in (
+        ("cuda", "gpu", "torch.cuda.is_available"),
+        ("mps", "mps", "torch.backends.mps.is_available"),
+    ):
+        monkeypatch.setattr(available, lambda: True)
         found = arguments_of_trainer(monkeypatch, f"train.device={device}")
         assert found["accelerator"] == accelerator
     data = Data(config("train.workers=2"))
