@@ -154,6 +154,55 @@ def test_a_cache_grows_rarely_and_stays_small():
         cache.advance(1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
+@pytest.mark.parametrize("mixer", CAUSAL)
+def test_padding_changes_nothing(mixer, geometry):
+    """Before a text, after it and over all of it; whole and in parts."""
+    model = model_of(mixer, **geometry)
+    ids = torch.randint(0, VOCAB, (4, 12))
+    mask = torch.zeros(4, 12, dtype=torch.bool)
+    texts = [(0, 12), (4, 12), (0, 9)]
+    for text, (start, end) in zip(mask, texts, strict=False):
+        text[start:end] = True
+    y = model(ids, mask=mask)
+    assert y.isfinite().all()
+    for i, (start, end) in enumerate(texts):
+        alone = model(ids[i : i + 1, start:end])
+        torch.testing.assert_close(y[i : i + 1, start:end], alone, rtol=1e-12, atol=1e-12)
+    caches, parts, seen = model.make_caches(), [], 0
+    for part in ids.split([5, 1, 1, 3, 2], 1):
+        seen += part.shape[1]
+        parts.append(model(part, caches, mask[:, :seen]))
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], y[mask], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
+def test_tokens_are_taken_back(geometry):
+    model = model_of("translution", **geometry)
+    ids = torch.randint(0, VOCAB, (2, 12))
+    want = model(ids)
+    caches = model.make_caches()
+    for cache in caches:
+        cache.record()
+    model(ids[:, :6], caches)
+    for wrong in (1, 1, 1, 2):
+        model(torch.randint(0, VOCAB, (2, wrong)), caches)
+    for cache in caches:
+        cache.crop(5)
+    torch.testing.assert_close(model(ids[:, 6:9], caches), want[:, 6:9], rtol=1e-12, atol=1e-12)
+    for cache in caches:
+        cache.crop(2)
+    torch.testing.assert_close(model(ids[:, 7:], caches), want[:, 7:], rtol=1e-12, atol=1e-12)
+    if geometry == {"window": 3}:
+        caches = model.make_caches()
+        for token in ids.split(1, 1):
+            model(token, caches)
+        with pytest.raises(ValueError, match=r"a window has dropped .* want cache.record\(\)"):
+            caches[0].crop(10)
+
+
 def test_cache_errors():
     model = model_of("translution")
     ids = torch.zeros(1, 3, dtype=torch.int64)
@@ -175,9 +224,12 @@ def test_cache_errors():
         with pytest.raises(ValueError, match="13 tokens on axis 0, but the tables"):
             model(torch.zeros(1, 10, dtype=torch.int64), used)
         assert {cache.length for cache in used} == {3}, "a refused call changes nothing"
-        layer = model.blocks[0].mixer
-        with pytest.raises(ValueError, match="mask: got one with a cache"):
-            layer(torch.randn(1, 3, 8).double(), mask=torch.ones(3, 3).bool(), cache=Cache())
+        with pytest.raises(ValueError, match=r"mask: got .*\(1, 3\), want boolean .* \(1, 4\)"):
+            model(ids[:, :1], used, torch.ones(1, 3).bool())
+        with pytest.raises(ValueError, match=r"mask: got torch.int64 of shape \(1, 3\)"):
+            model(ids, mask=torch.ones_like(ids))
+        with pytest.raises(ValueError, match="tokens: got 4, want 0 to the 3"):
+            used[0].crop(4)
         model = model_of("attention")
         used = model.make_caches()
         model(ids, used)

@@ -34,14 +34,21 @@ class _Layer(CacheLayerMixin):
     """One block's memory. What it holds is not keys and values, so `update` is not for it."""
 
     supports_early_init = False
+    is_croppable = True
 
     def __init__(self, mixer: Any):
         super().__init__()
-        self.mixer, self.is_initialized = mixer, True
+        self.mixer, self.is_initialized, self.record_past = mixer, True, False
         self.reset()
 
     def reset(self) -> None:
         self.cache: modules_cache.Cache = self.mixer.make_cache()
+        if self.record_past:
+            self.cache.record()
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+        self.cache.record()
 
     def get_seq_length(self) -> int:
         return self.cache.length
@@ -68,4 +75,6 @@ class _Layer(CacheLayerMixin):
         raise NotImplementedError("the model fills its caches itself")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("past_key_values: tokens cannot be taken back from these caches")
+        if tokens_to_remove > 0:  # it once was the number of tokens that remain
+            tokens_to_remove -= self.cache.length
+        self.cache.crop(max(0, -tokens_to_remove))

@@ -14,27 +14,36 @@ library with its weights, and `.model` is that model again.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
 
-from ..models import GPT, create_model
+from ..models import GPT, ViT, create_model
+from ..models.inspection import record_tokens, record_weights
 from ..models.pretrained import Pretrained
 from ..models.registry import current_options
 from .generation_cache import TranslutionCache
-from .image_processor import BACKENDS, TranslutionImageProcessor, entries_of, take_entries
+from .image_processor import BACKENDS, TranslutionImageProcessor, entries_of
+from .transformers_configuration import (
+    TranslutionGPTConfig,
+    TranslutionImageConfig,
+    check_untied,
+    plain,
+)
 
 __all__ = [
     "TranslutionCache",
@@ -48,121 +57,12 @@ __all__ = [
 M = TypeVar("M", bound="_Wrapped")
 
 
-def _resolve(architecture: str, options: dict[str, Any]) -> Pretrained:
-    """The model that they say, on the meta device: it checks them, and has all the options."""
-    with torch.device("meta"):
-        model = create_model(architecture, **current_options(architecture, options, saved=True))
-    if not isinstance(model, Pretrained):
-        raise ValueError(f"architecture: got {architecture!r}, want a model of this library")
-    return model
-
-
-class TranslutionImageConfig(PreTrainedConfig):
-    """Of an image classifier.
-
-    Args:
-        architecture: one of `translution.list_models`; kept as its family, "vit" or a backbone's.
-        options: of that model, as in `translution.create_model`; those not given are filled in.
-            The number of classes is `num_labels` (or the length of `id2label`).
-        preprocessing: how an image becomes the model's input, as `Preprocessing.to_dict` gives it.
-
-    Raises:
-        ValueError: an unknown architecture or option, values that don't fit, features_only, or a
-            language model.
-    """
-
-    model_type = "translution-image"
-    architecture: str = "vit"
-    options: dict[str, Any] | None = None
-    preprocessing: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        options = dict(self.options or {})
-        given = options.pop("num_classes", None)
-        take_entries(self, kwargs)
-        if self.id2label is None and kwargs.get("num_labels") is None:
-            kwargs["num_labels"] = 1000 if given is None else given
-        super().__post_init__(**kwargs)
-        if given is not None and given != self.num_labels:
-            raise ValueError(
-                f"options: got num_classes {given}, but num_labels {self.num_labels}; want one"
-            )
-        model = _resolve(self.architecture, options | {"num_classes": self.num_labels})
-        if isinstance(model, GPT) or getattr(model, "features_only", False):
-            raise ValueError(
-                f"architecture: got {self.architecture!r} with {options}, want an image classifier"
-            )
-        self.architecture, self.options = model.family, _plain(model.config)
-        del self.options["num_classes"]  # num_labels alone says it
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What is written; transformers leaves out that there are 2 labels."""
-        return super().to_diff_dict() | {"num_labels": self.num_labels}
-
-
-class TranslutionGPTConfig(PreTrainedConfig):
-    """Of a causal language model.
-
-    Args:
-        architecture: one of `translution.list_models("*gpt*")`; kept as "gpt".
-        options: of that model, as in `translution.create_model`; those not given are filled in.
-
-    Attributes:
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: as
-            transformers calls the options vocab_size, dim, depth, heads and context.
-
-    Raises:
-        ValueError: an unknown architecture or option, values that don't fit, an image model, or
-            tie_word_embeddings=True: the models of this library have a head of their own.
-    """
-
-    model_type = "translution-gpt"
-    architecture: str = "gpt"
-    options: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        take_entries(self, kwargs)
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__post_init__(**kwargs)
-        _check_untied(self)
-        model = _resolve(self.architecture, self.options or {})
-        if not isinstance(model, GPT):
-            raise ValueError(f"architecture: got {self.architecture!r}, want a language model")
-        self.architecture, self.options = model.family, _plain(model.config)
-
-    def _option(name: str) -> Any:
-        def put(self: Any, value: Any) -> None:
-            self.options[name] = value
-
-        return property(lambda self: self.options[name], put)
-
-    vocab_size = _option("vocab_size")
-    hidden_size = _option("dim")
-    num_hidden_layers = _option("depth")
-    num_attention_heads = _option("heads")
-    max_position_embeddings = _option("context")
-    del _option
-
-
-def _check_untied(config: Any) -> None:
-    if getattr(config, "tie_word_embeddings", False):
-        raise ValueError(
-            "tie_word_embeddings: got True, want False: the embedding and the head of this model "
-            "have weights of their own"
-        )
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A configuration's options as JSON has them."""
-    options = dataclasses.asdict(config)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
-
-
 class _Wrapped(PreTrainedModel):
     """A model of this library behind transformers' interface, as `.model`."""
 
     config_class: ClassVar[Any]
     base_model_prefix = "model"  # the weights in a folder of this library lack it
+    supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[Any] = ["Block"]
     _classes_option: ClassVar[str | None] = None
 
@@ -186,13 +86,67 @@ class _Wrapped(PreTrainedModel):
             model: not copied.
             config: more of the configuration, such as id2label.
         """
-        options = _plain(model.config)
+        options = plain(model.config)
         config = entries_of(model) | config
         made = cls.config_class(architecture=model.family, options=options, **config)
         with torch.device("meta"):
             wrapped = cls(made)
         wrapped.model = model
         return wrapped.train(model.training)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """The blocks recompute in the backward pass, or do again what their configuration says."""
+        if not isinstance(self.model, ViT | GPT):
+            raise ValueError(
+                f"gradient_checkpointing: got the backbone {self.model.family!r}, want a ViT or a "
+                "GPT; a backbone needs less memory with smaller batches that accumulate gradients"
+            )
+        function = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func)
+        keywords = getattr(gradient_checkpointing_func, "keywords", {})
+        if function is not checkpoint:
+            raise ValueError("offload: got True, want False: activations stay on their device")
+        if unknown := {k for k, v in keywords.items() if (k, v) != ("use_reentrant", False)}:
+            name = min(unknown)
+            raise ValueError(
+                f"gradient_checkpointing_kwargs: got {name}={keywords[name]!r}, want none but "
+                "use_reentrant=False, which is always so here"
+            )
+        self.gradient_checkpointing = enable  # is_gradient_checkpointing looks for it
+        blocks: Any = self.model.blocks
+        for i, block in enumerate(blocks):
+            chosen = enable and i % every_n_layers == 0
+            own = self.model.config.activation_checkpointing
+            block.activation_checkpointing = "full" if chosen else own
+
+    def _observed(
+        self, call: Callable[[], Tensor], states: bool | None, weights: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Any]:
+        """The result of a call of the model, its hidden states, and its attention weights.
+
+        Args:
+            call: calls the model.
+            states, weights: whether the last two are wanted; None is what the configuration says.
+        """
+        states = bool(self.config.output_hidden_states if states is None else states)
+        weights = bool(self.config.output_attentions if weights is None else weights)
+        if not states and not weights:  # the usual case has no hooks, which programs cannot trace
+            return call(), None, None
+        if weights and not isinstance(self.model, ViT | GPT):
+            raise ValueError(
+                f"output_attentions: got True for the backbone {self.model.family!r}, want a ViT "
+                "or a GPT"
+            )
+        record: Any = record_tokens if isinstance(self.model, ViT | GPT) else _record_stages
+        with contextlib.ExitStack() as records:
+            seen: Any = records.enter_context(record(self.model)) if states else ()
+            found: Any = records.enter_context(record_weights(self.model)) if weights else ()
+            result = call()
+        return result, tuple(seen) if states else None, tuple(found) if weights else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -217,50 +171,69 @@ class TranslutionForImageClassification(_Wrapped):
         return getattr(self.model, "embed", None) or next(self.model.children())
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """
         Args:
             pixel_values: [batch, channels, height, width].
             labels: int64 [batch]; floats [batch, num_labels] for several at once
                 (`problem_type`, as transformers has it).
+            output_hidden_states: return the tokens before the first block of a ViT and after each
+                block (of the last one the class token only, unless the model has
+                `full_last_block`); of a backbone what each stage returns.
+            output_attentions: return the attention weights of each block of a ViT, as
+                `translution.attention_weights` does.
 
         Returns:
-            ImageClassifierOutput: loss (with labels) and logits [batch, num_labels]; as a tuple
-            with return_dict=False.
+            ImageClassifierOutput: loss (with labels), logits [batch, num_labels], hidden_states
+            and attentions; as a tuple with return_dict=False.
+
+        Raises:
+            ValueError: the attention weights of a backbone are asked for.
         """
-        logits = self.model(pixel_values)
+        logits, states, weights = self._observed(
+            lambda: self.model(pixel_values), output_hidden_states, output_attentions
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config)
-        made = ImageClassifierOutput(loss=loss, logits=logits)
+        made = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=states, attentions=weights
+        )
         return made if _as_dict(self, return_dict) else made.to_tuple()
 
 
 class TranslutionForCausalLM(_Wrapped, GenerationMixin):
     """A GPT: input_ids -> logits, and with labels the loss; `generate` uses the exact caches.
 
-    Texts of a batch may be padded on the right in training, where no token sees the padding; the
-    positions have no other way to skip a token, so padding elsewhere, and any in generation, is an
-    error. Text ends at the context unless the model is `unbounded`; `translution generate` forgets
-    the oldest tokens instead.
+    Texts of a batch may be padded on the left, and where none is generated also on the right: no
+    token sees the padding, and the logits of a text are those that it has alone. Padding within a
+    text is an error. Generation ends at the context, with a warning, unless the model is
+    `unbounded`; `translution generate` forgets the oldest tokens instead.
     """
 
     config_class = TranslutionGPTConfig
     main_input_name = "input_ids"
 
     def __init__(self, config: Any):
-        _check_untied(config)
+        check_untied(config)
         super().__init__(config)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: TranslutionCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **loss: Any,
     ) -> Any:
@@ -268,21 +241,27 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
         Args:
             input_ids: int64 [batch, length]; after those that past_key_values have seen.
             attention_mask: [batch, length], with past_key_values the length of all tokens so far;
-                1 for text and 0 for padding, which may be on the right only.
+                1 for text and 0 for padding before or after it.
             past_key_values: of an earlier call with use_cache.
             labels: int64 [batch, length], input_ids again; -100 is not asked for.
             use_cache: return past_key_values; without gradients.
             logits_to_keep: only the last so many positions (0 is all), or those of an index.
+            output_hidden_states: return the tokens before the first block and after each block;
+                the last ones are normed, as the head sees them.
+            output_attentions: return the attention weights of each block, [batch, heads, length,
+                keys]; with past_key_values the keys are those that a block still sees.
             loss: for transformers' loss, such as num_items_in_batch.
 
         Returns:
-            CausalLMOutputWithPast: loss (with labels), logits [batch, length, vocab_size], and
-            past_key_values; as a tuple with return_dict=False.
+            CausalLMOutputWithPast: loss (with labels), logits [batch, length, vocab_size],
+            past_key_values, hidden_states and attentions; as a tuple with return_dict=False.
 
         Raises:
-            ValueError: padding elsewhere, an attention_mask of another shape, more tokens than the
-                context, or unknown arguments.
+            ValueError: padding within a text, an attention_mask of another shape, more tokens than
+                the context, or unknown arguments.
         """
+        if input_ids is None:
+            raise ValueError("input_ids: got None, want int64 (batch, length)")
         unknown = set(loss) - {"num_items_in_batch", "ignore_index", "shift_labels"}
         if any(loss[name] is not None for name in unknown):
             raise ValueError(f"{min(unknown)}: this model has no such input")
@@ -290,35 +269,105 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
             raise ValueError(
                 f"past_key_values: got {type(past_key_values).__name__}, want a TranslutionCache"
             )
+        mask = None
         if attention_mask is not None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            shape = input_ids.shape[0], seen + input_ids.shape[1]
-            _check_padding(attention_mask, shape, past_key_values is not None)
+            before = 0 if past_key_values is None else past_key_values.get_seq_length()
+            mask = _text(attention_mask, (input_ids.shape[0], before + input_ids.shape[1]))
         if past_key_values is None and use_cache:
             past_key_values = TranslutionCache(self.model)
         caches = None if past_key_values is None else past_key_values.caches
-        hidden = self.model.hidden(input_ids, caches)
+        hidden, states, weights = self._observed(
+            lambda: self.model.hidden(input_ids, caches, mask),
+            output_hidden_states,
+            output_attentions,
+        )
+        if states is not None:
+            states = (*states[:-1], hidden)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(hidden[:, keep])
         cost = None
         if labels is not None:
             more = {name: value for name, value in loss.items() if name not in unknown}
             cost = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **more)
-        made = CausalLMOutputWithPast(loss=cost, logits=logits, past_key_values=past_key_values)
+        made = CausalLMOutputWithPast(
+            loss=cost, logits=logits, past_key_values=past_key_values, hidden_states=states,
+            attentions=weights,
+        )  # fmt: skip
         return made if _as_dict(self, return_dict) else made.to_tuple()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """No padding, and no positions: these are where the tokens stand."""
-        if attention_mask is not None:
-            _check_padding(attention_mask, (len(input_ids), input_ids.shape[1]), True)
-        made = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[arg-type]
+        """No positions: these are where the tokens stand. No mask either, if it hides nothing."""
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            if bool(attention_mask.all()):
+                attention_mask = None
+            elif not bool(attention_mask[:, -1].all()):
+                raise ValueError(
+                    "attention_mask: got padding after a text that is continued, want it on the "
+                    "left (tokenizer.padding_side = 'left')"
+                )
+        given: dict[str, Any] = {"attention_mask": attention_mask} | kwargs
+        made = super().prepare_inputs_for_generation(input_ids, **given)  # type: ignore[arg-type]
         return {name: value for name, value in made.items() if name != "position_ids"}
+
+    def _prepare_generated_length(  # type: ignore[override]
+        self, generation_config: Any, has_default_max_length: bool, input_ids_length: int,
+        **others: Any,
+    ) -> Any:  # fmt: skip
+        """Ends a text at the context: the last token is chosen there, and not seen any more."""
+        default = has_default_max_length and generation_config.max_new_tokens is None
+        length = generation_config.max_length
+        made = super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length, **others,
+        )  # fmt: skip
+        if default:  # transformers counts it as new tokens, but takes the context for a limit
+            made.max_length = length + input_ids_length
+        context = self.config.max_position_embeddings
+        # prompt lookup guesses so many tokens after a text that lacks two, and the model sees them
+        looked_up = getattr(made, "prompt_lookup_num_tokens", None) or 1
+        most = context + 2 - looked_up
+        if self.model.unbounded or made.max_length <= most:
+            return made
+        helps = bool(getattr(made, "is_assistant", False))
+        if input_ids_length > context:
+            name = "assistant_model" if helps else "input_ids"
+            raise ValueError(
+                f"{name}: got a text of {input_ids_length} tokens, want at most the context "
+                f"{context}"
+            )
+        if not helps:
+            warnings.warn(
+                f"the texts end after {most} tokens, where the context of {context} is full; "
+                "translution.models.generation.generate forgets the oldest tokens instead, "
+                "and models with buckets or windows go on",
+                stacklevel=4,
+            )
+        made.max_length = most
+        return made
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
+    ) -> Any:
+        """The model's own cache, which an assistant and its model can take tokens back from."""
+        if model_kwargs.get("past_key_values") is not None:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: got {kind!r}, want 'dynamic': where keys or values depend "
+                "on the offset, the caches hold what they are made of"
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = TranslutionCache(self.model)
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs["past_key_values"].activate_past_recording()
+        return None
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward makes the model's own
+        return False  # but the model's own
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
@@ -338,28 +387,43 @@ def _as_dict(model: _Wrapped, return_dict: bool | None) -> bool:
     return bool(model.config.return_dict if return_dict is None else return_dict)
 
 
-def _check_padding(mask: Tensor, shape: tuple[int, ...], cached: bool) -> None:
-    """Check that a mask changes nothing.
+def _text(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """What is text, boolean [batch, tokens]; None if no token would see padding anyway.
 
     Args:
-        mask: 1 for text and 0 for padding.
+        attention_mask: 1 for text and 0 for padding.
         shape: the batch, and the number of tokens with those in the cache.
-        cached: whether text is generated with caches, which allow no padding.
+
+    Raises:
+        ValueError: another shape, or padding within a text.
     """
-    if tuple(mask.shape) != shape:
+    if tuple(attention_mask.shape) != shape:
         raise ValueError(
-            f"attention_mask: got shape {tuple(mask.shape)}, want (batch, length) {shape}"
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, want (batch, length) {shape}"
         )
-    text = mask != 0
-    if cached and not bool(text.all()):
+    text = attention_mask != 0
+    starts = text[:, :1].sum(1) + (text[:, 1:] & ~text[:, :-1]).sum(1)
+    if bool((starts > 1).any()):
         raise ValueError(
-            "attention_mask: got padding in generation, want texts of one length (or one at a time)"
+            "attention_mask: got padding within a text, want it on the left, or on the right of "
+            "texts that are not continued (tokenizer.padding_side)"
         )
-    if bool((text[:, 1:] & ~text[:, :-1]).any()):
-        raise ValueError(
-            "attention_mask: got padding before or within a text, want it on the right "
-            "(tokenizer.padding_side = 'right')"
-        )
+    return None if bool(text[:, 0].all()) else text
+
+
+@contextlib.contextmanager
+def _record_stages(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, a call of a backbone puts what each stage returns into the list."""
+    found: list[Tensor] = []
+
+    def take(stage: nn.Module, arguments: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    stages: Any = model.stages
+    with contextlib.ExitStack() as hooks:
+        for stage in stages:
+            hooks.callback(stage.register_forward_hook(take).remove)
+        yield found
 
 
 for _config, _auto, _model in (

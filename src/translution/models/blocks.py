@@ -264,22 +264,32 @@ class Block(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, ...],
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Tokens [batch, tokens, dim] on a grid -> the same shape, or the prefix only.
 
-        With the `cache` of a causal mixer, `x` holds the tokens that follow the cached ones.
+        With the `cache` of a causal mixer, `x` holds the tokens that follow the cached ones. A
+        `mask` is one of the mixer.
         """
         if self.activation_checkpointing == "none" or not (
             self.training and torch.is_grad_enabled()
         ):
-            return self._forward(x, grid, cache)
+            return self._forward(x, grid, cache, mask)
         more: dict[str, Any] = {}
         if self.activation_checkpointing == "selective":
             more["context_fn"] = _selective_contexts
-        return checkpoint(self._forward, x, grid, cache, use_reentrant=False, **more)
+        return checkpoint(self._forward, x, grid, cache, mask, use_reentrant=False, **more)
 
-    def _forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None) -> Tensor:
-        more = {} if cache is None else {"cache": cache}  # not every mixer takes one
+    def _forward(
+        self, x: Tensor, grid: tuple[int, ...], cache: Cache | None, mask: Tensor | None
+    ) -> Tensor:
+        given = {"cache": cache, "mask": mask}  # not every mixer takes them
+        more = {name: value for name, value in given.items() if value is not None}
         y = self.mixer(self.norm1(x), grid=grid, **more)
         x = x[:, : y.shape[1]] + y
         return x + self.mlp(self.norm2(x))

@@ -1,7 +1,9 @@
-"""The attention weights of a model, for looking at them."""
+"""The attention weights and the tokens inside a model, for looking at them."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from ..modules.reduced import ReducedAttention2d
 from .language_model import GPT
 from .vision_transformer import ViT
 
-__all__ = ["attention_weights"]
+__all__ = ["attention_weights", "record_tokens", "record_weights"]
 
 
 def attention_weights(model: ViT | GPT, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -28,24 +30,60 @@ def attention_weights(model: ViT | GPT, x: Tensor) -> tuple[Tensor, list[Tensor 
     """
     if not isinstance(model, ViT | GPT):
         raise ValueError(f"model: got {type(model).__name__}, want a ViT or a GPT")
-    given: list[tuple[Any, Any, Any]] = []
+    with record_weights(model) as weights:
+        output = model(x)
+    return output, weights
 
-    def note(mixer: nn.Module, arguments: Any, keywords: Any) -> None:
-        given.append((mixer, arguments, keywords))
+
+@contextlib.contextmanager
+def record_weights(model: ViT | GPT) -> Iterator[list[Tensor | None]]:
+    """Within it, a call of the model puts the attention weights of each block into the list."""
+    found: list[Tensor | None] = []
+
+    def ask(mixer: nn.Module, arguments: Any, keywords: Any) -> Any:
+        # a second call would find the tokens of the first one in the cache
+        more = {"return_weights": True} if keywords.get("cache") is not None else {}
+        return arguments, keywords | more
+
+    def take(mixer: nn.Module, arguments: Any, keywords: Any, result: Any) -> Any:
+        if isinstance(result, tuple):
+            result, weights = result
+            found.append(weights.float())
+            return result
+        found.append(_weights(mixer, arguments, keywords))
+        return result
 
     blocks: Any = model.blocks
-    hooks = [b.mixer.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
-    try:
-        output = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return output, [_weights(*one) for one in given]
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.mixer.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            hooks.callback(block.mixer.register_forward_hook(take, with_kwargs=True).remove)
+        yield found
 
 
 def _weights(mixer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
     if hasattr(mixer, "layout"):
-        return mixer(*arguments, **keywords, return_weights=True)[1].float()
+        return mixer.forward(*arguments, **keywords, return_weights=True)[1].float()
     if isinstance(mixer, ReducedAttention2d):
         return mixer.weights(*arguments, **keywords).float()
     return None
+
+
+@contextlib.contextmanager
+def record_tokens(model: ViT | GPT) -> Iterator[list[Tensor]]:
+    """Within it, a call of the model puts the input of the first block, and the output of each
+    block, into the list."""
+    found: list[Tensor] = []
+    blocks: Any = model.blocks
+
+    def take_input(block: nn.Module, arguments: Any) -> None:
+        found.append(arguments[0])
+
+    def take_output(block: nn.Module, arguments: Any, output: Tensor) -> None:
+        found.append(output)
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(blocks[0].register_forward_pre_hook(take_input).remove)
+        for block in blocks:
+            hooks.callback(block.register_forward_hook(take_output).remove)
+        yield found

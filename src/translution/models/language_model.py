@@ -87,21 +87,28 @@ class GPT(Pretrained):
             self.norm = nn.Sequential(nn.LayerNorm(c.dim), nn.LayerNorm(c.dim))
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
 
-    def forward(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, caches: Sequence[Cache] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """The logits of the token that follows each token, [batch, length, vocab_size].
 
         Args:
             ids: int64 [batch, length], at most `context` tokens long.
             caches: the result of `make_caches`. `ids` then continues the sequences of earlier calls
                 with the same caches, and sees their tokens. It requires `torch.no_grad()`.
+            mask: boolean [batch, tokens], also those in the caches: False for padding, which no
+                token sees and which takes no learned position. The tokens of a text follow each
+                other, so padding comes before or after it. The logits of padding mean nothing.
 
         Raises:
-            ValueError: ids of another dtype or shape, more tokens than the context, or caches that
-                do not belong together.
+            ValueError: ids or a mask of another dtype or shape, more tokens than the context, or
+                caches that do not belong together.
         """
-        return self.head(self.hidden(ids, caches))
+        return self.head(self.hidden(ids, caches, mask))
 
-    def hidden(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, caches: Sequence[Cache] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """The features that `head` computes the logits from, [batch, length, dim].
 
         Arguments and errors are those of `forward`.
@@ -120,15 +127,23 @@ class GPT(Pretrained):
             )
         x = self.embed(ids)
         (start,), length = seen, int(ids.shape[1])
+        if mask is not None:
+            _check_mask(mask, (len(ids), start + length))
         if self.positions is not None:
             if start + length > self.config.context:
                 raise ValueError(
                     f"ids: got {start + length} tokens, want at most the context "
                     f"{self.config.context}"
                 )
-            x = x + self.positions[:, start : start + length]
+            if mask is None:
+                x = x + self.positions[:, start : start + length]
+            else:
+                places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+                x = x + self.positions[0, places]
         for block, cache in zip(self.blocks, each, strict=True):
-            x = block(x, (length,), cache)
+            held = 0 if cache is None else cache.held
+            keys = None if mask is None else mask[:, None, None, -(held + length) :]
+            x = block(x, (length,), cache, keys)
         return self.norm(x)
 
     def make_caches(self) -> list[Cache]:
@@ -146,6 +161,15 @@ class GPT(Pretrained):
 
     def _mixers(self) -> list[Any]:
         return [block.mixer for block in self.blocks]
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
+    check_tensor("mask", mask, "boolean (batch, tokens)")
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(
+            f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, want boolean (batch, tokens) "
+            f"{shape}"
+        )
 
 
 def gpt(

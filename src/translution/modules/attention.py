@@ -137,7 +137,8 @@ class Attention(nn.Module):
             return_weights: also return the attention weights.
             cache: the result of `make_cache`. `x` then holds only the tokens that follow those of
                 earlier calls; they see the cached tokens and each other, and are appended to the
-                cache. It requires `torch.no_grad()` and no mask.
+                cache. It requires `torch.no_grad()`. The keys of a mask are then the `held` tokens
+                of the cache, followed by those of `x`.
 
         Returns:
             [batch, queries, dim]. The queries are all tokens, or with `prefix_queries` the prefix
@@ -151,8 +152,6 @@ class Attention(nn.Module):
         if cache is not None and cache.length:
             layout = _continued_layout(layout.spec, cache.held, int(x.shape[1]))
         if mask is not None:
-            if cache is not None:
-                raise ValueError("mask: got one with a cache, want either alone")
             _check_mask(mask, (x.shape[0], self.heads, layout.n_queries, layout.n_keys))
             mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
         query = x[:, : layout.prefix] if layout.prefix_queries else x

@@ -29,6 +29,7 @@ class Cache:
 
     def __init__(self, reach: int | None = None):
         self.reach, self.length = reach, 0
+        self._recorded: int | None = None  # the first token that `crop` may still need
         # by name: the position of the token in the first row, and the rows
         self._buffers: dict[str, tuple[int, Tensor]] = {}
 
@@ -63,8 +64,9 @@ class Cache:
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("cache: gradients do not flow through it, want torch.no_grad()")
-        need = self.held + x.shape[1]
-        first, rows = self._buffers.get(name, (self.dropped, x[:, :0]))
+        keep = self.dropped if self._recorded is None else min(self._recorded, self.dropped)
+        need = self.length - keep + x.shape[1]
+        first, rows = self._buffers.get(name, (keep, x[:, :0]))
         here = (x.shape[0], x.shape[2], x.dtype, x.device)
         kept = (rows.shape[0], rows.shape[2], rows.dtype, rows.device)
         if here != kept:
@@ -73,9 +75,9 @@ class Cache:
             )
         room = rows.shape[1]
         if first + room < self.length + x.shape[1] or room > 4 * need:
-            old = rows[:, self.dropped - first : self.length - first]
-            first, rows = self.dropped, x.new_empty(x.shape[0], 2 * need, x.shape[2])
-            rows[:, : self.held] = old
+            old = rows[:, keep - first : self.length - first]
+            first, rows = keep, x.new_empty(x.shape[0], 2 * need, x.shape[2])
+            rows[:, : old.shape[1]] = old
             self._buffers[name] = first, rows
         start, end = self.length - first, self.length - first + x.shape[1]
         rows[:, start:end] = x
@@ -84,6 +86,32 @@ class Cache:
     def advance(self, tokens: int) -> None:
         """Count so many tokens, by which the rows of every name were extended, as seen."""
         self.length += tokens
+
+    def record(self) -> None:
+        """From now on keep what a window drops until `crop`, which can then take all of it back."""
+        self._recorded = self.dropped
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens, so many of them.
+
+        Speculative decoding uses it to take back the tokens that were not accepted.
+
+        Raises:
+            ValueError: the layer has not seen so many, or a window has dropped what the tokens
+                before them see; `record` keeps it.
+        """
+        left = self.length - tokens
+        first = 0 if self.reach is None else max(0, left - self.reach)
+        if tokens < 0 or left < 0:
+            raise ValueError(f"tokens: got {tokens}, want 0 to the {self.length} that were seen")
+        if any(first < start for start, _ in self._buffers.values()):
+            raise ValueError(
+                f"tokens: got {tokens}, but a window has dropped what the others see; want "
+                "cache.record() before the tokens that are taken back"
+            )
+        self.length = left
+        if self._recorded is not None:
+            self._recorded = self.dropped
 
     def select(self, sequences: Tensor) -> None:
         """Continue with these sequences of the batch (int64), in this order; repeats are allowed.
