@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
 
-from ..models import GPT, ViT, create_model
+from ..models import GPT, Backbone, ViT, create_model
 from ..models.inspection import record_tokens, record_weights
 from ..models.pretrained import Pretrained
 from ..models.registry import current_options
@@ -101,11 +101,6 @@ class _Wrapped(PreTrainedModel):
         every_n_layers: int = 1,
     ) -> None:
         """The blocks recompute in the backward pass, or do again what their configuration says."""
-        if not isinstance(self.model, ViT | GPT):
-            raise ValueError(
-                f"gradient_checkpointing: got the backbone {self.model.family!r}, want a ViT or a "
-                "GPT; a backbone needs less memory with smaller batches that accumulate gradients"
-            )
         function = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func)
         keywords = getattr(gradient_checkpointing_func, "keywords", {})
         if function is not checkpoint:
@@ -116,12 +111,16 @@ class _Wrapped(PreTrainedModel):
                 f"gradient_checkpointing_kwargs: got {name}={keywords[name]!r}, want none but "
                 "use_reentrant=False, which is always so here"
             )
-        self.gradient_checkpointing = enable  # is_gradient_checkpointing looks for it
-        blocks: Any = self.model.blocks
+        blocks: Any = getattr(self.model, "blocks", ())
         for i, block in enumerate(blocks):
             chosen = enable and i % every_n_layers == 0
             own = self.model.config.activation_checkpointing
             block.activation_checkpointing = "full" if chosen else own
+        if isinstance(self.model, Backbone):
+            if every_n_layers != 1:
+                raise ValueError(f"every_n_layers: got {every_n_layers} for a backbone, want 1")
+            self.model.recompute_blocks(enable)
+        self.gradient_checkpointing = enable  # is_gradient_checkpointing looks for it
 
     def _observed(
         self, call: Callable[[], Tensor], states: bool | None, weights: bool | None

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..modules.checks import check_tensor
 from .pretrained import Pretrained
 
-__all__ = ["Backbone", "ChannelNorm", "DropPath", "drop_path_rates", "init_truncated_normal"]
+__all__ = [
+    "Backbone",
+    "ChannelNorm",
+    "DropPath",
+    "RecomputedBlock",
+    "drop_path_rates",
+    "init_truncated_normal",
+]
+
+
+class RecomputedBlock(nn.Module):
+    """A block that can be computed again in the backward pass, and then stores only its input.
+
+    Attributes:
+        activation_checkpointing: "none", or "full" for that.
+    """
+
+    activation_checkpointing: str = "none"
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        stores = self.activation_checkpointing == "none"
+        if stores or not (self.training and torch.is_grad_enabled()):
+            return super().__call__(*arguments)
+        return checkpoint(super().__call__, *arguments, use_reentrant=False)
 
 
 class Backbone(Pretrained):
@@ -64,6 +90,23 @@ class Backbone(Pretrained):
     def logits(self, image: Tensor) -> Tensor:
         """The logits [batch, num_classes], by default from the last feature map."""
         return self.classify(self.feature_maps(image)[-1])
+
+    def recompute_blocks(self, enable: bool = True) -> None:
+        """In training, compute the blocks again in the backward pass instead of storing what is
+        inside them.
+
+        Raises:
+            ValueError: the blocks have batch norms, which would count each batch twice.
+        """
+        blocks = [block for block in self.modules() if isinstance(block, RecomputedBlock)]
+        if enable and not blocks:
+            raise ValueError(
+                f"activation checkpointing: got {type(self).__name__}, whose batch norms would "
+                "count each batch twice; want a ViT, Swin or PVT, or smaller batches that "
+                "accumulate gradients"
+            )
+        for block in blocks:
+            block.activation_checkpointing = "full" if enable else "none"
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
         """The feature maps, one per entry of `strides`."""

@@ -15,7 +15,13 @@ from .._renamed import current_arguments, renamed_arguments
 from ..layouts import Sizes
 from ..modules.convolution_path import pad_to_multiple
 from ..modules.reduced import ReducedACmix2d, ReducedAttention2d
-from .backbone import Backbone, DropPath, drop_path_rates, init_truncated_normal
+from .backbone import (
+    Backbone,
+    DropPath,
+    RecomputedBlock,
+    drop_path_rates,
+    init_truncated_normal,
+)
 from .configuration import check_choice, check_positive, configure, height_width, hidden_channels
 from .registry import register_family, register_model
 
@@ -111,7 +117,7 @@ class Norm(nn.LayerNorm):
         super().__init__(dim, eps=1e-6)
 
 
-class Block(nn.Module):
+class Block(RecomputedBlock):
     """A transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     After an attention with `prefix_queries` only the prefix tokens remain.

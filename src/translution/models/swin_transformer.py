@@ -16,6 +16,7 @@ from .backbone import (
     Backbone,
     ChannelNorm,
     DropPath,
+    RecomputedBlock,
     drop_path_rates,
     init_truncated_normal,
 )
@@ -95,7 +96,7 @@ class SwinConfig:
         )  # fmt: skip
 
 
-class Block(nn.Module):
+class Block(RecomputedBlock):
     """A transformer block on a map: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
