@@ -20,8 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from translution import attention_weights, create_model
+from translution import attention_weights, convert, create_model, load_converted
 from translution.interop.transformers import (
+    ConvertedCallback,
     TranslutionForCausalLM,
     TranslutionForImageClassification,
     TranslutionGPTConfig,
@@ -389,12 +390,14 @@ def test_a_pipeline_writes(tmp_path):
 # -- Trainer --------------------------------------------------------------------------------------
 
 
-def trainer(model, samples, folder, **more):
+def trainer(model, samples, folder, callbacks=None, **more):
     arguments = TrainingArguments(
-        str(folder), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3,
-        report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no", **more,
+        str(folder), max_steps=6, per_device_train_batch_size=4, save_steps=3, report_to=[],
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", **{"learning_rate": 1e-2} | more,
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=samples)
+    return Trainer(
+        model, arguments, train_dataset=samples, eval_dataset=samples[:4], callbacks=callbacks
+    )
 
 
 def texts():
@@ -432,3 +435,39 @@ def test_a_trainer_resumes_to_the_same_weights(tmp_path, make, data, more):
     assert resumed.model.is_activation_checkpointing == bool(more)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], weight), name
+
+
+def converted(seed, relative="v"):
+    torch.manual_seed(seed)
+    config = transformers.ViTConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4, num_labels=3,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config)
+    convert(model, relative=relative)
+    return model
+
+
+def test_a_trainer_resumes_a_converted_model(tmp_path):
+    pytest.importorskip("accelerate")
+    callbacks = [ConvertedCallback()]
+    whole = trainer(converted(0), pictures(), tmp_path, callbacks=callbacks)
+    whole.train()
+    resumed = trainer(converted(1), pictures(), tmp_path, callbacks=callbacks)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
+    again = load_converted(tmp_path / "checkpoint-6")
+    x = pictures()[0]["pixel_values"][None]
+    assert torch.equal(again(x).logits, whole.model.eval()(x).logits)
+    other = trainer(converted(1, relative="kv"), pictures(), tmp_path, callbacks=callbacks)
+    with pytest.raises(ValueError, match=r"model: is converted in another way than .*checkpoint-3"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    best = trainer(
+        converted(0), pictures(), tmp_path / "best", callbacks=callbacks, eval_strategy="steps",
+        eval_steps=3, load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=1.0,
+    )  # fmt: skip
+    best.train()
+    chosen = load_converted(best.state.best_model_checkpoint).state_dict()
+    for name, weight in best.model.state_dict().items():
+        assert torch.equal(chosen[name], weight), name

@@ -38,6 +38,7 @@ from ..models.pretrained import Pretrained
 from ..models.registry import current_options
 from .generation_cache import TranslutionCache
 from .image_processor import BACKENDS, TranslutionImageProcessor, entries_of
+from .trainer_callback import ConvertedCallback
 from .transformers_configuration import (
     TranslutionGPTConfig,
     TranslutionImageConfig,
@@ -46,6 +47,7 @@ from .transformers_configuration import (
 )
 
 __all__ = [
+    "ConvertedCallback",
     "TranslutionCache",
     "TranslutionForCausalLM",
     "TranslutionForImageClassification",

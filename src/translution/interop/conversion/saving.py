@@ -104,6 +104,22 @@ def load_converted(folder: Path | str, model: nn.Module | None = None) -> Any:
     return host
 
 
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Give a converted model the weights in a folder of `save_converted`.
+
+    Raises:
+        ValueError: the folder contains no converted model, or one that was converted in another
+            way.
+    """
+    from safetensors.torch import load_model
+
+    have = [layer | {"layout": Layout(**layer["layout"])} for layer in _described_layers(model)]
+    want = _read(folder)["layers"]
+    if have != [{name: layer[name] for name in have[0]} for layer in want]:
+        raise ValueError(f"model: is converted in another way than the one in {folder}")
+    load_model(model, str(folder / WEIGHTS))
+
+
 def _described_layers(model: nn.Module) -> list[dict[str, Any]]:
     """The entry "layers" of conversion.json."""
     named: dict[int, tuple[Converted, list[str]]] = {}
