@@ -185,6 +185,8 @@ def test_blocks_recompute():
     model(text, labels=text).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, want[name], rtol=0, atol=1e-6)
+    inside = model(text, output_attentions=True, output_hidden_states=True)
+    (inside.attentions[1][..., 0].sum() + inside.hidden_states[1].sum()).backward()
     model.activation_checkpointing_disable()
     assert [block.activation_checkpointing for block in model.model.blocks] == ["none", "none"]
     assert not model.is_activation_checkpointing

@@ -45,27 +45,33 @@ def record_weights(model: ViT | GPT) -> Iterator[list[Tensor | None]]:
         more = {"return_weights": True} if keywords.get("cache") is not None else {}
         return arguments, keywords | more
 
-    def take(mixer: nn.Module, arguments: Any, keywords: Any, result: Any) -> Any:
-        if isinstance(result, tuple):
-            result, weights = result
-            found.append(weights.float())
+    def take(mixer: nn.Module, arguments: Any, result: Any) -> Any:
+        if not isinstance(result, tuple):
             return result
-        found.append(_weights(mixer, arguments, keywords))
-        return result
+        found.append(result[1].float())
+        return result[0]
+
+    def call_again(block: Any, arguments: Any, result: Tensor) -> None:
+        # outside of the block, which activation checkpointing may run twice
+        x, grid, cache, mask = (*arguments, None, None)[:4]
+        if cache is None:
+            more = {} if mask is None else {"mask": mask}
+            found.append(_weights(block.mixer, block.norm1(x), grid=grid, **more))
 
     blocks: Any = model.blocks
     with contextlib.ExitStack() as hooks:
         for block in blocks:
             hooks.callback(block.mixer.register_forward_pre_hook(ask, with_kwargs=True).remove)
-            hooks.callback(block.mixer.register_forward_hook(take, with_kwargs=True).remove)
+            hooks.callback(block.mixer.register_forward_hook(take).remove)
+            hooks.callback(block.register_forward_hook(call_again).remove)
         yield found
 
 
-def _weights(mixer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+def _weights(mixer: Any, x: Tensor, **given: Any) -> Tensor | None:
     if hasattr(mixer, "layout"):
-        return mixer.forward(*arguments, **keywords, return_weights=True)[1].float()
+        return mixer.forward(x, **given, return_weights=True)[1].float()
     if isinstance(mixer, ReducedAttention2d):
-        return mixer.weights(*arguments, **keywords).float()
+        return mixer.weights(x, **given).float()
     return None
 
 
