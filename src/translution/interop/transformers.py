@@ -14,36 +14,27 @@ library with its weights, and `.model` is that model again.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     GenerationMixin,
-    PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput
 
-from ..models import GPT, Backbone, ViT, create_model
-from ..models.inspection import record_tokens, record_weights
-from ..models.pretrained import Pretrained
-from ..models.registry import current_options
 from .generation_cache import TranslutionCache
-from .image_processor import BACKENDS, TranslutionImageProcessor, entries_of
+from .image_processor import BACKENDS, TranslutionImageProcessor
 from .trainer_callback import ConvertedCallback
+from .transformers_base import Wrapped
 from .transformers_configuration import (
     TranslutionGPTConfig,
     TranslutionImageConfig,
     check_untied,
-    plain,
 )
 
 __all__ = [
@@ -56,111 +47,8 @@ __all__ = [
     "TranslutionImageProcessor",
 ]
 
-M = TypeVar("M", bound="_Wrapped")
 
-
-class _Wrapped(PreTrainedModel):
-    """A model of this library behind transformers' interface, as `.model`."""
-
-    config_class: ClassVar[Any]
-    base_model_prefix = "model"  # the weights in a folder of this library lack it
-    supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[Any] = ["Block"]
-    _classes_option: ClassVar[str | None] = None
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        options = current_options(config.architecture, dict(config.options), saved=True)
-        if self._classes_option:
-            options[self._classes_option] = config.num_labels
-        self.model = create_model(config.architecture, **options)
-        self.model.preprocessing = TranslutionImageProcessor.described_by(config)
-        for parameter in self.model.parameters():
-            # the model has started its weights itself; on the meta device they are still to come
-            parameter._is_hf_initialized = not parameter.is_meta
-        self.post_init()
-
-    @classmethod
-    def from_translution(cls: type[M], model: Pretrained, **config: Any) -> M:
-        """This model, with its weights, behind transformers' interface.
-
-        Args:
-            model: not copied.
-            config: more of the configuration, such as id2label.
-        """
-        options = plain(model.config)
-        config = entries_of(model) | config
-        made = cls.config_class(architecture=model.family, options=options, **config)
-        with torch.device("meta"):
-            wrapped = cls(made)
-        wrapped.model = model
-        return wrapped.train(model.training)
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
-    ) -> None:
-        """The blocks recompute in the backward pass, or do again what their configuration says."""
-        function = getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func)
-        keywords = getattr(gradient_checkpointing_func, "keywords", {})
-        if function is not checkpoint:
-            raise ValueError("offload: got True, want False: activations stay on their device")
-        if unknown := {k for k, v in keywords.items() if (k, v) != ("use_reentrant", False)}:
-            name = min(unknown)
-            raise ValueError(
-                f"gradient_checkpointing_kwargs: got {name}={keywords[name]!r}, want none but "
-                "use_reentrant=False, which is always so here"
-            )
-        blocks: Any = getattr(self.model, "blocks", ())
-        for i, block in enumerate(blocks):
-            chosen = enable and i % every_n_layers == 0
-            own = self.model.config.activation_checkpointing
-            block.activation_checkpointing = "full" if chosen else own
-        if isinstance(self.model, Backbone):
-            if every_n_layers != 1:
-                raise ValueError(f"every_n_layers: got {every_n_layers} for a backbone, want 1")
-            self.model.recompute_blocks(enable)
-        self.gradient_checkpointing = enable  # is_gradient_checkpointing looks for it
-
-    def _observed(
-        self, call: Callable[[], Tensor], states: bool | None, weights: bool | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Any]:
-        """The result of a call of the model, its hidden states, and its attention weights.
-
-        Args:
-            call: calls the model.
-            states, weights: whether the last two are wanted; None is what the configuration says.
-        """
-        states = bool(self.config.output_hidden_states if states is None else states)
-        weights = bool(self.config.output_attentions if weights is None else weights)
-        if not states and not weights:  # the usual case has no hooks, which programs cannot trace
-            return call(), None, None
-        if weights and not isinstance(self.model, ViT | GPT):
-            raise ValueError(
-                f"output_attentions: got True for the backbone {self.model.family!r}, want a ViT "
-                "or a GPT"
-            )
-        record: Any = record_tokens if isinstance(self.model, ViT | GPT) else _record_stages
-        with contextlib.ExitStack() as records:
-            seen: Any = records.enter_context(record(self.model)) if states else ()
-            found: Any = records.enter_context(record_weights(self.model)) if weights else ()
-            result = call()
-        return result, tuple(seen) if states else None, tuple(found) if weights else None
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """What a folder lacks, such as the head for new labels. What has its values is marked so,
-        and transformers leaves it."""
-        super()._init_weights(module)
-        own = isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | nn.LayerNorm)
-        for parameter in () if own else module.parameters(recurse=False):
-            if not getattr(parameter, "_is_hf_initialized", False):
-                nn.init.trunc_normal_(parameter, std=0.02)
-
-
-class TranslutionForImageClassification(_Wrapped):
+class TranslutionForImageClassification(Wrapped):
     """A ViT or a backbone: pixel_values -> logits, and with labels the loss."""
 
     config_class = TranslutionImageConfig
@@ -197,7 +85,7 @@ class TranslutionForImageClassification(_Wrapped):
         Raises:
             ValueError: the attention weights of a backbone are asked for.
         """
-        logits, states, weights = self._observed(
+        logits, states, weights = self.observed(
             lambda: self.model(pixel_values), output_hidden_states, output_attentions
         )
         loss = None
@@ -206,10 +94,10 @@ class TranslutionForImageClassification(_Wrapped):
         made = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=states, attentions=weights
         )
-        return made if _as_dict(self, return_dict) else made.to_tuple()
+        return made if self.as_dict(return_dict) else made.to_tuple()
 
 
-class TranslutionForCausalLM(_Wrapped, GenerationMixin):
+class TranslutionForCausalLM(Wrapped, GenerationMixin):
     """A GPT: input_ids -> logits, and with labels the loss; `generate` uses the exact caches.
 
     Texts of a batch may be padded on the left, and where none is generated also on the right: no
@@ -277,7 +165,7 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
         if past_key_values is None and use_cache:
             past_key_values = TranslutionCache(self.model)
         caches = None if past_key_values is None else past_key_values.caches
-        hidden, states, weights = self._observed(
+        hidden, states, weights = self.observed(
             lambda: self.model.hidden(input_ids, caches, mask),
             output_hidden_states,
             output_attentions,
@@ -294,7 +182,7 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
             loss=cost, logits=logits, past_key_values=past_key_values, hidden_states=states,
             attentions=weights,
         )  # fmt: skip
-        return made if _as_dict(self, return_dict) else made.to_tuple()
+        return made if self.as_dict(return_dict) else made.to_tuple()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -384,10 +272,6 @@ class TranslutionForCausalLM(_Wrapped, GenerationMixin):
         self.model.head = value
 
 
-def _as_dict(model: _Wrapped, return_dict: bool | None) -> bool:
-    return bool(model.config.return_dict if return_dict is None else return_dict)
-
-
 def _text(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
     """What is text, boolean [batch, tokens]; None if no token would see padding anyway.
 
@@ -410,21 +294,6 @@ def _text(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
             "texts that are not continued (tokenizer.padding_side)"
         )
     return None if bool(text[:, 0].all()) else text
-
-
-@contextlib.contextmanager
-def _record_stages(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, a call of a backbone puts what each stage returns into the list."""
-    found: list[Tensor] = []
-
-    def take(stage: nn.Module, arguments: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    stages: Any = model.stages
-    with contextlib.ExitStack() as hooks:
-        for stage in stages:
-            hooks.callback(stage.register_forward_hook(take).remove)
-        yield found
 
 
 for _config, _auto, _model in (
