@@ -290,7 +290,7 @@ def test_a_text_ends_at_the_context(mixer, options):
         made = model.generate(text, max_new_tokens=30, **greedy)
     assert made.shape == (2, 17)
     assert torch.equal(made, model.generate(text, max_new_tokens=12, **greedy))
-    with pytest.raises(ValueError, match="input_ids: got a text of 17 tokens, want at most the"):
+    with pytest.raises(ValueError, match="input_ids: got a text of 17 tokens, want at most 16 in"):
         model.generate(made, max_new_tokens=1)
 
 
@@ -319,11 +319,17 @@ def test_an_assistant_changes_no_text(mixer, geometry):
         made = model.generate(text, prompt_lookup_num_tokens=3, max_new_tokens=20, do_sample=False)
     want = model.generate(text, max_new_tokens=made.shape[1] - 5, do_sample=False)
     assert torch.equal(made, want)
+    if limited:
+        with pytest.warns(UserWarning, match="end after 17 tokens"):
+            made = model.generate(text, assistant_model=helper, max_new_tokens=20, do_sample=False)
+        assert torch.equal(made, model.generate(text, max_new_tokens=12, do_sample=False))
+        with pytest.raises(ValueError, match="want at most 7 in the context of 16"):
+            model.generate(ids(1, 8), prompt_lookup_num_tokens=10, max_new_tokens=2)
 
 
 def test_an_assistant_with_a_shorter_context():
     model, helper = writer(), writer("rotary", context=8)
-    with pytest.raises(ValueError, match=r"assistant_model: got a text of 9 tokens, want .* 8"):
+    with pytest.raises(ValueError, match=r"assistant_model: got a text of 9 tokens, want .* of 8"):
         model.generate(ids(1, 5), assistant_model=helper, max_new_tokens=9, do_sample=False)
 
 

@@ -220,11 +220,11 @@ class TranslutionForCausalLM(Wrapped, GenerationMixin):
         if self.model.unbounded or made.max_length <= most:
             return made
         helps = bool(getattr(made, "is_assistant", False))
-        if input_ids_length > context:
+        if input_ids_length >= most:
             name = "assistant_model" if helps else "input_ids"
             raise ValueError(
-                f"{name}: got a text of {input_ids_length} tokens, want at most the context "
-                f"{context}"
+                f"{name}: got a text of {input_ids_length} tokens, want at most {most - 1} in the "
+                f"context of {context}"
             )
         if not helps:
             warnings.warn(
