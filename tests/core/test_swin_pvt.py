@@ -7,6 +7,7 @@ import torch
 
 from translution.models.backbone import ChannelNorm, DropPath, drop_path_rates
 from translution.models.pyramid_transformer import PVT, PVTConfig, pvt
+from translution.models.residual_network import resnet
 from translution.models.swin_transformer import PatchMerging, Swin, SwinConfig, swin
 from translution.utils.measuring import multiply_adds
 
@@ -299,3 +300,25 @@ def test_training_steps_lower_the_loss(kind):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         call()
+
+
+@pytest.mark.parametrize(("kind", "mixer"), [("swin", "acmix"), ("pvt", "attention")])
+def test_blocks_recompute_to_the_same_gradients(kind, mixer):
+    """With drop paths, whose draws are repeated; and in evaluation nothing is recomputed."""
+    model = stirred(small(kind, mixer, drop_path_rate=0.5)).train()
+    x = torch.randn(4, 2, 64, 64, dtype=torch.float64)
+    found = []
+    for enable in (False, True):
+        model.recompute_blocks(enable)
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    torch.testing.assert_close(found[1], found[0])
+    assert not model.eval()(x).grad_fn.name().startswith("Checkpoint")
+    torch.compile(model.train(), backend="eager", fullgraph=True)(x).sum().backward()
+
+
+def test_batch_norms_are_not_recomputed():
+    model = resnet(dim=8)
+    with pytest.raises(ValueError, match="got ResNet, whose batch norms would count each batch"):
+        model.recompute_blocks()
+    model.recompute_blocks(False)
