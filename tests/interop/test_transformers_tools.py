@@ -223,6 +223,15 @@ def test_blocks_recompute_by_the_earlier_name():
     assert [block.activation_checkpointing for block in model.model.blocks] == ["full", "full"]
 
 
+def test_the_attention_is_the_mixers():
+    model = writer()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation: got 'sdpa', want None"):
+        model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation: got 'flash_attention_2', want"):
+        AutoModelForCausalLM.from_config(model.config, attn_implementation="flash_attention_2")
+
+
 # -- padding --------------------------------------------------------------------------------------
 
 

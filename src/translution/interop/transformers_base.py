@@ -60,6 +60,16 @@ class Wrapped(PreTrainedModel):
         wrapped.model = model
         return wrapped.train(model.training)
 
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *others: Any, **more: Any
+    ) -> str:
+        if attn_implementation not in (None, "eager"):
+            raise ValueError(
+                f"attn_implementation: got {attn_implementation!r}, want None (or 'eager'): the "
+                "model's mixer has its own"
+            )
+        return "eager"
+
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
