@@ -488,3 +488,15 @@ def test_a_trainer_resumes_a_converted_model(tmp_path):
     chosen = load_converted(best.state.best_model_checkpoint).state_dict()
     for name, weight in best.model.state_dict().items():
         assert torch.equal(chosen[name], weight), name
+
+
+def test_what_is_overridden_exists():
+    """Private methods of transformers: where one is gone, generation would pass by the model's."""
+    for name in (
+        "_check_and_adjust_attn_implementation", "_prepare_cache_for_generation",
+        "_prepare_generated_length", "_set_gradient_checkpointing",
+        "_supports_default_dynamic_cache",
+    ):  # fmt: skip
+        above = (transformers.PreTrainedModel, transformers.GenerationMixin)
+        assert any(hasattr(kind, name) for kind in above), name
+        assert getattr(TranslutionForCausalLM, name).__module__.startswith("translution"), name

@@ -59,8 +59,8 @@ def check_grid(grid: int | Sequence[int]) -> tuple[int, int]:
         ValueError: they are not ints of at least 1.
     """
     sizes = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    # The sizes must be numbers here, so tracing specialises on them.
-    if len(sizes) == 2 and all(hasattr(n, "__index__") for n in sizes):
+    # The sizes must be numbers here, so tracing specialises on them. It knows their type only.
+    if len(sizes) == 2 and all(isinstance(n, int) or hasattr(n, "__index__") for n in sizes):
         height, width = (operator.index(n) for n in sizes)
         if height >= 1 and width >= 1:
             return height, width
