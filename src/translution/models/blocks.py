@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,15 @@ from ..modules.convolution import Convolution2d
 from ..modules.reduced import ReducedACmix2d
 from ..modules.translution import Translution1d, Translution2d
 from .configuration import check_choice, hidden_channels
+from .mixers import (
+    GEOMETRY,
+    IMAGE_MIXERS,
+    MIXERS,
+    TABLE_MIXERS,
+    mixer_names,
+    own_mixer,
+    takes_prefix,
+)
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING",
@@ -38,19 +46,7 @@ __all__ = [
     "unused_options",
 ]
 
-MIXERS = ("attention", "rotary", "bias", "convolution", "acmix", "translution", "alpha")
-"""The names of token mixers. "rotary" and "bias" are attention with that kind of position."""
-
-IMAGE_MIXERS = ("convolution", "acmix")
-"""The mixers that cannot be causal, and so mix images only."""
-
-TABLE_MIXERS = ("translution", "alpha")
-"""The mixers with projections that depend on the offset."""
-
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
-
-GEOMETRY = ("window", "dilation", "buckets")
-"""The options of `Mixing` that belong to a `Layout`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,12 @@ SIZES = {
 
 def unused_options(mixer: str) -> set[str]:
     """The options of `Mixing` that a mixer does not use, and that must have their defaults."""
+    own = own_mixer(mixer)
+    if own is not None:
+        unused = {name for name in GEOMETRY if not own.takes(name)}
+        return unused | {"conv_kernel_size", "rank", "relative", "init"}
     unused = {"conv_kernel_size"} if mixer not in IMAGE_MIXERS else set(GEOMETRY)
+    unused |= {"mixer_options"}
     unused |= {"rank"} if mixer != "alpha" else set()
     return unused | ({"relative", "init"} if mixer not in TABLE_MIXERS else set())
 
@@ -95,7 +96,8 @@ class Mixing:
     """How a model mixes its tokens: the options that ViT and GPT have in common.
 
     Args:
-        mixer: one of `MIXERS`.
+        mixer: one of `MIXERS`, or the name of a mixer of your own (`register_mixer`).
+        mixer_options: further arguments for a mixer of your own, by name.
         relative: which of "q", "k" and "v" have tables, in Translution and α-Translution.
         relative_depth: the number of blocks, from the first, that use the mixer. The blocks after
             them use attention, with rotary positions in a ViT and without in a GPT. None is all.
@@ -103,7 +105,8 @@ class Mixing:
         position: what the mixer adds to its queries and keys: "none", or "rotary", which
             Translution allows where q and k have no table. The mixer "attention" also takes "bias".
         learned_positions: whether learned absolute positions are added to the tokens. None adds
-            them for the mixers "acmix" and "attention", the latter with position "none".
+            them for the mixers "acmix" and "attention", the latter with position "none", and for
+            mixers of your own that ask for them.
         window, dilation, buckets, init: as in `Translution2d`.
         conv_kernel_size: the kernel size of the mixers "convolution" and "acmix".
         dropout: the probability with which attention weights and outputs of the MLPs are dropped.
@@ -113,6 +116,7 @@ class Mixing:
     """
 
     mixer: str = "translution"
+    mixer_options: dict[str, Any] | None = None
     relative: str = "qkv"
     relative_depth: int | None = None
     rank: int = 8
@@ -126,15 +130,28 @@ class Mixing:
     dropout: float = 0.0
     activation_checkpointing: str = "none"
 
-    def check_mixing(self, mixers: Sequence[str]) -> None:
+    def check_mixing(self, causal: bool = False) -> None:
         """Check the options that are not checked by the modules themselves.
 
         An option that the mixer does not use must have its default.
 
+        Args:
+            causal: whether the model is causal.
+
         Raises:
             ValueError: naming the option, what came and what is wanted.
         """
-        check_choice("mixer", self.mixer, mixers)
+        own = own_mixer(self.mixer)
+        if own is not None and causal and not own.causal:
+            raise ValueError(
+                f"mixer: {self.mixer!r} mixes images only; one that can be causal is registered "
+                "with causal=True"
+            )
+        if self.mixer not in (names := mixer_names(causal)):
+            raise ValueError(
+                f"mixer: got {self.mixer!r}, want one of {names}, or one of your own: "
+                "register_mixer, and on the command line --import FILE, make it known"
+            )
         check_choice("position", self.position, self._positions())
         for name in sorted(unused_options(self.mixer)):
             value, default = getattr(self, name), getattr(Mixing, name)
@@ -143,6 +160,8 @@ class Mixing:
                     f"{name}: got {value!r}, but the mixer {self.mixer!r} does not use it; want "
                     f"{default!r}"
                 )
+        if own is not None:
+            own.check_options(self.mixer_options or {})
         name = "activation_checkpointing"
         check_choice(name, self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
 
@@ -158,13 +177,16 @@ class Mixing:
             return ["none", "rotary", "bias"]
         if self.mixer in ("rotary", "bias"):
             return ["none", self.mixer]
-        return ["none"] if self.mixer in IMAGE_MIXERS else ["none", "rotary"]
+        return ["none", "rotary"] if self.mixer in TABLE_MIXERS else ["none"]
 
     @property
     def adds_learned_positions(self) -> bool:
         """Whether the model adds learned absolute positions to its tokens."""
         if self.learned_positions is not None:
             return self.learned_positions
+        own = own_mixer(self.mixer)
+        if own is not None:
+            return own.learned_positions
         plain_attention = self.mixer == "attention" and self.position == "none"
         return plain_attention or self.mixer == "acmix"
 
@@ -186,9 +208,9 @@ class Mixing:
         """
         if mixer in IMAGE_MIXERS and causal:
             raise ValueError(f"mixer: {mixer!r} mixes images only")
+        if prefix and not takes_prefix(mixer):
+            raise ValueError(f"mixer: {mixer!r} mixes images without a class token only")
         if mixer == "convolution":
-            if prefix:
-                raise ValueError("mixer: 'convolution' mixes images without a class token only")
             return Convolution2d(dim, grid, self.conv_kernel_size)
         if mixer == "acmix":
             return ReducedACmix2d(
@@ -206,6 +228,10 @@ class Mixing:
             "dilation": self.dilation,
             "buckets": self.buckets,
         }
+        own = own_mixer(mixer)
+        if own is not None:
+            options |= {"dim": dim, "grid": grid}
+            return own.build(options, self.mixer_options or {})
         if mixer in ("rotary", "bias"):
             return SelfAttention(dim, grid, position=mixer, **options)
         # blocks after `relative_depth` have another mixer than the one that `position` is for

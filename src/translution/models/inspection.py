@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def attention_weights(model: ViT | GPT, x: Tensor) -> tuple[Tensor, list[Tensor 
 
 
 def _weights(mixer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
-    if hasattr(mixer, "layout"):
+    if "return_weights" in inspect.signature(mixer.forward).parameters:
         return mixer(*arguments, **keywords, return_weights=True)[1].float()
     if isinstance(mixer, ReducedAttention2d):
         return mixer.weights(*arguments, **keywords).float()

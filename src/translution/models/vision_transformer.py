@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .._renamed import renamed_arguments
 from ..layouts import Sizes
 from ..modules.checks import check_tensor
-from .blocks import MIXERS, SIZES, Block, Mixing, mixers_of_blocks
+from .blocks import SIZES, Block, Mixing, mixers_of_blocks
 from .configuration import check_choice, check_positive, configure, head_dim_of, height_width
+from .mixers import for_each_mixer, takes_prefix
 from .pretrained import Pretrained
 from .registry import register_family, register_model
 
@@ -37,13 +38,13 @@ class ViTConfig(Mixing):
         head_dim: channels of a head; the default is dim / heads.
         mlp_ratio: hidden channels of a block's MLP, as a multiple of dim.
         pool: what the logits are computed from: "cls", a class token, or "mean", the mean of all
-            tokens. None is "mean" for the mixer "convolution", which has no class token, else
-            "cls".
+            tokens. None is "cls", but "mean" for the mixer "convolution" and for mixers of your own
+            that take no class token.
         full_last_block: whether the last block computes all tokens although only the class token is
             read, as the published code does. By default it computes the class token only, and its
             tables have no rows for other queries.
-        mixer, relative, relative_depth, rank, position, learned_positions, window, dilation,
-            buckets, init, conv_kernel_size, dropout, activation_checkpointing: as in `Mixing`.
+        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
+            dilation, buckets, init, conv_kernel_size, dropout, activation_checkpointing: as in `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.
@@ -62,9 +63,9 @@ class ViTConfig(Mixing):
     full_last_block: bool = False
 
     def __post_init__(self) -> None:
-        self.check_mixing(MIXERS)
+        self.check_mixing()
         if self.pool is None:
-            self.pool = "mean" if self.mixer == "convolution" else "cls"
+            self.pool = "cls" if takes_prefix(self.mixer) else "mean"
         check_choice("pool", self.pool, ["cls", "mean"])
         self.image_size, self.patch_size = (
             height_width(self.image_size),
@@ -229,10 +230,15 @@ def vit(
 
 
 register_family("vit", vit, ViTConfig)
-for _mixer in MIXERS:
-    for _size in SIZES:
-        for _patch in (16, 32, 56):
+
+
+def _register_sizes(mixer: str) -> None:
+    for size in SIZES:
+        for patch in (16, 32, 56):
             register_model(
-                f"{_mixer}_vit_{_size}_patch{_patch}_224", vit,
-                size=_size, mixer=_mixer, image_size=224, patch_size=_patch,
+                f"{mixer}_vit_{size}_patch{patch}_224", vit,
+                size=size, mixer=mixer, image_size=224, patch_size=patch,
             )  # fmt: skip
+
+
+for_each_mixer(_register_sizes)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .import_option import ImportOption
+
 __all__ = ["share"]
 
 
@@ -17,6 +19,7 @@ def share(
         str | None, typer.Option(help="Then upload the folder to the Hub as owner/name.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository there private.")] = False,
+    imports: ImportOption = None,
 ) -> None:
     """Write a trained model as a folder to share: weights, configuration and model card.
 
