@@ -140,9 +140,8 @@ class GPT(Pretrained):
         """
         for mixer in self._mixers():
             if not hasattr(mixer, "make_cache"):
-                raise ValueError(
-                    f"cache: {type(mixer).__name__} has no make_cache, want cache=False (--no-cache)"
-                )
+                name = type(mixer).__name__
+                raise ValueError(f"cache: {name} has no make_cache, want False (--no-cache)")
         return [mixer.make_cache() for mixer in self._mixers()]
 
     @property

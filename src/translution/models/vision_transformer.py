@@ -44,7 +44,8 @@ class ViTConfig(Mixing):
             read, as the published code does. By default it computes the class token only, and its
             tables have no rows for other queries.
         mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
-            dilation, buckets, init, conv_kernel_size, dropout, activation_checkpointing: as in `Mixing`.
+            dilation, buckets, init, conv_kernel_size, dropout, activation_checkpointing: as in
+            `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.

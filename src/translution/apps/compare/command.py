@@ -25,8 +25,8 @@ def compare(
         typer.Option(help="The folder of MNIST's four files, which are downloaded if absent."),
     ] = None,
     mixers: Annotated[
-        str, typer.Option(help=f"One or more of {', '.join(MIXERS)}, and of --import.")
-    ] = ("attention, convolution, acmix, alpha, translution"),
+        str, typer.Option(help=f"One or more of {', '.join(MIXERS)}, and those of --import.")
+    ] = "attention, convolution, acmix, alpha, translution",
     seeds: Annotated[int, typer.Option(help="The number of seeds.")] = 3,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
