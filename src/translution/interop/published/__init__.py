@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ...modules.attention import Attention
 from . import acmix, layers, models  # noqa: F401  (each registers its modules with `entries`)
 from .entry import Entry, Options, entries
+from .inference import PublishedModel, infer_published
 from .source import read
 
-__all__ = ["export_published", "load_published"]
+__all__ = ["PublishedModel", "export_published", "infer_published", "load_published"]
 
 
 def load_published(
