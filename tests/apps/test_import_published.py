@@ -54,6 +54,11 @@ MODELS = [
     ("resnet", RESNET | {"mixer": "convolution", "heads": 4}),
     ("swin", SWIN | {"mixer": "acmix", "published": True}),
     ("swin", SWIN | {"mixer": "attention"}),
+    ("swin", SWIN | {"mixer": "attention", "qkv_bias": False, "patch_norm": False}),
+    ("swin", SWIN | {"mixer": "acmix", "published": True, "absolute_positions": (64, 64)}),
+    ("resnet", RESNET | {"mixer": "convolution", "heads": 4, "groups": 4, "width_per_group": 3}),
+    ("resnet", RESNET | {"mixer": "acmix", "published": True, "width_per_group": 12}),
+    ("gpt", GPT | {"mixer": "translution", "learned_positions": True}),
 ]
 
 
@@ -149,3 +154,14 @@ def test_refusals(tmp_path):
     assert (code, "mixer: got 'bias', want one of" in err) == (2, True)
     code, _, err = command("export-published", tmp_path / "bias", tmp_path / "x.txt")
     assert (code, "FILE: got" in err) == (2, True)
+
+
+def test_the_published_mean(tmp_path):
+    """It includes the class token, and weights do not show that they were trained for it."""
+    weights = export_published(create_model("vit", **VIT | {"mixer": "alpha", "pool": "all"}))
+    torch.save(weights, tmp_path / "weights.pth")
+    words = ("import", tmp_path / "weights.pth", tmp_path / "saved", "--not-exchanged")
+    code, out, err = command(*words, "--pool=all")
+    assert code == 0, err
+    assert Pretrained.from_pretrained(tmp_path / "saved").config.pool == "all"
+    assert "not used" not in out, "all rows of the last block are"

@@ -204,7 +204,8 @@ class TimmViT(_Timm, ViT):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.global_pool = next(name for name, pool in POOLS.items() if pool == config.pool)
+        names = {pool: name for name, pool in POOLS.items()}
+        self.global_pool = names.get(config.pool, config.pool)
         stride = max(config.patch_size)
         self._know(config.dim, [(config.dim, stride, f"blocks.{i}") for i in range(config.depth)])
 
@@ -216,7 +217,7 @@ class TimmViT(_Timm, ViT):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         grid = self.grid_of(x)
-        if self.prefix and not self.config.full_last_block:
+        if self.config.pool == "cls" and not self.config.full_last_block:
             raise ValueError(
                 "full_last_block: got False, maps want a ViT made with True (or pool='mean')"
             )

@@ -110,6 +110,8 @@ class Mixing:
         window, dilation, buckets, init: as in `Translution2d`.
         conv_kernel_size: the kernel size of the mixers "convolution" and "acmix".
         dropout: the probability with which attention weights and outputs of the MLPs are dropped.
+        embedding_dropout, projection_dropout: the same for the tokens before the first block, and
+            for the outputs of the mixers.
         activation_checkpointing: what a block recomputes in the backward pass instead of storing
             it. "none"; "selective": all but the results of matrix products and of this library's
             operators; "full": everything but its input.
@@ -128,6 +130,8 @@ class Mixing:
     init: str = "equal"
     conv_kernel_size: int = 3
     dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    projection_dropout: float = 0.0
     activation_checkpointing: str = "none"
 
     def check_mixing(self, causal: bool = False) -> None:
@@ -162,6 +166,10 @@ class Mixing:
                 )
         if own is not None:
             own.check_options(self.mixer_options or {})
+        for name in ("dropout", "embedding_dropout", "projection_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name}: got {value}, want at least 0 and less than 1")
         name = "activation_checkpointing"
         check_choice(name, self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
 
@@ -266,6 +274,7 @@ class Block(nn.Module):
         mlp_ratio: hidden channels of the MLP, as a multiple of dim.
         dropout: the probability with which an output of the MLP is dropped.
         activation_checkpointing: as in `Mixing`.
+        projection_dropout: the probability with which an output of the mixer is dropped.
     """
 
     def __init__(
@@ -275,12 +284,14 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         activation_checkpointing: str = "none",
+        projection_dropout: float = 0.0,
     ):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         hidden = hidden_channels(dim, mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
+        self.mixer_dropout = nn.Dropout(projection_dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden),
@@ -307,7 +318,7 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, grid: tuple[int, ...], cache: Cache | None) -> Tensor:
         more = {} if cache is None else {"cache": cache}  # not every mixer takes one
         y = self.mixer(self.norm1(x), grid=grid, **more)
-        x = x[:, : y.shape[1]] + y
+        x = x[:, : y.shape[1]] + self.mixer_dropout(y)
         return x + self.mlp(self.norm2(x))
 
 

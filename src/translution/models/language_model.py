@@ -35,8 +35,11 @@ class GPTConfig(Mixing):
         mlp_ratio: hidden channels of a block's MLP, as a multiple of dim.
         double_final_norm: whether two layer norms follow the last block, as in the published code,
             to use its weights. By default there is one.
+        tie_head: whether the head's weight is that of the embedding, which then starts as the
+            head's does.
         mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
-            dilation, buckets, init, dropout, activation_checkpointing: as in `Mixing`.
+            dilation, buckets, init, dropout, embedding_dropout, projection_dropout,
+            activation_checkpointing: as in `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.
@@ -50,6 +53,7 @@ class GPTConfig(Mixing):
     head_dim: int | None = None
     mlp_ratio: float = 4.0
     double_final_norm: bool = False
+    tie_head: bool = False
 
     def __post_init__(self) -> None:
         self.check_mixing(causal=True)
@@ -73,6 +77,7 @@ class GPT(Pretrained):
         self.positions: nn.Parameter | None = None
         if c.adds_learned_positions:
             self.positions = nn.Parameter(torch.randn(1, c.context, c.dim) * 0.02)
+        self.embedding_dropout = nn.Dropout(c.embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
                 c.dim,
@@ -80,6 +85,7 @@ class GPT(Pretrained):
                 c.mlp_ratio,
                 c.dropout,
                 c.activation_checkpointing,
+                c.projection_dropout,
             )
             for mixer in mixers_of_blocks(c, c.depth, after="attention")
         )
@@ -87,6 +93,8 @@ class GPT(Pretrained):
         if c.double_final_norm:
             self.norm = nn.Sequential(nn.LayerNorm(c.dim), nn.LayerNorm(c.dim))
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.tie_head:
+            self.embed.weight = self.head.weight
 
     def forward(self, ids: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
         """The logits of the token that follows each token, [batch, length, vocab_size].
@@ -128,6 +136,7 @@ class GPT(Pretrained):
                     f"{self.config.context}"
                 )
             x = x + self.positions[:, start : start + length]
+        x = self.embedding_dropout(x)
         for block, cache in zip(self.blocks, each, strict=True):
             x = block(x, (length,), cache)
         return self.norm(x)

@@ -69,7 +69,7 @@ def published_bytes(model: ViT, batch: int) -> int:
         The number of bytes.
     """
     c = model.config
-    tokens = c.grid[0] * c.grid[1] + (1 if c.pool == "cls" else 0)
+    tokens = c.grid[0] * c.grid[1] + (0 if c.pool == "mean" else 1)
     inner = c.heads * c.head_dim
     layers = c.depth if c.relative_depth is None else c.relative_depth
     projections = layers * len(c.relative) if c.mixer == "translution" else 0

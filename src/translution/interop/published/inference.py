@@ -100,9 +100,9 @@ def _root(number: int, name: str, why: str) -> int:
 def _vit(weights: _Weights, given: dict[str, Any]) -> PublishedModel:
     found = PublishedModel("vit", {"num_classes": len(weights["mlp_head.weight"])})
     _transformer(weights, given, found)
-    if found.options["mixer"] == "rotary":
+    if "pos_embedding" in weights and found.options["mixer"] != "attention":
         found.options["learned_positions"] = True
-    found.assumed.append("pool 'cls': published weights do not show that they were made for it")
+    found.assumed.append("pool 'cls': the mean that published models can have is pool 'all'")
     pixels = weights["to_patch_embedding.2.weight"].shape[1]
     if "patch_size" not in given:
         channels = given.get("in_channels", 1 if pixels % 3 else 3)
@@ -132,6 +132,8 @@ def _gpt(weights: _Weights, given: dict[str, Any]) -> PublishedModel:
     vocabulary = len(weights["wte.weight"])
     found = PublishedModel("gpt", {"vocab_size": vocabulary, "double_final_norm": True})
     stem = _transformer(weights, given, found)
+    if "wpe.weight" in weights and found.options["mixer"] != "attention":
+        found.options["learned_positions"] = True
     found.options["context"] = weights[f"{stem}.layers.0.0.causal"].shape[-1]
     return found
 
@@ -193,8 +195,13 @@ def _resnet(weights: _Weights, given: dict[str, Any]) -> PublishedModel:
         if "kernel_size" not in given:
             options["kernel_size"] = KERNEL_SIZE
             found.assumed.append(f"kernel_size {KERNEL_SIZE}: that of the attention")
+        inside = width
     else:
-        options["conv_kernel_size"] = weights["layer1.0.conv2.weight"].shape[-1]
+        _, inside, options["conv_kernel_size"], _ = weights["layer1.0.conv2.weight"].shape
+    channels = len(weights["layer1.0.conv1.weight"])
+    groups = 1 if mixed else channels // inside
+    if groups > 1 or channels != width:
+        options |= {"groups": groups, "width_per_group": channels // groups}
     return found
 
 
@@ -215,11 +222,19 @@ def _swin(weights: _Weights, given: dict[str, Any]) -> PublishedModel:
         "heads": tuple(table.shape[1] for table in tables),
         "mlp_ratio": len(weights[f"{first[0]}.mlp.fc1.weight"]) / width,
         "window_size": window,
+        "qkv_bias": f"{first[0]}.attn.qkv.bias" in weights,
+        "patch_norm": "patch_embed.norm.weight" in weights,
     }
     if mixed:
         taps = weights[f"{first[0]}.attn.fc.weight"].shape[0]
         options |= {"published": True, "conv_kernel_size": math.isqrt(taps)}
     found = PublishedModel("swin", options)
+    if "qk_scale" not in given:
+        found.assumed.append("qk_scale None, which is 1 / sqrt(head_dim)")
+    if (positions := weights.get("absolute_pos_embed")) is not None:
+        found.image_size = math.isqrt(positions.shape[1]) * patch
+        options["absolute_positions"] = found.image_size
+        return found
     for stage, own in enumerate(windows):
         mask = weights.get(f"layers.{stage}.blocks.1.attn_mask")
         size = own if own < window else mask is not None and math.isqrt(len(mask)) * window
