@@ -153,7 +153,8 @@ def test_commands_with_a_mixer_of_ones_own_for_images(mixer, tmp_path):
     code, _, err = command("train", "images.yaml", "--out=run")
     assert code == 2
     assert "one of your own: register_mixer, and on the command line --import FILE" in err
-    fine("train", "images.yaml", "--import", "mine.py", "--out=run")
+    out = fine("train", "images.yaml", "--import", "mine.py", "--out=run")
+    assert "translution predict run IMAGES --import mine.py" in out
     saved = load(Config, "run/config.yaml")
     assert saved.imports == ("mine.py",)
     assert saved.model.given["mixer_options"] == {"gain": 2}
