@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         with torch.device("meta"):
             for case in cases:
-                case.build()  # refuses sizes that do not fit before anything runs
+                case.build().make_caches()  # refuses what does not fit before anything runs
     except ValueError as error:
         parser.error(str(error))
     if given.threads:
