@@ -581,6 +581,8 @@ def test_gpt(mixer, relative):
 
 
 def test_gpt_that_cannot_be():
+    with pytest.raises(ValueError, match=r"tie_head: got True, want False"):
+        export_published(make_gpt("attention", tie_head=True))
     with pytest.raises(ValueError, match=r"two layer norms.*double_final_norm=True"):
         export_published(make_gpt("translution", double_final_norm=False))
     for first in (0, 1):
