@@ -135,3 +135,24 @@ def _poison():
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def own_names():
+    """Forgets the mixers, models and files of a test's own after it, or when it is called."""
+    import sys
+
+    from translution.models import mixers, registry
+    from translution.utils.words import MIXER_TITLES
+
+    known = [(names, dict(names)) for names in (mixers._OWN, registry._MODELS, MIXER_TITLES)]
+
+    def forget():
+        for names, before in known:
+            names.clear()
+            names.update(before)
+        for module in [name for name in sys.modules if name.startswith("translution_import_")]:
+            del sys.modules[module]
+
+    yield forget
+    forget()

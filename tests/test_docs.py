@@ -1,8 +1,8 @@
 """The documentation: its code runs, its commands exist, and its site is whole.
 
 A page's Python blocks run in order, as one program, in an empty folder; a `text` block right below
-one is what it prints. A block under `<!-- not run: why -->` is only compiled: the comment says what
-it needs that a test can't have.
+one is what it prints. A block with a title is a file in that folder instead. A block under
+`<!-- not run: why -->` is only compiled: the comment says what it needs that a test can't have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import pytest
 import yaml
 
 import translution
-from translution.models import registry
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -36,6 +35,7 @@ class Block(NamedTuple):
     """A fenced block: its language, text, first line in the file, and why it is not run."""
 
     language: str
+    file: str | None  # its title: the name of the file that it is
     text: str
     line: int
     not_run: str | None
@@ -43,7 +43,8 @@ class Block(NamedTuple):
 
 
 FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```$"
+    r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?"
+    r"```(?P<language>\w+)(?: title=\"(?P<file>[^\"]+)\")?[^\n]*\n(?P<text>.*?)^```$"
     r"(?:\n+```text\n(?P<shown>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
@@ -52,9 +53,30 @@ FENCE = re.compile(
 def blocks(page: Path) -> list[Block]:
     text = page.read_text("utf-8")
     return [
-        Block(m["language"], m["text"], text[: m.start("text")].count("\n"), m["why"], m["shown"])
+        Block(
+            m["language"], m["file"], m["text"], text[: m.start("text")].count("\n"), m["why"],
+            m["shown"],
+        )
         for m in FENCE.finditer(text)
-    ]
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, own_names):
+    """Returns a function that goes to a folder with the files of a page."""
+    files = []
+
+    def enter(page: Path) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        for block in blocks(page):
+            if block.file:
+                (tmp_path / block.file).write_text(block.text, "utf-8")
+                files.append(block.file)
+
+    yield enter
+    for file in files:
+        sys.modules.pop(Path(file).stem, None)
 
 
 def name(page: Path) -> str:
@@ -68,13 +90,12 @@ CODE = [page for page in PAGES if any(b.language == "python" for b in blocks(pag
 
 
 @pytest.mark.parametrize("page", CODE, ids=name)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, folder):
     """(That of the README is run by test_project.py.)"""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    folder(page)
     scope = {"__name__": "__main__"}
     for block in blocks(page):
-        if block.language != "python":
+        if block.language != "python" or block.file:
             continue
         code = compile("\n" * block.line + block.text, str(page), "exec")  # so errors name the line
         if block.not_run:
@@ -86,6 +107,20 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         told = [line.rstrip() for line in out.getvalue().splitlines()]
         shown = [line.rstrip() for line in (block.shown or "").splitlines()]
         assert told == shown, f"{page.name}, line {block.line}: printed\n{out.getvalue()}"
+
+
+@pytest.mark.parametrize("page", [p for p in CODE if any(b.file for b in blocks(p))], ids=name)
+def test_the_code_of_a_page_runs_from_the_command_line(page, folder):
+    """The commands of a page that has files of its own."""
+    for needed in ("lightning", "typer", "sklearn", "matplotlib"):
+        pytest.importorskip(needed)
+    from test_first_run import command
+
+    folder(page)
+    for line, whole in commands(page):
+        if whole:
+            code, _, err = command(*shlex.split(line)[1:])
+            assert code == 0, f"{line}: {err}"
 
 
 def test_tutorials_run_whole():
@@ -113,8 +148,9 @@ def commands(page: Path) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("page", [p for p in REPOSITORY if commands(p)], ids=name)
-def test_the_commands_of_a_page_exist(page):
+def test_the_commands_of_a_page_exist(page, folder):
     pytest.importorskip("typer")
+    folder(page)
     for line, whole in commands(page):
         words = shlex.split(line, comments=True)
         if not words or "…" in line:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         create_model,
         gpt,
         list_models,
+        register_mixer,
         register_model,
         vit,
     )
@@ -87,6 +88,7 @@ __all__ = [
     "make_relative",
     "make_shared",
     "patch_grid",
+    "register_mixer",
     "register_model",
     "resize_offsets",
     "save_converted",
@@ -103,7 +105,7 @@ _ELSEWHERE = {
     **dict.fromkeys(["export_published", "load_published"], "interop.published"),
     **dict.fromkeys(
         ["GPT", "GPTConfig", "ViT", "ViTConfig", "attention_weights", "create_model", "gpt",
-         "list_models", "register_model", "vit"],
+         "list_models", "register_mixer", "register_model", "vit"],
         "models",
     ),
 }  # fmt: skip

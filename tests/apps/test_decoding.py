@@ -129,6 +129,26 @@ def test_errors(capsys, wrong, message):
     assert message in capsys.readouterr().err
 
 
+OWN = """
+from translution import register_mixer
+from translution.modules import SelfAttention
+
+register_mixer("own", SelfAttention)
+register_mixer("plain", lambda dim, causal: __import__("torch").nn.Linear(dim, dim))
+"""
+
+
+def test_a_mixer_of_ones_own(tmp_path, own_names, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    words = [*ARGUMENTS, "--repeats", "1", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main([*words, "--mixers", "own"])
+    main([*words, "--mixers", "own", "--import", str(tmp_path / "own.py")])
+    with pytest.raises(SystemExit):
+        main([*words, "--mixers", "plain"])
+    assert "cache: Linear has no make_cache" in capsys.readouterr().err
+
+
 class Turned(TorchDispatchMode):
     """The rows of each cosine that is taken."""
 

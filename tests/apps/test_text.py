@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,11 +21,13 @@ from translution.apps.config import as_yaml, parse
 from translution.apps.data import documents as reading
 from translution.apps.data.text import TextOptions, open_text
 from translution.apps.data.tokenizers import (
+    END,
     TokenizerOptions,
     end_token,
     hash_of,
     load_tokenizer,
     make_tokenizer,
+    save_tokenizer,
 )
 
 ANY = st.text(st.characters(codec="utf-8"))
@@ -403,3 +407,82 @@ def test_the_index_says_what_it_is(corpus, tmp_path):
     assert sum(s["tokens"] for s in index["shards"]) == windows.tokens + 1
     loaded = load_tokenizer(windows.shards.folder / "tokenizer.json")
     assert hash_of(loaded) == hash_of(windows.tokenizer)
+
+
+# -- files of tokens -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token_files(tmp_path):
+    """Files as nanoGPT's scripts write them: documents, each with an end token after it."""
+    texts = [f"document {i}: délta, 日本語\n" for i in range(30)]
+    tokenizer = make_tokenizer(TokenizerOptions(kind="bpe", vocab_size=300), texts)
+    save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    for name, part in (("train", texts[:25]), ("val", texts[25:])):
+        ids = [i for t in part for i in [*tokenizer.encode(t).ids, tokenizer.token_to_id(END)]]
+        np.array(ids, np.uint16).tofile(tmp_path / f"{name}.bin")
+    return texts, {
+        "format": "tokens",
+        "train": str(tmp_path / "train.bin"), "valid": str(tmp_path / "val.bin"),
+        "tokenizer": {"kind": "file", "path": str(tmp_path / "tokenizer.json")},
+    }  # fmt: skip
+
+
+def test_files_of_tokens(token_files, tmp_path):
+    texts, content = token_files
+    chosen = options(tmp_path, **content)
+    train, valid = (open_text(chosen, part, 0) for part in ("train", "valid"))
+    assert (train.documents, valid.documents) == (25, 5)
+    assert train.bytes == sum(len(t.encode()) for t in texts[:25])
+    flat = np.fromfile(tmp_path / "train.bin", "<u2").tolist()
+    assert train.shards.read(0, train.tokens + 1).tolist() == flat
+    assert train.tokenizer.decode(flat) == "".join(texts[:25])
+    targets = [t for i in range(len(valid)) for t in valid[0, i][1:].tolist() if t >= 0]
+    assert targets == np.fromfile(tmp_path / "val.bin", "<u2").tolist()[1:]
+    assert len(list((tmp_path / "shards").rglob("*.bin"))) == 0, "nothing is copied"
+    assert len(open_text(options(tmp_path, verify=True, **content), "train", 0)) == len(train)
+    np.array(flat[:50], np.uint16).tofile(tmp_path / "train.bin")
+    assert open_text(chosen, "train", 0).tokens == 49
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"valid": None}, "valid: is missing; format 'tokens' has no documents"),
+        ({"train": ["a.bin", "b.bin"]}, "train: got .* want one file"),
+        ({"tokenizer": {"kind": "characters"}}, "tokenizer: want the one that made the tokens"),
+        ({"documents": ""}, "documents: got '', but format 'tokens' has no such key"),
+        ({"train": "none.bin"}, "train: there is no file none.bin"),
+        ({"train": "odd.bin"}, "odd.bin: got 3 bytes, want tokens of 2 bytes each"),
+        ({"tokenizer": {"kind": "bytes"}}, r"train.bin: got token \d+, want less than 257"),
+    ],
+)
+def test_files_of_tokens_that_are_refused(token_files, tmp_path, monkeypatch, change, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    with pytest.raises(ValueError, match=says):
+        open_text(options(tmp_path, **token_files[1] | change), "train", 0)
+
+
+def test_a_file_of_tokens_needs_its_tokenizer(token_files, tmp_path):
+    content = {k: v for k, v in token_files[1].items() if k != "tokenizer"}
+    with pytest.raises(ValueError, match="tokenizer: want the one that made the tokens"):
+        options(tmp_path, **content)
+
+
+def test_a_run_on_files_of_tokens(token_files, tmp_path):
+    pytest.importorskip("lightning")
+    pytest.importorskip("typer")
+    from test_first_run import command
+
+    data = {"kind": "text", "context": 16, "shards": str(tmp_path / "shards")} | token_files[1]
+    model = {"name": "gpt", "mixer": "attention", "dim": 16, "depth": 1, "heads": 2}
+    train = {"steps": 2, "batch_size": 4, "device": "cpu"}
+    recipe, run = tmp_path / "tokens.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump({"model": model, "data": data, "train": train}))
+    for words in (("tokenize", recipe), ("train", recipe, f"--out={run}"), ("evaluate", run)):
+        code, out, err = command(*words)
+        assert code == 0, err
+    assert "bits_per_byte" in out or "bits per byte" in out
+    code, out, err = command("generate", run, "--prompt=document", "--max-tokens=3")
+    assert code == 0, err

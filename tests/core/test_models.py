@@ -289,6 +289,9 @@ USED_BY = {
     "conv_kernel_size": (5, {"convolution", "acmix"}),
     "relative_depth": (1, set(MIXERS)),
     "dropout": (0.1, set(MIXERS)),
+    "embedding_dropout": (0.1, set(MIXERS)),
+    "projection_dropout": (0.1, set(MIXERS)),
+    "mixer_options": ({"gain": 2}, set()),
     "activation_checkpointing": ("full", set(MIXERS)),
     "learned_positions": (True, set(MIXERS)),
 }

@@ -420,7 +420,7 @@ def vit_weights(stem, relative, low_rank=False, depth=2, first=2, positions=Fals
     return random(shapes) | fixed
 
 
-def vit_twin(w, image, stem, **how) -> Tensor:
+def vit_twin(w, image, stem, mean=False, **how) -> Tensor:
     b = len(image)
     (ph, pw), (h, n) = PATCH, GRID
     patches = []
@@ -433,7 +433,7 @@ def vit_twin(w, image, stem, **how) -> Tensor:
     x = torch.cat([w["cls_token"].expand(b, -1, -1), x], 1)
     x = x + w.get("pos_embedding", 0)
     x = stack_twin(w, x, stem, 2, grid=GRID, prefix=1, **how)
-    return lin(w, x[:, 0], "mlp_head")
+    return lin(w, x.mean(1) if mean else x[:, 0], "mlp_head")
 
 
 def make_vit(mixer, **more) -> nn.Module:
@@ -492,6 +492,15 @@ def test_vit_baseline():
     same(again, weights, but=("cls_token", "pos_embedding"))
     close(vit_twin(again, image, "transformer", relative=""), want)
     same(export_published(loaded(model, again)), again)
+
+
+def test_vit_mean():
+    """The published mean includes the class token."""
+    weights = vit_weights("translution", "kv")
+    model, image = loaded(make_vit("translution", relative="kv", pool="all"), weights), an_image()
+    want = vit_twin(weights, image, "translution", relative="kv", mean=True)
+    close(model(image), want)
+    same(export_published(model), weights)
 
 
 def test_vit_rotary_baseline():
@@ -572,6 +581,8 @@ def test_gpt(mixer, relative):
 
 
 def test_gpt_that_cannot_be():
+    with pytest.raises(ValueError, match=r"tie_head: got True, want False"):
+        export_published(make_gpt("attention", tie_head=True))
     with pytest.raises(ValueError, match=r"two layer norms.*double_final_norm=True"):
         export_published(make_gpt("translution", double_final_norm=False))
     for first in (0, 1):

@@ -51,6 +51,16 @@ COMMANDS = {
         "export",
         "Write a model as a program that runs without this library.",
     ),
+    "import": (
+        "published",
+        "import_published",
+        "Make a saved model of published weights: translution import CHECKPOINT FOLDER.",
+    ),
+    "export-published": (
+        "published",
+        "export_published",
+        "Write the weights of a model as the published code reads them.",
+    ),
     "compare": (
         "compare.command",
         "compare",

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .training.import_option import ImportOption
+
 __all__ = ["export"]
 
 
@@ -37,6 +39,7 @@ def export(
         float,
         typer.Option(min=0.0, help="Allowed difference, as a share of the largest output."),
     ] = 1e-3,
+    imports: ImportOption = None,
 ) -> None:
     """Write a model as a program that runs without this library.
 

@@ -262,7 +262,8 @@ class TimmViT(_Timm, ViT):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.pool_kind = next(name for name, pool in POOLS.items() if pool == config.pool)
+        names = {pool: name for name, pool in POOLS.items()}
+        self.pool_kind = names.get(config.pool, config.pool)
         stride = max(config.patch_size)
         self._know(config.dim, [(config.dim, stride, f"blocks.{i}") for i in range(config.depth)])
 

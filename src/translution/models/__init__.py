@@ -3,6 +3,7 @@
 from .backbone import Backbone
 from .inspection import attention_weights
 from .language_model import GPT, GPTConfig, gpt
+from .mixers import register_mixer
 from .pretrained import Pretrained
 from .pyramid_transformer import PVT, PVTConfig, pvt
 from .registry import create_model, list_models, model_options, register_model
@@ -32,6 +33,7 @@ __all__ = [
     "list_models",
     "model_options",
     "pvt",
+    "register_mixer",
     "register_model",
     "resnet",
     "san",

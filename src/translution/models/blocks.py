@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,15 @@ from ..modules.convolution import Convolution2d
 from ..modules.reduced import ReducedACmix2d
 from ..modules.translution import Translution1d, Translution2d
 from .configuration import check_choice, hidden_channels
+from .mixers import (
+    GEOMETRY,
+    IMAGE_MIXERS,
+    MIXERS,
+    TABLE_MIXERS,
+    mixer_names,
+    own_mixer,
+    takes_prefix,
+)
 
 __all__ = [
     "ACTIVATION_CHECKPOINTING",
@@ -38,19 +46,7 @@ __all__ = [
     "unused_options",
 ]
 
-MIXERS = ("attention", "rotary", "bias", "convolution", "acmix", "translution", "alpha")
-"""The names of token mixers. "rotary" and "bias" are attention with that kind of position."""
-
-IMAGE_MIXERS = ("convolution", "acmix")
-"""The mixers that cannot be causal, and so mix images only."""
-
-TABLE_MIXERS = ("translution", "alpha")
-"""The mixers with projections that depend on the offset."""
-
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
-
-GEOMETRY = ("window", "dilation", "buckets")
-"""The options of `Mixing` that belong to a `Layout`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,12 @@ SIZES = {
 
 def unused_options(mixer: str) -> set[str]:
     """The options of `Mixing` that a mixer does not use, and that must have their defaults."""
+    own = own_mixer(mixer)
+    if own is not None:
+        unused = {name for name in GEOMETRY if not own.takes(name)}
+        return unused | {"conv_kernel_size", "rank", "relative", "init"}
     unused = {"conv_kernel_size"} if mixer not in IMAGE_MIXERS else set(GEOMETRY)
+    unused |= {"mixer_options"}
     unused |= {"rank"} if mixer != "alpha" else set()
     return unused | ({"relative", "init"} if mixer not in TABLE_MIXERS else set())
 
@@ -95,7 +96,8 @@ class Mixing:
     """How a model mixes its tokens: the options that ViT and GPT have in common.
 
     Args:
-        mixer: one of `MIXERS`.
+        mixer: one of `MIXERS`, or the name of a mixer of your own (`register_mixer`).
+        mixer_options: further arguments for a mixer of your own, by name.
         relative: which of "q", "k" and "v" have tables, in Translution and α-Translution.
         relative_depth: the number of blocks, from the first, that use the mixer. The blocks after
             them use attention, with rotary positions in a ViT and without in a GPT. None is all.
@@ -103,16 +105,20 @@ class Mixing:
         position: what the mixer adds to its queries and keys: "none", or "rotary", which
             Translution allows where q and k have no table. The mixer "attention" also takes "bias".
         learned_positions: whether learned absolute positions are added to the tokens. None adds
-            them for the mixers "acmix" and "attention", the latter with position "none".
+            them for the mixers "acmix" and "attention", the latter with position "none", and for
+            mixers of your own that ask for them.
         window, dilation, buckets, init: as in `Translution2d`.
         conv_kernel_size: the kernel size of the mixers "convolution" and "acmix".
         dropout: the probability with which attention weights and outputs of the MLPs are dropped.
+        embedding_dropout, projection_dropout: the same for the tokens before the first block, and
+            for the outputs of the mixers.
         activation_checkpointing: what a block recomputes in the backward pass instead of storing
             it. "none"; "selective": all but the results of matrix products and of this library's
             operators; "full": everything but its input.
     """
 
     mixer: str = "translution"
+    mixer_options: dict[str, Any] | None = None
     relative: str = "qkv"
     relative_depth: int | None = None
     rank: int = 8
@@ -124,17 +130,32 @@ class Mixing:
     init: str = "equal"
     conv_kernel_size: int = 3
     dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    projection_dropout: float = 0.0
     activation_checkpointing: str = "none"
 
-    def check_mixing(self, mixers: Sequence[str]) -> None:
+    def check_mixing(self, causal: bool = False) -> None:
         """Check the options that are not checked by the modules themselves.
 
         An option that the mixer does not use must have its default.
 
+        Args:
+            causal: whether the model is causal.
+
         Raises:
             ValueError: naming the option, what came and what is wanted.
         """
-        check_choice("mixer", self.mixer, mixers)
+        own = own_mixer(self.mixer)
+        if own is not None and causal and not own.causal:
+            raise ValueError(
+                f"mixer: {self.mixer!r} mixes images only; one that can be causal is registered "
+                "with causal=True"
+            )
+        if self.mixer not in (names := mixer_names(causal)):
+            raise ValueError(
+                f"mixer: got {self.mixer!r}, want one of {names}, or one of your own: "
+                "register_mixer, and on the command line --import FILE, make it known"
+            )
         check_choice("position", self.position, self._positions())
         for name in sorted(unused_options(self.mixer)):
             value, default = getattr(self, name), getattr(Mixing, name)
@@ -143,6 +164,12 @@ class Mixing:
                     f"{name}: got {value!r}, but the mixer {self.mixer!r} does not use it; want "
                     f"{default!r}"
                 )
+        if own is not None:
+            own.check_options(self.mixer_options or {})
+        for name in ("dropout", "embedding_dropout", "projection_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name}: got {value}, want at least 0 and less than 1")
         name = "activation_checkpointing"
         check_choice(name, self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
 
@@ -158,13 +185,16 @@ class Mixing:
             return ["none", "rotary", "bias"]
         if self.mixer in ("rotary", "bias"):
             return ["none", self.mixer]
-        return ["none"] if self.mixer in IMAGE_MIXERS else ["none", "rotary"]
+        return ["none", "rotary"] if self.mixer in TABLE_MIXERS else ["none"]
 
     @property
     def adds_learned_positions(self) -> bool:
         """Whether the model adds learned absolute positions to its tokens."""
         if self.learned_positions is not None:
             return self.learned_positions
+        own = own_mixer(self.mixer)
+        if own is not None:
+            return own.learned_positions
         plain_attention = self.mixer == "attention" and self.position == "none"
         return plain_attention or self.mixer == "acmix"
 
@@ -186,9 +216,9 @@ class Mixing:
         """
         if mixer in IMAGE_MIXERS and causal:
             raise ValueError(f"mixer: {mixer!r} mixes images only")
+        if prefix and not takes_prefix(mixer):
+            raise ValueError(f"mixer: {mixer!r} mixes images without a class token only")
         if mixer == "convolution":
-            if prefix:
-                raise ValueError("mixer: 'convolution' mixes images without a class token only")
             return Convolution2d(dim, grid, self.conv_kernel_size)
         if mixer == "acmix":
             return ReducedACmix2d(
@@ -206,6 +236,10 @@ class Mixing:
             "dilation": self.dilation,
             "buckets": self.buckets,
         }
+        own = own_mixer(mixer)
+        if own is not None:
+            options |= {"dim": dim, "grid": grid}
+            return own.build(options, self.mixer_options or {})
         if mixer in ("rotary", "bias"):
             return SelfAttention(dim, grid, position=mixer, **options)
         # blocks after `relative_depth` have another mixer than the one that `position` is for
@@ -240,6 +274,7 @@ class Block(nn.Module):
         mlp_ratio: hidden channels of the MLP, as a multiple of dim.
         dropout: the probability with which an output of the MLP is dropped.
         activation_checkpointing: as in `Mixing`.
+        projection_dropout: the probability with which an output of the mixer is dropped.
     """
 
     def __init__(
@@ -249,12 +284,14 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         activation_checkpointing: str = "none",
+        projection_dropout: float = 0.0,
     ):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         hidden = hidden_channels(dim, mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.mixer = mixer
+        self.mixer_dropout = nn.Dropout(projection_dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden),
@@ -291,7 +328,7 @@ class Block(nn.Module):
         given = {"cache": cache, "mask": mask}  # not every mixer takes them
         more = {name: value for name, value in given.items() if value is not None}
         y = self.mixer(self.norm1(x), grid=grid, **more)
-        x = x[:, : y.shape[1]] + y
+        x = x[:, : y.shape[1]] + self.mixer_dropout(y)
         return x + self.mlp(self.norm2(x))
 
 

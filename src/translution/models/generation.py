@@ -81,6 +81,8 @@ def generate(
         raise ValueError(
             f"slide: got {slide}, want 1 to the context {context} (or 0 to drop no token)"
         )
+    if cache:
+        model.make_caches()  # fails here, and not at the first token, if a mixer has none
     if isinstance(seed, int):
         seed = torch.Generator().manual_seed(seed)
     source = seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +69,7 @@ def record_weights(model: ViT | GPT) -> Iterator[list[Tensor | None]]:
 
 
 def _weights(mixer: Any, x: Tensor, **given: Any) -> Tensor | None:
-    if hasattr(mixer, "layout"):
+    if "return_weights" in inspect.signature(mixer.forward).parameters:
         return mixer.forward(x, **given, return_weights=True)[1].float()
     if isinstance(mixer, ReducedAttention2d):
         return mixer.weights(x, **given).float()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .._renamed import renamed_arguments
 from ..modules.cache import Cache
 from ..modules.checks import check_tensor
-from .blocks import IMAGE_MIXERS, MIXERS, SIZES, Block, Mixing, mixers_of_blocks
+from .blocks import SIZES, Block, Mixing, mixers_of_blocks
 from .configuration import check_choice, check_positive, configure, head_dim_of
+from .mixers import for_each_mixer, mixer_names
 from .pretrained import Pretrained
 from .registry import register_family, register_model
 
@@ -34,8 +35,11 @@ class GPTConfig(Mixing):
         mlp_ratio: hidden channels of a block's MLP, as a multiple of dim.
         double_final_norm: whether two layer norms follow the last block, as in the published code,
             to use its weights. By default there is one.
-        mixer, relative, relative_depth, rank, position, learned_positions, window, dilation,
-            buckets, init, dropout, activation_checkpointing: as in `Mixing`.
+        tie_head: whether the head's weight is that of the embedding, which then starts as the
+            head's does.
+        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
+            dilation, buckets, init, dropout, embedding_dropout, projection_dropout,
+            activation_checkpointing: as in `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.
@@ -49,9 +53,10 @@ class GPTConfig(Mixing):
     head_dim: int | None = None
     mlp_ratio: float = 4.0
     double_final_norm: bool = False
+    tie_head: bool = False
 
     def __post_init__(self) -> None:
-        self.check_mixing([name for name in MIXERS if name not in IMAGE_MIXERS])
+        self.check_mixing(causal=True)
         check_positive(self, "context", "vocab_size", "dim", "depth", "heads")
         self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
 
@@ -72,6 +77,7 @@ class GPT(Pretrained):
         self.positions: nn.Parameter | None = None
         if c.adds_learned_positions:
             self.positions = nn.Parameter(torch.randn(1, c.context, c.dim) * 0.02)
+        self.embedding_dropout = nn.Dropout(c.embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
                 c.dim,
@@ -79,6 +85,7 @@ class GPT(Pretrained):
                 c.mlp_ratio,
                 c.dropout,
                 c.activation_checkpointing,
+                c.projection_dropout,
             )
             for mixer in mixers_of_blocks(c, c.depth, after="attention")
         )
@@ -86,6 +93,8 @@ class GPT(Pretrained):
         if c.double_final_norm:
             self.norm = nn.Sequential(nn.LayerNorm(c.dim), nn.LayerNorm(c.dim))
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        if c.tie_head:
+            self.embed.weight = self.head.weight
 
     def forward(
         self, ids: Tensor, caches: Sequence[Cache] | None = None, mask: Tensor | None = None
@@ -140,6 +149,7 @@ class GPT(Pretrained):
             else:
                 places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
                 x = x + self.positions[0, places]
+        x = self.embedding_dropout(x)
         for block, cache in zip(self.blocks, each, strict=True):
             held = 0 if cache is None else cache.held
             keys = None if mask is None else mask[:, None, None, -(held + length) :]
@@ -147,7 +157,15 @@ class GPT(Pretrained):
         return self.norm(x)
 
     def make_caches(self) -> list[Cache]:
-        """Empty caches, one for each block, for a sequence that is given in parts."""
+        """Empty caches, one for each block, for a sequence that is given in parts.
+
+        Raises:
+            ValueError: a mixer has no caches.
+        """
+        for mixer in self._mixers():
+            if not hasattr(mixer, "make_cache"):
+                name = type(mixer).__name__
+                raise ValueError(f"cache: {name} has no make_cache, want False (--no-cache)")
         return [mixer.make_cache() for mixer in self._mixers()]
 
     @property
@@ -157,7 +175,9 @@ class GPT(Pretrained):
         It may if there are no learned positions, and each block has buckets or a window that fits
         into its tables.
         """
-        return self.positions is None and all(m.layout.unbounded for m in self._mixers())
+        return self.positions is None and all(
+            hasattr(mixer, "layout") and mixer.layout.unbounded for mixer in self._mixers()
+        )
 
     def _mixers(self) -> list[Any]:
         return [block.mixer for block in self.blocks]
@@ -194,7 +214,11 @@ def gpt(
 
 
 register_family("gpt", gpt, GPTConfig)
-for _mixer in MIXERS:
-    for _size in SIZES:
-        if _mixer not in IMAGE_MIXERS:
-            register_model(f"{_mixer}_gpt_{_size}", gpt, size=_size, mixer=_mixer, context=1024)
+
+
+def _register_sizes(mixer: str) -> None:
+    for size in SIZES if mixer in mixer_names(causal=True) else ():
+        register_model(f"{mixer}_gpt_{size}", gpt, size=size, mixer=mixer, context=1024)
+
+
+for_each_mixer(_register_sizes)

@@ -118,5 +118,8 @@ def _find(name: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=5, cutoff=0.5)
         hint = f"did you mean {close}" if close else "list_models() has them all"
-        raise ValueError(f"name: there is no model {name!r}; {hint}")
+        raise ValueError(
+            f"name: there is no model {name!r}; {hint}; a model of your own must be registered "
+            "first, on the command line by --import FILE"
+        )
     return _MODELS[name]

@@ -17,6 +17,7 @@ from .registry import register_family, register_model
 __all__ = ["RESNETS", "ResNet", "ResNetConfig", "resnet"]
 
 # Blocks per stage (ACmix, section 5.1; 26 and 38 as in stand-alone self-attention).
+INITS = ("kaiming", "xavier", "torch", "published")
 RESNETS = {"26": (1, 2, 4, 1), "38": (2, 3, 5, 2), "50": (3, 4, 6, 3)}
 
 
@@ -37,8 +38,17 @@ class ResNetConfig:
         num_classes: the number of logits.
         dim: channels of the stem and of the bottlenecks of the first stage. They double from stage
             to stage.
+        groups: groups of the 3×3 convolutions, for the mixer "convolution".
+        width_per_group: channels of a group in a bottleneck of the first stage, as in ResNeXt and
+            wide ResNets. None is dim / groups.
         expansion: channels of a block's output, as a multiple of those of its bottleneck.
         heads, kernel_size, conv_kernel_size, learned_shifts, published: as in `ACmix2d`.
+        zero_init_residual: whether the last norm of each block starts at zero, so that a new block
+            passes its input on.
+        init: how convolutions start. "kaiming", those of the bottlenecks, by the number of their
+            outputs; "xavier", these by the numbers of inputs and outputs; "torch", as torch's own;
+            "published", as in the published code, where "kaiming" also replaces the shift kernels
+            and all other weights of ACmix, the stem and the shortcuts.
         features_only: whether the model returns feature maps instead of logits.
 
     Raises:
@@ -50,25 +60,46 @@ class ResNetConfig:
     in_channels: int = 3
     num_classes: int = 1000
     dim: int = 64
+    groups: int = 1
+    width_per_group: int | None = None
     expansion: int = 4
     heads: int = 4
     kernel_size: int = 7
     conv_kernel_size: int = 3
     learned_shifts: bool = True
     published: bool = False
+    zero_init_residual: bool = False
+    init: str = "kaiming"
     features_only: bool = False
 
     def __post_init__(self) -> None:
         check_choice("mixer", self.mixer, ["convolution", "acmix"])
         if len(self.depths) != 4 or min(self.depths) < 1:
             raise ValueError(f"depths: got {self.depths}, want four numbers of at least 1")
-        check_positive(self, "in_channels", "num_classes", "dim", "expansion")
+        check_choice("init", self.init, INITS)
+        check_positive(self, "in_channels", "num_classes", "dim", "expansion", "groups")
+        if self.mixer == "acmix" and self.groups > 1:
+            raise ValueError(f"groups: got {self.groups}, but the mixer 'acmix' has none; want 1")
+        if self.width_per_group is not None:
+            check_positive(self, "width_per_group")
+        elif self.dim % self.groups:
+            raise ValueError(
+                f"groups: got {self.groups}, want a divisor of dim {self.dim} (or give "
+                "width_per_group)"
+            )
+
+    def width(self, stage: int) -> int:
+        """The channels of the bottlenecks of a stage."""
+        first = self.dim if self.width_per_group is None else self.width_per_group * self.groups
+        return first * 2**stage
 
     def middle(self, channels: int, stride: int) -> nn.Module:
         """The layer between the two 1×1 convolutions of a bottleneck."""
         if self.mixer == "convolution":
             size = self.conv_kernel_size
-            return nn.Conv2d(channels, channels, size, stride, size // 2, bias=False)
+            return nn.Conv2d(
+                channels, channels, size, stride, size // 2, groups=self.groups, bias=False
+            )
         return ACmix2d(
             channels, channels, self.heads, self.kernel_size, self.conv_kernel_size, stride,
             learned_shifts=self.learned_shifts, published=self.published,
@@ -77,7 +108,7 @@ class ResNetConfig:
 
 class Bottleneck(nn.Module):
     """x + conv1×1(middle(conv1×1(x))), with batch norm after each layer. The middle layer has the
-    stride."""
+    stride. `init` and `zero_init_residual` are those of `ResNetConfig`."""
 
     def __init__(
         self,
@@ -86,6 +117,8 @@ class Bottleneck(nn.Module):
         out_channels: int,
         stride: int,
         middle: Callable[[int, int], nn.Module],
+        init: str = "kaiming",
+        zero_init_residual: bool = False,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
@@ -102,14 +135,32 @@ class Bottleneck(nn.Module):
                 nn.BatchNorm2d(out_channels),
             )
         for conv in (self.conv1, self.conv2, self.conv3):
-            # ACmix initialises its own parts.
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            _initialise(conv, init)
+        if init == "published" and isinstance(self.shortcut, nn.Sequential):
+            _initialise(self.shortcut[0], init)
+        if zero_init_residual:
+            nn.init.zeros_(self.norm3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.norm1(self.conv1(x)))
         y = self.relu(self.norm2(self.conv2(y)))
         return self.relu(self.shortcut(x) + self.norm3(self.conv3(y)))
+
+
+def _initialise(conv: nn.Module, init: str) -> None:
+    """Initialise the weights of a convolution by name. ACmix initialises its own parts, except in
+    the published code."""
+    weights = [conv.weight] if isinstance(conv, nn.Conv2d) else []
+    if init == "published" and isinstance(conv, ACmix2d):
+        parts = conv.q_proj, conv.k_proj, conv.v_proj, conv.position_proj, conv.convolution.fc
+        weights = [part.weight for part in parts]
+        if conv.convolution.shifts is not None:
+            weights.append(conv.convolution.shifts)
+    for weight in weights:
+        if init in ("kaiming", "published"):
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+        elif init == "xavier":
+            nn.init.xavier_uniform_(weight)
 
 
 class ResNet(Backbone):
@@ -129,14 +180,19 @@ class ResNet(Backbone):
             nn.ReLU(),
             nn.MaxPool2d(3, 2, 1),
         )
+        if c.init == "published":
+            _initialise(self.stem[0], c.init)
         before, stages = c.dim, []
         for i, depth in enumerate(c.depths):
-            channels = c.dim * 2**i
-            after = channels * c.expansion
+            after = c.dim * 2**i * c.expansion
             blocks = []
             for j in range(depth):
                 stride = 2 if i and not j else 1
-                blocks.append(Bottleneck(before, channels, after, stride, c.middle))
+                blocks.append(
+                    Bottleneck(
+                        before, c.width(i), after, stride, c.middle, c.init, c.zero_init_residual
+                    )
+                )
                 before = after
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._renamed import current_arguments, renamed_arguments
+from ..layouts import Sizes
 from ..modules.convolution_path import pad_to_multiple
 from ..modules.window import WindowACmix2d, WindowAttention2d
 from .backbone import (
@@ -20,7 +22,13 @@ from .backbone import (
     drop_path_rates,
     init_truncated_normal,
 )
-from .configuration import check_choice, check_positive, configure, hidden_channels
+from .configuration import (
+    check_choice,
+    check_positive,
+    configure,
+    height_width,
+    hidden_channels,
+)
 from .registry import register_family, register_model
 
 __all__ = ["SWINS", "Swin", "SwinConfig", "swin"]
@@ -53,7 +61,13 @@ class SwinConfig:
         dim: channels of the first stage. They double from stage to stage.
         heads: the number of heads per stage.
         mlp_ratio: hidden channels of a block's MLP, as a multiple of the block's.
-        window_size, conv_kernel_size, learned_shifts, published: as in `WindowACmix2d`.
+        window_size, conv_kernel_size, learned_shifts, published, qk_scale: as in `WindowACmix2d`.
+        qkv_bias: whether the query, key and value projections, and ACmix's convolution, have a
+            bias.
+        patch_norm: whether a layer norm follows the embedding of patches.
+        absolute_positions: the size of images in pixels, an int or (height, width), for which
+            learned absolute positions are added to the patches; those of other images are
+            interpolated. None adds none.
         drop_path_rate: the rate of stochastic depth of the last block. It rises linearly from 0 in
             the first block.
         features_only: whether the model returns feature maps instead of logits.
@@ -74,6 +88,10 @@ class SwinConfig:
     conv_kernel_size: int = 3
     learned_shifts: bool = True
     published: bool = False
+    qk_scale: float | None = None
+    qkv_bias: bool = True
+    patch_norm: bool = True
+    absolute_positions: Sizes | None = None
     drop_path_rate: float = 0.2
     features_only: bool = False
 
@@ -84,15 +102,21 @@ class SwinConfig:
             if len(value) != 4 or min(value) < 1:
                 raise ValueError(f"{name}: got {value}, want four numbers of at least 1")
         check_positive(self, "in_channels", "num_classes", "patch_size", "dim")
+        if self.absolute_positions is not None:
+            self.absolute_positions = size = height_width(self.absolute_positions)
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"absolute_positions: got {size}, want a height and a width")
 
     def attention(self, channels: int, heads: int, shifted: bool) -> WindowAttention2d:
         """The attention of a block."""
         shift = self.window_size // 2 if shifted else 0
         if self.mixer == "attention":
-            return WindowAttention2d(channels, heads, self.window_size, shift)
+            return WindowAttention2d(
+                channels, heads, self.window_size, shift, self.qkv_bias, self.qk_scale
+            )
         return WindowACmix2d(
-            channels, heads, self.window_size, shift, self.conv_kernel_size,
-            learned_shifts=self.learned_shifts, published=self.published,
+            channels, heads, self.window_size, shift, self.conv_kernel_size, self.qkv_bias,
+            learned_shifts=self.learned_shifts, published=self.published, qk_scale=self.qk_scale,
         )  # fmt: skip
 
 
@@ -121,11 +145,11 @@ class Block(RecomputedBlock):
 class PatchEmbedding(nn.Module):
     """An image -> a map with one position per patch; the image is padded to whole patches."""
 
-    def __init__(self, in_channels: int, channels: int, patch: int):
+    def __init__(self, in_channels: int, channels: int, patch: int, norm: bool = True):
         super().__init__()
         self.patch = patch
         self.proj = nn.Conv2d(in_channels, channels, patch, patch)
-        self.norm = ChannelNorm(channels)
+        self.norm = ChannelNorm(channels) if norm else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         return self.norm(self.proj(pad_to_multiple(image, self.patch, self.patch)))
@@ -163,7 +187,12 @@ class Swin(Backbone):
         self.in_channels, self.features_only = c.in_channels, c.features_only
         self.channels = tuple(c.dim * 2**i for i in range(4))
         self.strides = tuple(c.patch_size * 2**i for i in range(4))
-        self.embed = PatchEmbedding(c.in_channels, c.dim, c.patch_size)
+        self.embed = PatchEmbedding(c.in_channels, c.dim, c.patch_size, c.patch_norm)
+        self.positions: nn.Parameter | None = None
+        if c.absolute_positions is not None:
+            patches = [-(-n // c.patch_size) for n in height_width(c.absolute_positions)]
+            self.positions = nn.Parameter(torch.empty(1, c.dim, *patches))
+            nn.init.trunc_normal_(self.positions, std=0.02)
         rates = iter(drop_path_rates(c.drop_path_rate, sum(c.depths)))
         stages = []
         for i, (depth, heads) in enumerate(zip(c.depths, c.heads, strict=True)):
@@ -185,11 +214,20 @@ class Swin(Backbone):
             init_truncated_normal(self.head)
 
     def feature_maps(self, image: Tensor) -> list[Tensor]:
-        x, maps = self.embed(image), []
+        x, maps = self._placed(self.embed(image)), []
         for stage, norm in zip(self.stages, self.norms, strict=True):
             x = stage(x)
             maps.append(norm(x))
         return maps
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """A map with learned absolute positions, if the model has them."""
+        if self.positions is None:
+            return x
+        positions: Tensor = self.positions
+        if positions.shape[2:] != x.shape[2:]:
+            positions = F.interpolate(positions, x.shape[2:], mode="bicubic", align_corners=False)
+        return x + positions
 
 
 def swin(size: str = "tiny", mixer: str = "attention", **overrides: Any) -> Swin:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .._renamed import renamed_arguments
 from ..layouts import Sizes
 from ..modules.checks import check_tensor
-from .blocks import MIXERS, SIZES, Block, Mixing, mixers_of_blocks
+from .blocks import SIZES, Block, Mixing, mixers_of_blocks
 from .configuration import check_choice, check_positive, configure, head_dim_of, height_width
+from .mixers import for_each_mixer, takes_prefix
 from .pretrained import Pretrained
 from .registry import register_family, register_model
 
@@ -36,14 +37,16 @@ class ViTConfig(Mixing):
         dim, depth, heads: channels of a token, number of blocks, number of heads.
         head_dim: channels of a head; the default is dim / heads.
         mlp_ratio: hidden channels of a block's MLP, as a multiple of dim.
-        pool: what the logits are computed from: "cls", a class token, or "mean", the mean of all
-            tokens. None is "mean" for the mixer "convolution", which has no class token, else
-            "cls".
-        full_last_block: whether the last block computes all tokens although only the class token is
+        pool: what the logits are computed from: "cls", a class token; "mean", the mean of all
+            patches, without a class token; or "all", the mean of a class token and all patches, as
+            the mean of the published code is. None is "cls", but "mean" for the mixer "convolution"
+            and for mixers of your own that take no class token.
+        full_last_block: whether the last block computes all tokens where only the class token is
             read, as the published code does. By default it computes the class token only, and its
             tables have no rows for other queries.
-        mixer, relative, relative_depth, rank, position, learned_positions, window, dilation,
-            buckets, init, conv_kernel_size, dropout, activation_checkpointing: as in `Mixing`.
+        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
+            dilation, buckets, init, conv_kernel_size, dropout, embedding_dropout,
+            projection_dropout, activation_checkpointing: as in `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.
@@ -62,10 +65,10 @@ class ViTConfig(Mixing):
     full_last_block: bool = False
 
     def __post_init__(self) -> None:
-        self.check_mixing(MIXERS)
+        self.check_mixing()
         if self.pool is None:
-            self.pool = "mean" if self.mixer == "convolution" else "cls"
-        check_choice("pool", self.pool, ["cls", "mean"])
+            self.pool = "cls" if takes_prefix(self.mixer) else "mean"
+        check_choice("pool", self.pool, ["cls", "mean", "all"])
         self.image_size, self.patch_size = (
             height_width(self.image_size),
             height_width(self.patch_size),
@@ -119,22 +122,30 @@ class ViT(Pretrained):
         super().__init__()
         self.config = c = config
         self.embed = PatchEmbedding(c.in_channels, height_width(c.patch_size), c.dim)
-        self.prefix = 1 if c.pool == "cls" else 0
+        self.prefix = 0 if c.pool == "mean" else 1
         self.cls_token: nn.Parameter | None = None
         if self.prefix:
             self.cls_token = nn.Parameter(torch.randn(1, 1, c.dim) * 0.02)
         self.positions: nn.Parameter | None = None
         if c.adds_learned_positions:
             self.positions = nn.Parameter(torch.randn(1, *c.grid, c.dim) * 0.02)
+        self.embedding_dropout = nn.Dropout(c.embedding_dropout)
         blocks = []
         for i, mixer in enumerate(mixers_of_blocks(c, c.depth, after="rotary")):
-            last = i == c.depth - 1 and bool(self.prefix) and not c.full_last_block
+            last = i == c.depth - 1 and c.pool == "cls" and not c.full_last_block
             mixer_module = c.make(
                 mixer, c.dim, c.grid, c.heads, c.head_dim,
                 prefix=self.prefix, prefix_queries=last,
             )  # fmt: skip
             blocks.append(
-                Block(c.dim, mixer_module, c.mlp_ratio, c.dropout, c.activation_checkpointing)
+                Block(
+                    c.dim,
+                    mixer_module,
+                    c.mlp_ratio,
+                    c.dropout,
+                    c.activation_checkpointing,
+                    c.projection_dropout,
+                )
             )
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c.dim)
@@ -160,7 +171,7 @@ class ViT(Pretrained):
     def tokens(self, image: Tensor, outputs: list[Tensor] | None = None) -> Tensor:
         """The tokens after the last block and its norm, [batch, tokens, dim].
 
-        A class token comes first. Without `full_last_block` it is the only token.
+        A class token comes first. With pool "cls" and without `full_last_block` it is the only one.
 
         Args:
             image: as in `forward`.
@@ -172,6 +183,7 @@ class ViT(Pretrained):
             x = x + self.positions[:, : grid[0], : grid[1]].flatten(1, 2)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        x = self.embedding_dropout(x)
         for block in self.blocks:
             x = block(x, grid)
             if outputs is not None:
@@ -180,7 +192,7 @@ class ViT(Pretrained):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The features [batch, dim] from the result of `tokens`."""
-        return tokens[:, 0] if self.prefix else tokens.mean(1)
+        return tokens[:, 0] if self.config.pool == "cls" else tokens.mean(1)
 
     def grid_of(self, image: Tensor) -> tuple[int, int]:
         """Patches per axis of an image.
@@ -229,10 +241,15 @@ def vit(
 
 
 register_family("vit", vit, ViTConfig)
-for _mixer in MIXERS:
-    for _size in SIZES:
-        for _patch in (16, 32, 56):
+
+
+def _register_sizes(mixer: str) -> None:
+    for size in SIZES:
+        for patch in (16, 32, 56):
             register_model(
-                f"{_mixer}_vit_{_size}_patch{_patch}_224", vit,
-                size=_size, mixer=_mixer, image_size=224, patch_size=_patch,
+                f"{mixer}_vit_{size}_patch{patch}_224", vit,
+                size=size, mixer=mixer, image_size=224, patch_size=patch,
             )  # fmt: skip
+
+
+for_each_mixer(_register_sizes)

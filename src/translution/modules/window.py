@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class WindowAttention2d(ImageAttention):
         shift: of the windows, less than `window_size`; Swin shifts by half a window in every second
             layer.
         bias: whether the query, key and value projections have a bias.
+        qk_scale: what q · k is multiplied by; None is 1 / sqrt(head_dim).
         device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
@@ -58,6 +60,7 @@ class WindowAttention2d(ImageAttention):
         window_size: int = 7,
         shift: int = 0,
         bias: bool = True,
+        qk_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -71,7 +74,10 @@ class WindowAttention2d(ImageAttention):
             raise ValueError(f"heads: got {heads}, want a divisor of dim {dim}")
         if shift >= window_size:
             raise ValueError(f"shift: got {shift}, want less than window_size {window_size}")
+        if qk_scale is not None and not 0 < qk_scale < math.inf:
+            raise ValueError(f"qk_scale: got {qk_scale}, want a finite number of more than 0")
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.qk_scale = qk_scale
         self.window_size, self.shift = window_size, shift
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # The bias of the keys is the same for all keys and cancels in the softmax, so without a
@@ -94,14 +100,22 @@ class WindowAttention2d(ImageAttention):
         bias = self._bias(rows[0], columns[0])
         if max(rows[1:]) == max(columns[1:]) == 0:
             y = F.scaled_dot_product_attention(
-                q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias.to(q.dtype)[None]
+                q.flatten(0, 1),
+                k.flatten(0, 1),
+                v.flatten(0, 1),
+                bias.to(q.dtype)[None],
+                scale=self.qk_scale,
             ).unflatten(0, q.shape[:2])
         else:
             # Each window has a mask of its own, so windows and heads form one axis of the call.
             seen = _seen((height, width), rows, columns, query.device)[:, None]
             mask = bias.masked_fill(~seen, float("-inf")).flatten(0, 1)
             y = F.scaled_dot_product_attention(
-                q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask.to(q.dtype)[None]
+                q.flatten(1, 2),
+                k.flatten(1, 2),
+                v.flatten(1, 2),
+                mask.to(q.dtype)[None],
+                scale=self.qk_scale,
             ).unflatten(1, q.shape[1:3])
         return self.o_proj(_joined(y, (height, width), rows, columns))
 
@@ -183,6 +197,7 @@ class WindowACmix2d(ACmixBase, WindowAttention2d):
             were trained with it: the convolution runs on the rolled map, where opposite borders
             touch, has no bias, and its channels, ordered (channel, head), are added to the output
             of the attention without reordering.
+        qk_scale: as in `WindowAttention2d`.
         device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
@@ -208,10 +223,13 @@ class WindowACmix2d(ACmixBase, WindowAttention2d):
         bias: bool = True,
         learned_shifts: bool = True,
         published: bool = False,
+        qk_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        WindowAttention2d.__init__(self, dim, heads, window_size, shift, bias, device, dtype)
+        WindowAttention2d.__init__(
+            self, dim, heads, window_size, shift, bias, qk_scale, device, dtype
+        )
         self.published = published
         # Through shifts that are not learned, fc's bias adds one number to all channels, which the
         # layer norm that follows removes.

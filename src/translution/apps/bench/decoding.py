@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ...models import GPT, gpt
-from ...models.blocks import IMAGE_MIXERS, MIXERS
 from ...models.configuration import check_choice
 from ...models.generation import generate
+from ...models.mixers import mixer_names
 from ...modules import RelativeLinear
 from ...modules.attention import check_relative
 from ...modules.cache import Cache
@@ -29,6 +29,7 @@ from ...modules.positions import RelativeBias
 from ...utils.measuring import copy_rate, seconds_in_turn
 from ...utils.tables import console_table
 from ..training.devices import pick_device
+from ..training.imports import import_files
 from .common import check_file, header, keep, machine_line
 
 __all__ = ["Decoding", "bytes_per_token", "main", "measure_decoding", "mixers_named"]
@@ -95,7 +96,7 @@ def mixers_named(text: str) -> list[tuple[str, str]]:
     found = []
     for part in text.split(","):
         mixer, _, relative = part.strip().partition(":")
-        check_choice("mixers", mixer, [name for name in MIXERS if name not in IMAGE_MIXERS])
+        check_choice("mixers", mixer, mixer_names(causal=True))
         if relative and mixer not in TABLES:
             raise ValueError(f"mixers: got {part.strip()!r}, but only {list(TABLES)} have tables")
         found.append((mixer, check_relative(relative) or "qkv"))
@@ -282,12 +283,17 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
     parser.add_argument("--device", default="auto", help="the device: auto, cpu, cuda or mps")
     parser.add_argument("--json", default="", metavar="FILE", help="a file for the rows")
+    parser.add_argument(
+        "--import", action="append", default=[], metavar="FILE", dest="imports",
+        help="a Python file to execute first, which registers mixers; can be repeated",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     try:
         for name, least in (("repeats", 1), ("threads", 0)):
             if getattr(given, name) < least:
                 raise ValueError(f"{name}: got {getattr(given, name)}, want at least {least}")
         check_file("json", given.json)
+        import_files(given.imports)
         device = torch.device(pick_device(given.device))
         cases = [
             Decoding(
@@ -297,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         with torch.device("meta"):
             for case in cases:
-                case.build()  # refuses sizes that do not fit before anything runs
+                case.build().make_caches()  # refuses what does not fit before anything runs
     except ValueError as error:
         parser.error(str(error))
     if given.threads:

@@ -13,6 +13,8 @@ from ...utils.measuring import TrainingStep, seconds
 
 __all__ = ["Step", "measure_step", "published_bytes"]
 
+TABLES = ("translution_", "alpha_")  # begin the names of models whose mixers have tables
+
 
 @dataclass(frozen=True)
 class Step:
@@ -44,7 +46,7 @@ class Step:
         """
         if "_vit_" not in self.model and self.model in list_models():
             raise ValueError(f"model: got {self.model!r}, want a ViT such as alpha_vit_tiny_...")
-        has_tables = self.model.startswith(("translution", "alpha"))
+        has_tables = self.model.startswith(TABLES)
         options = dict(self.options) | ({"relative": self.relative} if has_tables else {})
         return cast(
             ViT, create_model(self.model, activation_checkpointing=self.checkpoint, **options)
@@ -67,7 +69,7 @@ def published_bytes(model: ViT, batch: int) -> int:
         The number of bytes.
     """
     c = model.config
-    tokens = c.grid[0] * c.grid[1] + (1 if c.pool == "cls" else 0)
+    tokens = c.grid[0] * c.grid[1] + (0 if c.pool == "mean" else 1)
     inner = c.heads * c.head_dim
     layers = c.depth if c.relative_depth is None else c.relative_depth
     projections = layers * len(c.relative) if c.mixer == "translution" else 0
@@ -94,14 +96,14 @@ def measure_step(case: Step, device: torch.device, repeats: int) -> dict[str, An
         shape = case.build()
     row: dict[str, Any] = {
         "model": case.model,
-        "relative": shape.config.relative if case.model.startswith(("trans", "alpha")) else None,
+        "relative": shape.config.relative if case.model.startswith(TABLES) else None,
         "batch": case.batch,
         "autocast": str(case.autocast).removeprefix("torch."),
         "weights": str(case.weights).removeprefix("torch."),
         "checkpoint": case.checkpoint,
         "parameters": sum(p.numel() for p in shape.parameters()),
     }
-    if case.model.startswith("translution"):
+    if case.model.startswith("translution_"):
         row["published_bytes"] = published_bytes(shape, case.batch)
     try:
         row |= _run(case, device, repeats)

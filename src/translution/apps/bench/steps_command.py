@@ -17,6 +17,7 @@ from ...models.configuration import check_choice
 from ...modules.attention import check_relative
 from ...utils.tables import console_table
 from ..training.devices import pick_device
+from ..training.import_option import ImportOption
 from .common import DTYPES, check_file, header, ints, keep, machine_line
 from .steps import Step, measure_step
 
@@ -67,6 +68,7 @@ def bench_step(
     json_file: Annotated[
         str, typer.Option("--json", help="A file for the rows, written after each row.")
     ] = "",
+    imports: ImportOption = None,
 ) -> None:
     """Measure the time and memory of one training step of whole image models.
 

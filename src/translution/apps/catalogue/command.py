@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..training.import_option import ImportOption
+
 __all__ = ["models"]
 
 COLUMNS = ("name", "parameters", "multiply-adds", "inference", "training")
@@ -26,6 +28,7 @@ def models(
         int, typer.Option(min=1, help="The batch size for which memory is computed.")
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
+    imports: ImportOption = None,
 ) -> None:
     """List models with their parameters, multiply-adds and memory, without making them.
 
@@ -33,17 +36,22 @@ def models(
     float32. Inference needs the weights and the largest set of tensors that the forward pass holds
     at once. Training with AdamW needs the weights, the gradients, two optimizer states, and the
     tensors that the forward pass keeps for the backward pass. The working memory within an operator
-    and that of the backward pass are not included.
+    and that of the backward pass are not included. The models of --import are counted when they are
+    listed.
     """
     import fnmatch
     import json
 
     from rich.console import Console
 
-    from .table import read_table
+    from .table import counted, read_table
 
     stored = read_table()
     _choose("sort", sort, COLUMNS)
+    if imports:
+        from ...models import list_models
+
+        stored |= {name: counted(name) for name in list_models(pattern) if name not in stored}
     if mixer:
         _choose("mixer", mixer, sorted({one["mixer"] for one in stored.values()}))
     most = parameters(max_parameters) if max_parameters else None

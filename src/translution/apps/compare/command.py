@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ...models.blocks import MIXERS
+from ...models.mixers import MIXERS
+from ..training.import_option import ImportOption
 
 __all__ = ["compare"]
 
@@ -23,9 +24,9 @@ def compare(
         str | None,
         typer.Option(help="The folder of MNIST's four files, which are downloaded if absent."),
     ] = None,
-    mixers: Annotated[str, typer.Option(help=f"One or more of {', '.join(MIXERS)}.")] = (
-        "attention, convolution, acmix, alpha, translution"
-    ),
+    mixers: Annotated[
+        str, typer.Option(help=f"One or more of {', '.join(MIXERS)}, and those of --import.")
+    ] = "attention, convolution, acmix, alpha, translution",
     seeds: Annotated[int, typer.Option(help="The number of seeds.")] = 3,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
@@ -51,6 +52,7 @@ def compare(
     jobs: Annotated[
         int, typer.Option(help="Runs at the same time; 0 takes one per core of a CPU.")
     ] = 0,
+    imports: ImportOption = None,
 ) -> None:
     """Train mixers on the same digits with one budget, and report how they cope with moving.
 
@@ -71,7 +73,7 @@ def compare(
         data, [m.strip() for m in mixers.split(",") if m], learning_rate, data_dir,
         seeds=seeds, seed=seed, steps=steps, batch_size=batch_size, canvas=canvas, patch=patch,
         dim=dim, depth=depth, heads=heads, init=init, train_limit=train_limit,
-        test_limit=test_limit, device=device,
+        test_limit=test_limit, device=device, imports=[str(file) for file in imports or []],
     )  # fmt: skip
     if not compare_in(str(out), experiment, " ".join(["translution", *sys.argv[1:]]), jobs):
         raise typer.Exit(130)

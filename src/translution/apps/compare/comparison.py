@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...models import create_model
-from ...models.blocks import MIXERS, TABLE_MIXERS
 from ...models.configuration import check_choice
+from ...models.mixers import TABLE_MIXERS, mixer_names
 from ...utils.words import MIXER_TITLES
 from ..config import parse, read
 from ..experiments.config import Arm, Experiment
@@ -41,6 +41,7 @@ def comparison(
     learning_rate: float | None = None,
     data_dir: str | None = None,
     init: str | None = None,
+    imports: Sequence[str] = (),
     **options: Any,
 ) -> Experiment:
     """Make an experiment that trains mixers on centred and on moved digits and tests them on both.
@@ -51,6 +52,7 @@ def comparison(
         learning_rate: the largest learning rate; None keeps that of the file.
         init: the initialisation of tables, for the mixers that have tables.
         data_dir: the folder of MNIST's files; None takes a folder in the user's cache.
+        imports: Python files that register mixers; they are executed already.
         options: other options of the command, by their names in `KEYS`; None keeps the value of the
             file.
 
@@ -59,9 +61,13 @@ def comparison(
     """
     check_choice("data", data, list(DATA))
     if not mixers:
-        raise ValueError(f"mixers: got none, want some of {list(MIXERS)}")
+        raise ValueError(f"mixers: got none, want some of {mixer_names()}")
     for mixer in mixers:
-        check_choice("mixers", mixer, list(MIXERS))
+        if mixer not in (names := mixer_names()):
+            raise ValueError(
+                f"mixers: got {mixer!r}, want some of {names}; --import FILE adds those that the "
+                "file registers"
+            )
     if len(set(mixers)) < len(mixers):
         raise ValueError(f"mixers: got {','.join(mixers)}, want each one once")
     if learning_rate is not None and not 0 < learning_rate < 1:
@@ -74,6 +80,8 @@ def comparison(
     changes: dict[str, Any] = {
         KEYS[name]: value for name, value in options.items() if value is not None
     }
+    if imports:
+        changes["base.imports"] = list(imports)
     if data == "mnist":
         changes["base.data.folder"] = str(
             MNIST if data_dir is None else Path(data_dir).expanduser()

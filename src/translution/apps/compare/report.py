@@ -108,7 +108,8 @@ def table_norms(model: ViT) -> list[Content]:
     for number, block in enumerate(model.blocks):
         mixer: Any = block.mixer
         for name, part in mixer.named_children():
-            if not isinstance(part, RelativeLinear) or not mixer.layout.offset_classes:
+            layout = getattr(mixer, "layout", None)  # a mixer of one's own may have none
+            if not isinstance(part, RelativeLinear) or not (layout and layout.offset_classes):
                 continue
             weight = part.weight[: mixer.layout.offset_classes].float().cpu()
             shape = mixer.layout.axis_classes

@@ -4,6 +4,7 @@ A folder contains
     tokenizer.json    the tokenizer
     00000.bin …       the shards, little-endian uint16 or uint32
     index.json        a description; "whole" is true once the last shard is written
+The only shard may also be a file elsewhere, which something else has written (`index_tokens`).
 A file is written under a temporary name and renamed, so it is never there in part.
 """
 
@@ -26,9 +27,9 @@ from tokenizers import Tokenizer
 from ...utils.files import write_whole
 from ..config import Options
 from .documents import Piece
-from .tokenizers import hash_of, save_tokenizer, vocab_size
+from .tokenizers import hash_of, save_tokenizer, token_bytes, vocab_size
 
-__all__ = ["FORMAT", "SHARD", "Index", "Shard", "Shards", "write_shards"]
+__all__ = ["FORMAT", "INDEX", "SHARD", "Index", "Shard", "Shards", "index_tokens", "write_shards"]
 
 FORMAT = 1
 SHARD = 2**25  # tokens
@@ -41,7 +42,8 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 class Shard(Options):
     """One file of tokens.
 
-    name: the file. tokens: how many it has. sha256: a hash of its content.
+    name: the file, in the folder or by its whole path. tokens: how many it has.
+    sha256: a hash of its content.
     bytes: the size in UTF-8 of the pieces of text that begin in it.
     """
 
@@ -223,6 +225,61 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def index_tokens(
+    folder: Path,
+    file: Path,
+    tokenizer: Tokenizer,
+    end: int,
+    advance: Callable[[int], object] = lambda bytes: None,
+) -> Index:
+    """Describe a file of tokens as the only shard of a folder. The file stays where it is.
+
+    Args:
+        folder: where the description is written; it is made if it is missing.
+        file: tokens, little-endian uint16.
+        tokenizer: the one that made them. The bytes of text are counted with it.
+        end: the token after each document.
+        advance: called with the number of bytes of the file that were just read.
+
+    Raises:
+        ValueError: an empty file, one with half a token, or tokens that the tokenizer lacks.
+        OSError: the file cannot be read.
+    """
+    vocab, size = vocab_size(tokenizer), file.stat().st_size
+    dtype = np.dtype(np.uint16).newbyteorder("<")
+    if not size or size % dtype.itemsize:
+        raise ValueError(f"{file}: got {size} bytes, want tokens of {dtype.itemsize} bytes each")
+    counts, digest = np.zeros(2**16, np.int64), hashlib.sha256()
+    tokens: Tokens = np.memmap(file, dtype, "r")
+    for start in range(0, len(tokens), SHARD):
+        part = tokens[start : start + SHARD]
+        counts += np.bincount(part, minlength=len(counts))
+        digest.update(part.data)
+        advance(part.nbytes)
+    used = np.flatnonzero(counts)
+    if used[-1] >= vocab:
+        raise ValueError(
+            f"{file}: got token {used[-1]}, want less than {vocab}; tokenizer must be the one that "
+            "made the file"
+        )
+    shard = Shard(
+        name=str(file.resolve()),
+        tokens=len(tokens),
+        bytes=sum(int(counts[token]) * token_bytes(tokenizer, int(token)) for token in used),
+        sha256=digest.hexdigest(),
+    )
+    index = Index(
+        dtype="uint16", vocab_size=vocab, tokenizer=hash_of(tokenizer), end=end, names=(str(file),),
+        documents=max(1, int(counts[end])) if end < len(counts) else 1, shard=len(tokens),
+        shards=(shard,), whole=True,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, folder / TOKENIZER)
+    text = index.model_dump_json(indent=1)
+    write_whole(folder / INDEX, lambda to: to.write_text(text, "utf-8"))
+    return index
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
@@ -230,7 +287,7 @@ class Shards:
     """The sequence of tokens in a folder. A copy in another process maps the files again.
 
     Args:
-        folder: where `write_shards` wrote.
+        folder: where `write_shards` or `index_tokens` wrote.
         tokenizer: the tokenizer that the shards must come from.
         verify: also check the hash of every shard.
 

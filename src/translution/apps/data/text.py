@@ -30,7 +30,7 @@ from .documents import ENCODING, Piece, Place, Scan, pieces, places, scan
 from .order import seed_of
 from .parts import Part
 from .progress import ByteProgress
-from .shards import FORMAT, SHARD, Shards, write_shards
+from .shards import FORMAT, INDEX, SHARD, Shards, index_tokens, write_shards
 from .text_options import TextOptions
 from .tokenizers import (
     end_token,
@@ -70,6 +70,10 @@ def open_text(
         ValueError: wrong sources, tokenizer or shards; the message names them.
         OSError: a file that cannot be read or written.
     """
+    if options.format == "tokens":
+        tokenizer = tokenizer or make_tokenizer(options.tokenizer)
+        folder = _tokens_of(options, part, tokenizer, progress)
+        return Windows(options, part, seed, tokenizer, Shards(folder, tokenizer, options.verify))
     text = _documents_of(options, part, seed, progress)
     tokenizer = tokenizer or _tokenizer(options, seed, progress)
     end = end_token(tokenizer, options.tokenizer.end)
@@ -87,6 +91,24 @@ def open_text(
             check=text.check_unchanged,
         )
     return Windows(options, part, seed, tokenizer, Shards(folder, tokenizer, options.verify))
+
+
+def _tokens_of(options: TextOptions, part: Part, tokenizer: Tokenizer, progress: bool) -> Path:
+    """The folder that describes a part's file of tokens, which is read if it has changed."""
+    (name,) = getattr(options, part) or (None,)
+    if name is None:
+        raise ValueError(f"{part}: got none, want a file of tokens")
+    file = Path(name).expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f"{part}: there is no file {name}")
+    end, state = end_token(tokenizer, options.tokenizer.end), file.stat()
+    stamp = str(file), state.st_size, state.st_mtime_ns
+    folder = options.root / _key(stamp, hash_of(tokenizer), end, FORMAT)
+    title = f"Reading {part}"
+    with _locked(folder), ByteProgress(title, state.st_size, progress) as advance:
+        if not (folder / INDEX).exists():
+            index_tokens(folder, file, tokenizer, end, advance)
+    return folder
 
 
 class Windows(torch.utils.data.Dataset[Tensor]):

@@ -19,6 +19,7 @@ KEYS = {
     "files": {"suffixes", "documents"},
     "parquet": {"text_column"},
     "hub": {"text_column", "name", "subset", "revision"},
+    "tokens": set[str](),
 }
 
 Several = Annotated[
@@ -31,8 +32,10 @@ Several = Annotated[
 class TextOptions(Options):
     """Where text comes from, and how it becomes sequences of tokens.
 
-    format: "files" (text files, also gzip), "parquet" (a column of documents) or "hub" (a data set
-        of the Hugging Face hub).
+    format: "files" (text files, also gzip), "parquet" (a column of documents), "hub" (a data set of
+        the Hugging Face hub) or "tokens" (one file per part with tokens alone, uint16 and
+        little-endian, such as nanoGPT's train.bin and val.bin). Tokens need `valid`, and the
+        tokenizer that made them.
     train, valid, test: one or a list of files, folders or globs; for "hub", names of splits.
         Relative paths start at the working directory. Without `valid`, the share `holdout` of the
         training documents is held out for validation.
@@ -53,7 +56,7 @@ class TextOptions(Options):
     """
 
     kind: Literal["text"] = "text"
-    format: Literal["files", "parquet", "hub"] = "files"
+    format: Literal["files", "parquet", "hub", "tokens"] = "files"
     train: Several
     valid: Several | None = None
     test: Several | None = None
@@ -86,6 +89,8 @@ class TextOptions(Options):
         for key, others in (("valid", self.train), ("test", self.train + (self.valid or ()))):
             if same := [value for value in getattr(self, key) or () if value in others]:
                 raise ValueError(f"{key}: got {same[0]!r}, want other text than the parts before")
+        if self.format == "tokens":
+            self._check_tokens()
         if wrong := [s for s in self.suffixes if not s.startswith(".") or s != s.lower()]:
             raise ValueError(f"suffixes: got {wrong[0]!r}, want such as '.txt', in lower case")
         try:
@@ -95,6 +100,19 @@ class TextOptions(Options):
                 f"documents: got {self.documents!r}, want 'file' or a regular expression ({error})"
             ) from None
         return self
+
+    def _check_tokens(self) -> None:
+        for key in ("train", "valid", "test"):
+            files = getattr(self, key)
+            if files is None and key == "valid":
+                raise ValueError("valid: is missing; format 'tokens' has no documents to hold out")
+            if files is not None and len(files) > 1:
+                raise ValueError(f"{key}: got {list(files)}, want one file with format 'tokens'")
+        if "tokenizer" not in self.model_fields_set or self.tokenizer.is_trained:
+            raise ValueError(
+                "tokenizer: want the one that made the tokens, of kind 'file', 'hub' or 'bytes', "
+                "with format 'tokens'"
+            )
 
     @property
     def root(self) -> Path:

@@ -22,6 +22,7 @@ __all__ = [
     "load_tokenizer",
     "make_tokenizer",
     "save_tokenizer",
+    "token_bytes",
     "vocab_size",
 ]
 
@@ -124,6 +125,15 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def vocab_size(tokenizer: Tokenizer) -> int:
     """The number of rows that an embedding needs: one more than the largest token."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> int:
+    """The number of bytes of UTF-8 that a token stands for; 0 for special tokens."""
+    text = tokenizer.decode([token], skip_special_tokens=True)
+    name = tokenizer.id_to_token(token) or ""
+    if text and isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return len(name)  # a character for each byte
+    return len(text.encode())
 
 
 def end_token(tokenizer: Tokenizer, end: str) -> int:

@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from ..training.import_option import ImportOption
+
 __all__ = ["demo"]
 
 
@@ -28,6 +30,7 @@ def demo(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
+    imports: ImportOption = None,
 ) -> None:
     """A page to try what the mixers do, on digits that move and on text: translution demo [RUN...]
 

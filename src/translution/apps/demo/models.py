@@ -226,7 +226,8 @@ def _rank(path: Path) -> tuple[bool, int, str]:
 
 def _open(path: Path, name: str) -> DigitModel | TextModel:
     checkpoint: Checkpoint = open_checkpoint(path)
-    config = parse(Config, checkpoint.config, str(path))
+    # the model is made already, and a checkpoint's own imports are not executed
+    config = parse(Config, checkpoint.config | {"imports": []}, str(path))
     data, model = config.data, checkpoint.model
     mixer = model.config.mixer if isinstance(model, ViT | GPT) else config.model.name
     title = MIXER_TITLES.get(mixer, mixer)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..training.import_option import ImportOption
+
 __all__ = ["experiment"]
 
 
@@ -36,6 +38,7 @@ def experiment(
     report: Annotated[
         bool, typer.Option(help="Write the results of finished runs, and train nothing.")
     ] = False,
+    imports: ImportOption = None,
 ) -> None:
     """Train rows alike over several seeds: translution experiment FILE [--base.key=value ...].
 
@@ -53,7 +56,7 @@ def experiment(
     from .report import write_results
     from .runs import Runs
 
-    found = load_experiment(file, context.args)
+    found = load_experiment(file, context.args, imports)
     chosen = rows.split(";") if rows is not None else list(found.rows)
     wanted = budgets.split(",")
     for name, values, have in (("--rows", chosen, found.rows), ("--budgets", wanted, BUDGETS)):

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from ..config import Options, Seed, parse, read
 from ..training.config import Config
+from ..training.imports import with_imports
 
 __all__ = [
     "BUDGETS",
@@ -193,18 +194,24 @@ class Experiment(Options):
         return parse(Config, self.base, name, changes)
 
 
-def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    path: Path, changes: Sequence[str] = (), imports: list[Path] | None = None
+) -> Experiment:
     """Read an experiment from a YAML file.
 
     Args:
         path: the file.
         changes: changes of its keys, such as "base.train.steps=100".
+        imports: further files for `base.imports`.
 
     Raises:
         ValueError: a key is unknown or has a wrong value; the message names the file and the key.
         OSError: a file cannot be read.
     """
-    return parse(Experiment, _extended(path), str(path), changes)
+    content = _extended(path)
+    if isinstance(content.get("base"), dict):
+        content["base"] = with_imports(content["base"], imports)
+    return parse(Experiment, content, str(path), changes)
 
 
 def _extended(path: Path, behind: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from .import_option import ImportOption
+from .imports import with_imports
+
 __all__ = ["evaluate", "train"]
 
 # The devices of a run are those of its training; an evaluation needs one.
@@ -23,6 +26,7 @@ def train(
     show: Annotated[
         bool, typer.Option("--print", help="Print the configuration with all defaults and stop.")
     ] = False,
+    imports: ImportOption = None,
 ) -> None:
     """Train a model from a configuration: translution train CONFIG [--key=value ...].
 
@@ -30,11 +34,12 @@ def train(
     --out=runs/alpha. The run's folder gets config.yaml, metrics.csv, TensorBoard's files and
     checkpoints. CONFIG may also be the folder of a run.
     """
-    from ..config import load
+    from ..config import parse, read
     from .config import Config, config_file
     from .data import Parts
 
-    loaded = load(Config, config_file(config), context.args)
+    file = config_file(config)
+    loaded = parse(Config, with_imports(read(file), imports), str(file), context.args)
     if show:
         typer.echo(loaded.print_complete(), nl=False)
         return
@@ -70,11 +75,13 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint's.")],
     part: Annotated[str, typer.Option(help="valid or test.")] = "valid",
     json: Annotated[Path | None, typer.Option(help="Also write the metrics to this file.")] = None,
+    imports: ImportOption = None,
 ) -> None:
     """Measure a checkpoint: translution evaluate CHECKPOINT [--key=value ...].
 
     The data are those of the run, or others with keys such as --data.valid=FILES. One device is
     used, unless --train.devices asks for more. A run's folder stands for its best checkpoint.
+    --import replaces the files that the run imported.
     """
     import json as json_module
 
@@ -96,7 +103,8 @@ def evaluate(
         )
     path = find_checkpoint(checkpoint)
     saved = read_description(path)
-    found = parse(Config, saved.config or {}, str(path), [*ONE_DEVICE, *context.args])
+    content = with_imports((saved.config or {}) | ({"imports": []} if imports else {}), imports)
+    found = parse(Config, content, str(path), [*ONE_DEVICE, *context.args])
     try:
         metrics = run(path, part, found)  # type: ignore[arg-type]
     except Diverged as error:

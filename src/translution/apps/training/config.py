@@ -265,7 +265,8 @@ class TrainOptions(Options):
 class Config(Options):
     """The configuration of one run.
 
-    imports: Python files that register models (`translution.models.registry.register_family`).
+    imports: Python files that register mixers (`translution.register_mixer`) or models
+        (`translution.models.registry.register_family`); --import adds one.
         They are executed before the configuration is read further, and in each process of the run.
     out: the folder of the run. null is a folder in runs/ with the name of the configuration's file.
     seed: decides all random numbers.

@@ -13,6 +13,7 @@ import typer
 
 from ...models.generation import generate as continued
 from ...models.language_model import GPT
+from .import_option import ImportOption
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,6 +57,7 @@ def generate(
         bool, typer.Option(help="Keep keys and values. Without, every token computes all again.")
     ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    imports: ImportOption = None,
 ) -> None:
     """Continue a text with a trained language model."""
     from .checkpoints import open_checkpoint

@@ -1,4 +1,4 @@
-"""Python files that register models, which a configuration names."""
+"""Python files that register mixers or models, which a configuration or a command names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["import_files"]
+__all__ = ["import_files", "with_imports"]
 
 
 def import_files(files: Sequence[str]) -> Sequence[str]:
@@ -41,3 +42,13 @@ def import_files(files: Sequence[str]) -> Sequence[str]:
             said = " ".join(str(error).split())
             raise ValueError(f"{name}: {type(error).__name__}: {said}") from None
     return files
+
+
+def with_imports(content: dict[str, Any], files: list[Path] | None) -> dict[str, Any]:
+    """Return the content of a configuration with further files in its key `imports`."""
+    if not files:
+        return content
+    named = content.get("imports") or []
+    if not isinstance(named, list):  # the configuration refuses it
+        return content
+    return content | {"imports": list(dict.fromkeys([*named, *map(str, files)]))}

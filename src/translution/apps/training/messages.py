@@ -149,7 +149,8 @@ def next_commands(config: Config, folder: Path, parts: Parts) -> str:
     if config.data.kind == "text":
         prompt = _prompt(text) if isinstance(text, Windows) else ""
         use = f"generate {run} --prompt {shlex.quote(prompt or 'Once')}"
-    commands = [f"evaluate {run}", use, f"share {run} FOLDER"]
+    imported = "".join(f" --import {shlex.quote(file)}" for file in config.imports)
+    commands = [f"evaluate {run}", use + imported, f"share {run} FOLDER{imported}"]
     return "\n".join(["Next:", *(f"  translution {command}" for command in commands)])
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .import_option import ImportOption
+
 __all__ = ["predict"]
 
 
@@ -21,6 +23,7 @@ def predict(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    imports: ImportOption = None,
 ) -> None:
     """Classify images: translution predict CHECKPOINT IMAGE...
 

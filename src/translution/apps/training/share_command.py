@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["share"]
+from .import_option import ImportOption
+
+__all__ = ["check_shared", "share"]
 
 
 def share(
@@ -17,6 +19,7 @@ def share(
         str | None, typer.Option(help="Then upload the folder to the Hub as owner/name.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository there private.")] = False,
+    imports: ImportOption = None,
 ) -> None:
     """Write a trained model as a folder to share: weights, configuration and model card.
 
@@ -24,15 +27,24 @@ def share(
     """
     from .checkpoints import open_checkpoint
 
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"FOLDER: got the file {folder}, want a folder")
-    if (folder / "checkpoints").exists() or (folder / "checkpoint.json").exists():
-        raise ValueError(f"FOLDER: {folder} belongs to a run, want another folder")
+    check_shared(folder)
     opened = open_checkpoint(checkpoint)
     opened.export(folder)
     typer.echo(f"{opened.path}, step {opened.step}: written to {folder}")
     if push is not None:
         typer.echo(_send(folder, push, private))
+
+
+def check_shared(folder: Path) -> None:
+    """Check that a model may be saved into a folder.
+
+    Raises:
+        ValueError: it is a file, or belongs to a run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"FOLDER: got the file {folder}, want a folder")
+    if (folder / "checkpoints").exists() or (folder / "checkpoint.json").exists():
+        raise ValueError(f"FOLDER: {folder} belongs to a run, want another folder")
 
 
 def _send(folder: Path, name: str, private: bool) -> str:

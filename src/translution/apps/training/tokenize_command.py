@@ -7,23 +7,28 @@ from typing import Annotated
 
 import typer
 
+from .import_option import ImportOption
+from .imports import with_imports
+
 __all__ = ["tokenize"]
 
 
 def tokenize(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="A YAML file of a language model.")],
+    imports: ImportOption = None,
 ) -> None:
     """Tokenise the text of a configuration ahead: translution tokenize CONFIG [--key=value ...].
 
     Training does this too if it has not been done, but an accelerator then waits for it. After an
     interruption the command continues where it was.
     """
-    from ..config import load
+    from ..config import parse, read
     from ..data.text import Part, open_text
     from .config import Config, config_file
 
-    loaded = load(Config, config_file(config), context.args)
+    file = config_file(config)
+    loaded = parse(Config, with_imports(read(file), imports), str(file), context.args)
     if loaded.data.kind != "text":
         raise ValueError(f"{config}: data.kind is {loaded.data.kind!r}, want 'text'")
     parts: list[Part] = ["train"]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ...modules.attention import Attention
 from . import acmix, layers, models  # noqa: F401  (each registers its modules with `entries`)
 from .entry import Entry, Options, entries
+from .inference import PublishedModel, infer_published
 from .source import read
 
-__all__ = ["export_published", "load_published"]
+__all__ = ["PublishedModel", "export_published", "infer_published", "load_published"]
 
 
 def load_published(
@@ -41,9 +42,8 @@ def load_published(
     uses. A published ViT has a learned position for its class token, which is added to the token.
 
     Some settings of the published code leave no trace in the weights, so a file cannot show that
-    the module has others: the version of Translution's code (`exchanged`), and `qk_scale` of Swin.
-    Swin here uses 1 / sqrt(head_dim), as qk_scale=None does. If a model was trained with another
-    qk_scale, multiply its weights and bias of q by qk_scale · sqrt(head_dim) after loading.
+    the module has others: the version of Translution's code (`exchanged`), pool of a ViT, and
+    `qk_scale` of Swin. Make the module with those that the published model had.
 
     Args:
         module: a layer, a block or a whole model, made with the same options as the published one.

@@ -141,6 +141,8 @@ def _swin(model: Any, options: Options) -> Iterator[Entry]:
     _check_head(model)
     yield from same_names("patch_embed", model.embed)
     sizes = _map_sizes(model, options.image_size)
+    if model.positions is not None:
+        yield _absolute_positions(model.positions, sizes[0])
     for s, (stage, size) in enumerate(zip(model.stages, sizes, strict=True)):
         blocks = [part for part in stage if isinstance(part, Block)]
         own = dataclasses.replace(options, map_size=size)
@@ -154,6 +156,21 @@ def _swin(model: Any, options: Options) -> Iterator[Entry]:
             yield from same_names(f"layers.{s - 1}.downsample.norm", stage[0].norm)
     yield from same_names("norm", model.norms[3])
     yield from same_names("head", model.head)
+
+
+def _absolute_positions(positions: Tensor, size: int) -> Entry:
+    dim, height, width = positions.shape[1:]
+    if (height, width) != (size, size):
+        raise ValueError(
+            f"absolute_positions: got those of {height}×{width} patches, want {size}×{size}, as "
+            "image_size says"
+        )
+    return Entry(
+        "absolute_pos_embed",
+        (1, size * size, dim),
+        lambda x: [(positions, x.mT.unflatten(2, (size, size)))],
+        lambda: positions.detach().flatten(2).mT.clone(memory_format=torch.contiguous_format),
+    )
 
 
 def _map_sizes(model: Any, image_size: int) -> list[int]:

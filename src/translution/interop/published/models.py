@@ -26,10 +26,10 @@ STEMS = {
 @entries.register(ViT)
 def _vit(model: Any, options: Options) -> Iterator[Entry]:
     stem = _stem(model)
-    if model.config.pool != "cls":
+    if model.config.pool == "mean":
         raise ValueError(
-            f"pool: got {model.config.pool!r}, want 'cls'; the published mean includes the class "
-            "token, which this model does not have"
+            "pool: got 'mean', want 'cls' or 'all'; the published mean includes the class token, "
+            "which this model does not have"
         )
     if stem == "transformer" and model.positions is None:
         raise ValueError(
@@ -70,6 +70,8 @@ def _gpt(model: Any, options: Options) -> Iterator[Entry]:
             "relative_depth: got a GPT with some blocks of ordinary attention, want all blocks "
             "relative; the published one has no causal mask in those blocks, and ours has"
         )
+    if model.config.tie_head:
+        raise ValueError("tie_head: got True, want False; the published head has its own weight")
     norms = list(model.norm) if isinstance(model.norm, nn.Sequential) else [model.norm]
     if len(norms) != 2:
         raise ValueError(
