@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from translution.apps.config import load
-from translution.apps.training.checkpoints import latest
+from translution.apps.training.checkpoints import open_checkpoint
 from translution.apps.training.config import Config
 from translution.apps.training.data import Data
-from translution.models.pretrained import from_pretrained
 from translution.modules import RelativeLinear
 from translution.utils.files import write_whole
 
@@ -60,10 +59,8 @@ def accuracy(model: torch.nn.Module, data: Data) -> float:
 def measure(run: Path, changes: list[str]) -> dict[str, Any]:
     """The spectrum of each table of a run, and the accuracy with fewer bases."""
     config = load(Config, run / "config.yaml", changes)
-    checkpoint = latest(run / "checkpoints")
-    assert checkpoint is not None, f"{run}: the run was not kept"
-    model, data = from_pretrained(checkpoint), Data(config)
-    heads = model.config.heads
+    model: Any = open_checkpoint(run).model.eval()
+    data, heads = Data(config), model.config.heads
     tables = {n: m for n, m in model.named_modules() if isinstance(m, RelativeLinear)}
     whole = {name: table.weight.detach().clone() for name, table in tables.items()}
     found: dict[str, Any] = {"whole": accuracy(model, data), "accuracy": {}, "energy": {}}
