@@ -1,7 +1,7 @@
 """How many matrices does a trained table have? Each is a mixture of a few bases if few suffice.
 
     translution experiment experiments/screen-digits.yaml --rows "full tables qkv" --keep
-    python experiments/spectrum.py --data.folder=FOLDER --picture=docs/images/spectrum.png \\
+    python experiments/spectrum.py --folder=FOLDER --picture=docs/images/spectrum.png \\
         runs/experiments/screen-digits/steps-full-tables-qkv-0.002-0/run
 
 For each table and head, the matrices of all offset classes are the rows of one matrix, whose
@@ -103,9 +103,10 @@ def draw(found: dict[str, Any], file: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--folder", required=True, help="The folder of MNIST.")
     parser.add_argument("--picture", type=Path)
-    given, rest = parser.parse_known_args()
-    result = measure(given.run, rest)
+    given = parser.parse_args()
+    result = measure(given.run, [f"data.folder={given.folder}"])
     print(json.dumps(result, indent=1))
     if given.picture:
         draw(result, given.picture)
