@@ -41,11 +41,15 @@ class Rows(NamedTuple):
     keys: int
 
 
+MANY = 1 << 20
+"""A batch in which calls cost nothing, so that the count of a sample is the same in every batch."""
+
+
 @functools.lru_cache
-def _rows(layout: str, query: per_token.Size, key: per_token.Size, heads: int, batch: int) -> Rows:
+def _rows(layout: str, query: per_token.Size, key: per_token.Size, heads: int) -> Rows:
     parsed, cpu = Layout.parse(layout), torch.device("cpu")
     pairs = int((parsed.index >= 0).sum())
-    if not per_token.pays(parsed, query, key, heads, batch, cpu):
+    if not per_token.pays(parsed, query, key, heads, MANY, cpu):
         return Rows(pairs, pairs, pairs)
     counts = per_token.counts_of(parsed, cpu)
     return Rows(pairs, counts.queries, counts.keys)
@@ -57,7 +61,7 @@ def _size(table: Any) -> per_token.Size:
 
 def _scores(xq, xk, wq, wk, bq, bk, heads, scale, layout, *_, **__) -> int:  # type: ignore[no-untyped-def]
     inner = xq[2] if wq is None else wq[2]
-    rows = _rows(layout, _size(wq), _size(wk), heads, xq[0])
+    rows = _rows(layout, _size(wq), _size(wk), heads)
     queries = 0 if wq is None else rows.queries * xq[2]
     keys = 0 if wk is None else rows.keys * xk[2]
     return 2 * xq[0] * inner * (rows.pairs + queries + keys)
@@ -66,7 +70,7 @@ def _scores(xq, xk, wq, wk, bq, bk, heads, scale, layout, *_, **__) -> int:  # t
 def _scores_backward(grad: Any, *given: Any, **_: Any) -> int:
     xq, xk, wq, wk, _, _, heads, _, layout, _, wanted = given
     inner = xq[2] if wq is None else wq[2]
-    rows, products = _rows(layout, _size(wq), _size(wk), heads, xq[0]), 0
+    rows, products = _rows(layout, _size(wq), _size(wk), heads), 0
     for x, w, projected, to_x, to_w in (
         (xq, wq, rows.queries, wanted[0], wanted[2]),
         (xk, wk, rows.keys, wanted[1], wanted[3]),
@@ -78,12 +82,12 @@ def _scores_backward(grad: Any, *given: Any, **_: Any) -> int:
 
 
 def _mix(a, x, w, b, layout, *_, **__) -> int:  # type: ignore[no-untyped-def]
-    rows = _rows(layout, None, _size(w), a[1], x[0])
+    rows = _rows(layout, None, _size(w), a[1])
     return 2 * x[0] * w[2] * (rows.pairs + rows.keys * x[2])
 
 
 def _mix_backward(grad, a, x, w, b, layout, backend, wanted, **_) -> int:  # type: ignore[no-untyped-def]
-    (to_a, to_x, to_w, _), rows = wanted, _rows(layout, None, _size(w), a[1], x[0])
+    (to_a, to_x, to_w, _), rows = wanted, _rows(layout, None, _size(w), a[1])
     products = (to_a + bool(to_x or to_w)) * rows.pairs + (to_x + to_w) * x[2] * rows.keys
     return 2 * x[0] * w[2] * products
 
