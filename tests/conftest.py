@@ -145,7 +145,8 @@ def own_names():
     from translution.models import mixers, registry
     from translution.utils.words import MIXER_TITLES
 
-    known = [(names, dict(names)) for names in (mixers._OWN, registry._MODELS, MIXER_TITLES)]
+    places = mixers._OWN, registry._MODELS, registry._FAMILIES, MIXER_TITLES
+    known = [(names, dict(names)) for names in places]
 
     def forget():
         for names, before in known:

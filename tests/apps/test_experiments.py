@@ -22,6 +22,7 @@ from translution.apps.experiments.results import Results
 from translution.apps.experiments.runs import Runs
 from translution.utils.tables import markdown_table
 
+pytestmark = pytest.mark.usefixtures("own_names")  # some experiments import models
 ROOT = Path(__file__).parents[2]
 CONTENT = {
     "title": "Tiny",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import yaml
 
@@ -40,7 +38,7 @@ train: {steps: 2, batch_size: 16, device: cpu}
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
+def recipe(tmp_path, monkeypatch, own_names):
     """A recipe with a model of its own, in the working directory, and the name of the model."""
     monkeypatch.chdir(tmp_path)
     name = f"new_{abs(hash(tmp_path))}"  # the registry refuses a name that it has already
@@ -49,8 +47,7 @@ def recipe(tmp_path, monkeypatch):
     content["imports"] = [f"{name}.py"]
     content["model"]["name"] = name
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
-    yield name
-    sys.modules.pop(f"translution_import_{name}", None)
+    return name
 
 
 def test_a_recipe_with_a_model_of_its_own(recipe):
@@ -75,7 +72,7 @@ def test_in_other_processes(recipe, tmp_path):
     assert len(list((tmp_path / "runs").glob("experiment/*/result.json"))) == 2
 
 
-def test_refusals(tmp_path, monkeypatch):
+def test_refusals(tmp_path, monkeypatch, own_names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
     (tmp_path / "text.txt").write_text("words")
@@ -91,7 +88,6 @@ def test_refusals(tmp_path, monkeypatch):
     assert import_files(["good.py", "good.py"]) == ["good.py", "good.py"]
     with pytest.raises(ValueError, match=r"^other/good.py: .*/good.py has that name too"):
         import_files(["other/good.py"])
-    del sys.modules["translution_import_good"]
 
 
 def test_a_configuration_names_the_key(recipe, tmp_path):

@@ -58,23 +58,34 @@ def mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
 
 
 def _shares_classes(layout: Layout) -> bool:
-    """Whether there is one query, and several keys may have one class."""
-    return layout.n_queries == 1 and layout.single_query is None and layout.buckets is not None
+    """Whether the last token of a text is the only query, and several keys may have one class."""
+    whole = layout.causal and not layout.prefix and layout.keys is None and layout.shard is None
+    last = layout.queries == (layout.tokens - 1,)
+    return whole and last and layout.single_query is None and layout.buckets is not None
+
+
+def _seen_classes(layout: Layout) -> int:
+    """How many classes have a key: they are the first ones of the table."""
+    most = (layout.tokens - 1) // layout.dilation[0]
+    if layout.window is not None and layout.window[0] is not None:
+        most = min(most, layout.window[0])
+    return 1 + sum(start <= most for start in layout.bucket_starts(0))
 
 
 def _shared_scores(query: Operand, key: Operand, layout: Layout, heads: int) -> Tensor:
     x = autocast(key.x)
-    q = _projected(query._replace(x=autocast(query.x).transpose(0, 1)), layout.classes)
+    count = _seen_classes(layout)
+    q = _projected(query._replace(x=autocast(query.x).transpose(0, 1)), count)
     if q.dtype in HALF:
         q, x = q.float(), x.float()
-    q = q.expand(layout.classes, -1, -1).unflatten(-1, (heads, -1))  # [classes, batch, heads, D]
+    q = q.expand(count, -1, -1).unflatten(-1, (heads, -1))  # [classes, batch, heads, D]
     if key.weight is None:
         by_class = torch.einsum("kbhd,bnhd->kbhn", q, x.unflatten(-1, (heads, -1)))
     else:
-        matrices = key.weight.to(x.dtype).unflatten(-1, (heads, -1))
+        matrices = key.weight[:count].to(x.dtype).unflatten(-1, (heads, -1))
         by_class = torch.einsum("kbhd,kchd->kbhc", q, matrices) @ x.mT
         if key.bias is not None:
-            bias = key.bias.to(x.dtype).unflatten(-1, (heads, -1))
+            bias = key.bias[:count].to(x.dtype).unflatten(-1, (heads, -1))
             by_class = by_class + torch.einsum("kbhd,khd->kbh", q, bias)[..., None]
     index = layout_index(x, layout)
     s = by_class.gather(0, index.clamp(min=0).expand(1, *by_class.shape[1:]))[0]
@@ -84,15 +95,16 @@ def _shared_scores(query: Operand, key: Operand, layout: Layout, heads: int) -> 
 def _shared_mix(a: Tensor, value: Operand, layout: Layout) -> Tensor:
     assert value.weight is not None
     x = autocast(value.x)
-    classes = torch.arange(layout.classes, device=x.device)[:, None]
+    count = _seen_classes(layout)
+    classes = torch.arange(count, device=x.device)[:, None]
     elsewhere = layout_index(x, layout) != classes
     weights = a.masked_fill(elsewhere, 0.0)  # [batch, heads, classes, keys]
     mixed = weights.flatten(1, 2).to(x.dtype) @ x
     mixed = mixed.unflatten(1, (a.shape[1], -1))
-    matrices = value.weight.to(x.dtype).unflatten(-1, (a.shape[1], -1))
+    matrices = value.weight[:count].to(x.dtype).unflatten(-1, (a.shape[1], -1))
     y = torch.einsum("bhkc,kchd->bhd", mixed, matrices)
     if value.bias is not None:
-        bias = value.bias.to(x.dtype).unflatten(-1, (a.shape[1], -1))
+        bias = value.bias[:count].to(x.dtype).unflatten(-1, (a.shape[1], -1))
         y = y + torch.einsum("bhk,khd->bhd", weights.sum(-1).to(x.dtype), bias)
     return y.flatten(1)[:, None]
 
