@@ -215,12 +215,10 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
     if len(points) < 2 or e.axis is not None:
         return False
     points.sort(key=lambda point: point[2].steps * facts[point[0]]["step_ms"])
-    first_row = next(iter(e.rows))
-    unit = {
-        fact: facts[first_row][fact]
-        * min(cell.steps for row, _, cell in points if row == first_row)
-        for fact in names
-    }
+    drawn = {row for row, _, _ in points}
+    first_row = next(row for row in e.rows if row in drawn)
+    steps = min(cell.steps for row, _, cell in points if row == first_row)
+    unit = {fact: facts[first_row][fact] * steps for fact in names}
     with matplotlib.rc_context(STYLE):
         size = 4.6 * len(names) + 3.2, max(4.2, 0.6 + 0.17 * len(points))
         figure, axes = panels(1, len(names) + 1, size, width_ratios=[4.6] * len(names) + [3.2])
