@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
+from test_transformers_door import BACKBONES as SOME_BACKBONES
+from test_transformers_door import GPT, VIT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -30,14 +32,7 @@ from translution.interop.transformers import (
 )
 from translution.models.blocks import IMAGE_MIXERS, MIXERS
 
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-VIT = {"image_size": 8, "patch_size": 4, "dim": 12, "depth": 2, "heads": 2}
-GPT = {"context": 16, "vocab_size": 13, "dim": 12, "depth": 2, "heads": 2}
-BACKBONES = {
-    "acmix_resnet26": {"dim": 8, "heads": 2},
-    "acmix_pvt_tiny": {"depths": (1,) * 4, "dims": (8,) * 4, "heads": (1,) * 4, "image_size": 32},
+BACKBONES = SOME_BACKBONES | {
     "swin_tiny": {"dim": 8, "heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
 }
 CAUSAL = [mixer for mixer in MIXERS if mixer not in IMAGE_MIXERS]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...caches import cached
 from ...layouts import Layout
 
-__all__ = ["ELEMENTS", "Group", "Order", "Segment", "groups", "order_of", "sum_dtype"]
+__all__ = ["ELEMENTS", "Gradients", "Group", "Order", "Segment", "groups", "order_of", "sum_dtype"]
 
 ELEMENTS = 98304
 """How many numbers (rows · channels) a group has, about. This is enough that the work around the
@@ -32,6 +32,32 @@ the cost of each call counts."""
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of this dtype are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Gradients:
+    """The gradients of one side of the pairs.
+
+    Attributes:
+        x, weight, bias: as in `Operand`; None where they are not wanted.
+    """
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient of this side is wanted."""
+        return not (self.x is None and self.weight is None and self.bias is None)
+
+    @staticmethod
+    def returned(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+        """The gradients as a registered operator returns them.
+
+        It returns tensors, and no tensor twice. So each unwanted gradient is an empty tensor of its
+        own, of the dtype and device of `like`.
+        """
+        return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 # -- The order in which the pairs are computed -----------------------------------------------------

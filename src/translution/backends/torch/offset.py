@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ...layouts import Layout
 from ...operands import Operand
-from .groups import ELEMENTS, Group, Order, Segment, groups, order_of, sum_dtype
+from .groups import ELEMENTS, Gradients, Group, Order, Segment, groups, order_of, sum_dtype
 
 __all__ = ["mix", "mix_backward", "scores", "scores_backward", "sum_dtype"]
 
@@ -91,7 +91,7 @@ class Side:
         return out
 
 
-class SideGrad:
+class SideGrad(Gradients):
     """The gradients of a `Side`, to which `add` adds group by group.
 
     Gradients of tokens are summed in `sum_dtype` and rounded once at the end. Gradients of a table
@@ -111,11 +111,6 @@ class SideGrad:
         self.weight = _empty_like(side.weight) if weight else None
         self.bias = _empty_like(side.bias) if bias else None
         self.carry: dict[str, Tensor] = {}
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any gradient of this side is wanted."""
-        return not (self.x is None and self.weight is None and self.bias is None)
 
     def add(self, group: Group, rows: Tensor, grad: Tensor) -> None:
         """Add what the rows of a group contribute.
@@ -173,12 +168,7 @@ class SideGrad:
                 else:
                     table.zero_()
         x = None if self.x is None else self.x.transpose(0, 1).to(self.side.x.dtype).contiguous()
-        # A registered operator returns tensors, and no tensor twice. So each unwanted gradient is
-        # an empty tensor of its own.
-        return tuple(
-            self.side.x.new_empty(0) if grad is None else grad
-            for grad in (x, self.weight, self.bias)
-        )
+        return self.returned(self.side.x, x, self.weight, self.bias)
 
 
 def _empty_like(table: Tensor | None) -> Tensor | None:

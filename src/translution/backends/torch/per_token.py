@@ -27,7 +27,7 @@ from torch import Tensor
 from ...caches import cached
 from ...layouts import Layout
 from ...operands import Operand
-from .groups import sum_dtype
+from .groups import Gradients, sum_dtype
 
 __all__ = ["Size", "counts_of", "mix", "mix_backward", "never", "pays", "scores", "scores_backward"]
 
@@ -233,7 +233,7 @@ class Side:
         return by_head.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
 
 
-class SideGrad:
+class SideGrad(Gradients):
     """The gradients of a `Side`, to which `add` adds class by class.
 
     Args:
@@ -246,11 +246,6 @@ class SideGrad:
         self.x = tokens.new_zeros(tokens.shape, dtype=side.dtype) if x else None
         self.weight = torch.zeros_like(table) if weight and table is not None else None
         self.bias = torch.zeros_like(shift) if bias and shift is not None else None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any gradient of this side is wanted."""
-        return not (self.x is None and self.weight is None and self.bias is None)
 
     def add(self, number: int, tokens: slice, grad: Tensor) -> None:
         """Add what one class contributes.
@@ -274,7 +269,7 @@ class SideGrad:
         """The gradients of x, weight and bias; an unwanted one is an empty tensor of its own."""
         like = self.side.operand.x
         x = None if self.x is None else self.x.to(like.dtype)
-        return tuple(like.new_empty(0) if g is None else g for g in (x, self.weight, self.bias))
+        return self.returned(like, x, self.weight, self.bias)
 
 
 # -- The primitives --------------------------------------------------------------------------------
