@@ -116,6 +116,8 @@ def test_a_step_is_captured_and_replayed():
     assert found["largest_difference"] < 1e-3, found
 
 
+# torch itself captures an empty graph when it prepares for CUDA graphs
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_reduce_overhead():
     found = compiled(DEVICE, DRY)
     assert found["difference"] < 2e-2, found

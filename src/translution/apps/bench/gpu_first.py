@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models import create_model
-from ...utils.measuring import TrainingStep, now, seconds
+from ...utils.measuring import TrainingStep, captured_step, now, seconds
 from .cases import OPERATORS, Case
 from .gpu_rows import Record, Row, Setting
 
@@ -115,19 +115,7 @@ def captured(device: torch.device, dry: bool = False) -> Record:
     model = call.model
     start = [p.detach().clone() for p in model.parameters()]
     if device.type == "cuda":
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()  # warms up
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        call.optimizer.zero_grad()
-        with torch.cuda.graph(graph):
-            held = call()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return held
+        replay = captured_step(call)
     else:
         replay = call.__call__  # a dry run has no graphs
     _set(model, start)

@@ -255,15 +255,18 @@ def steps(dry: bool) -> list[Row]:
 
 
 def _step(case: Step, setting: Setting) -> Record:
-    """Call `measure_step`, and add "attention_ratio".
+    """Call `measure_step`, and add "attention_ratio" and "attention_graph_ratio".
 
-    The ratio is the time divided by that of the attention model of the same size and batch.
+    The ratios are the times divided by those of the attention model of the same size and batch.
     """
     found = measure_step(case, setting.device, setting.repeats)
     mixer, rest = case.model.split("_", 1)
     beside = setting.find("steps", model=f"attention_{rest}", batch=case.batch)
-    if mixer != "attention" and beside is not None and "seconds" in found:
-        found["attention_ratio"] = found["seconds"] / beside["seconds"]
+    if mixer != "attention" and beside is not None:
+        for name in ("", "graph_"):
+            if f"{name}seconds" in found and f"{name}seconds" in beside:
+                ratio = found[f"{name}seconds"] / beside[f"{name}seconds"]
+                found[f"attention_{name}ratio"] = ratio
     return found
 
 
@@ -318,7 +321,12 @@ def summary(row: Record) -> str:
     if row["part"] == "steps":
         ratio = row.get("attention_ratio")
         text = f"{row['images_per_second']:,.0f} images/s, {row['peak_bytes'] / 1e9:.1f} GB"
-        return text + (f", ×{ratio:.1f} of attention's time" if ratio else "")
+        text += f", ×{ratio:.1f} of attention's time" if ratio else ""
+        if "graph_seconds" not in row:
+            return text
+        text += f"; in a CUDA graph {row['graph_seconds'] * 1e3:.1f} ms"
+        ratio = row.get("attention_graph_ratio")
+        return text + (f", ×{ratio:.1f}" if ratio else "")
     if row["part"] == "first":
         return ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from ...models import ViT, create_model, list_models
-from ...utils.measuring import TrainingStep, seconds
+from ...utils.measuring import TrainingStep, captured_step, seconds
 
 __all__ = ["Step", "measure_step", "published_bytes"]
 
@@ -90,7 +91,8 @@ def measure_step(case: Step, device: torch.device, repeats: int) -> dict[str, An
 
     Returns:
         The fields of the case, "parameters", and "seconds", "images_per_second" and "peak_bytes";
-        or "error" if the step does not fit into memory. Translution also has "published_bytes".
+        or "error" if the step does not fit into memory. Translution also has "published_bytes". On
+        a CUDA device "graph_seconds" is the time of the same step in a CUDA graph, if that fits too.
     """
     with torch.device("meta"):
         shape = case.build()
@@ -120,15 +122,21 @@ def measure_step(case: Step, device: torch.device, repeats: int) -> dict[str, An
 def _run(case: Step, device: torch.device, repeats: int) -> dict[str, Any]:
     with device:
         model = case.build().to(case.weights).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
+    cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), fused=cuda, capturable=cuda)
     height, width = model.config.image_size
     images = torch.randn(case.batch, model.config.in_channels, height, width, device=device)
     labels = torch.randint(model.config.num_classes, (case.batch,), device=device)
     autocast = None if case.autocast == case.weights else case.autocast
     step = TrainingStep(model, images.to(case.weights), labels, optimizer, autocast)
     taken = seconds(step, device, repeats)
-    return {
+    row = {
         "seconds": taken,
         "images_per_second": case.batch / taken,
         "peak_bytes": step.peak_bytes(),
     }
+    if cuda:
+        # a graph has memory of its own, for which a large model may leave no space
+        with contextlib.suppress(torch.OutOfMemoryError):
+            row["graph_seconds"] = seconds(captured_step(step), device, repeats)
+    return row

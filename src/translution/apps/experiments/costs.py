@@ -139,4 +139,8 @@ def _step(config: Config, device: torch.device) -> TrainingStep:
         y = torch.zeros(size, dtype=torch.int64, device=device)
     else:
         x = y = torch.zeros(size, data.facts["context"], dtype=torch.int64, device=device)
-    return TrainingStep(model.to(device), x, y, accumulate=config.train.accumulate)
+    autocast = getattr(torch, config.train.precision)
+    return TrainingStep(
+        model.to(device), x, y, autocast=None if autocast == torch.float32 else autocast,
+        accumulate=config.train.accumulate,
+    )  # fmt: skip
