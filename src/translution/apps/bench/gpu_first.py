@@ -114,10 +114,7 @@ def captured(device: torch.device, dry: bool = False) -> Record:
     call = _step(device, dry)
     model = call.model
     start = [p.detach().clone() for p in model.parameters()]
-    if device.type == "cuda":
-        replay = captured_step(call)
-    else:
-        replay = call.__call__  # a dry run has no graphs
+    replay = captured_step(call) if device.type == "cuda" else call.__call__  # a dry run
     _set(model, start)
     losses = [replay().clone() for _ in range(3)]
     weights = [p.detach().clone() for p in model.parameters()]

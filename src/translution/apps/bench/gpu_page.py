@@ -278,8 +278,8 @@ def _steps(rows: Sequence[Record]) -> str:
         "The optimizer is AdamW; matrix products are in bfloat16 (autocast), weights in float32. "
         "*Published* is the memory that the published algorithm would take, computed from its "
         "shapes as above. *Attention* is the time divided by that of the attention model of the "
-        "same size and batch. *In a graph* is the time of the same step in a CUDA graph, which does "
-        "not wait for Python, and the last column compares these times with attention's."
+        "same size and batch. *In a graph* is the time of the same step in a CUDA graph, which "
+        "does not wait for Python, and the last column compares these times with attention's."
     )
     columns: Columns = [
         ("model", lambda row: row["model"] + (f" ({row['relative']})" if row["relative"] else "")),

@@ -91,8 +91,8 @@ def measure_step(case: Step, device: torch.device, repeats: int) -> dict[str, An
 
     Returns:
         The fields of the case, "parameters", and "seconds", "images_per_second" and "peak_bytes";
-        or "error" if the step does not fit into memory. Translution also has "published_bytes". On
-        a CUDA device "graph_seconds" is the time of the same step in a CUDA graph, if that fits too.
+        or "error" if the step does not fit into memory. Translution also has "published_bytes". A
+        CUDA device adds "graph_seconds", the time of the step in a CUDA graph, if that fits too.
     """
     with torch.device("meta"):
         shape = case.build()
