@@ -195,22 +195,55 @@ def test_table(runs):
     lines = table(runs)
     assert "| centred → moved, accuracy, %, equal steps |" in lines[0]
     attention, translution = lines[2:]
-    assert attention.startswith("| attention | 51.0 ± 1.0 |")
+    assert attention.startswith("| attention | ×1.0 | 100 | 51.0 ± 1.0 |")
     assert "51.0 ± 1.0 (9 steps)" in attention
     assert re.search(r"\(width \d+, rate 0.001\)", attention)
-    assert attention.endswith("| 100 | ×1.0 | centred 0.003, moved 0.003 |")
+    assert attention.endswith("| centred 0.003, moved 0.003 |")
     assert "**76.0 ± 1.0**" in translution
     assert "**" not in attention
-    assert translution.endswith("| 900 | ×4.5 | centred 0.003, moved 0.003 |")
+    assert translution.startswith("| Translution | ×4.5 | 900 |")
 
 
-def test_what_looks_the_same_as_the_best_is_bold_too(runs):
+@pytest.mark.parametrize(("lead", "bold"), [(0.5, False), (0.9, False), (1.1, True)])
+def test_only_a_lead_beyond_the_deviation_is_bold(runs, lead, bold):
+    """The three seeds differ by one point, so the deviation of each row is one point."""
     arm = Arm("attention", "centred", "steps")
-    for row, score in (("attention", 0.50004), ("Translution", 0.50001)):
+    for row, score in (("attention", 0.50), ("Translution", 0.50 + lead / 100)):
+        for _ in range(2):  # the other seeds follow from the first one
+            for run in of(runs, replace(arm, row=row)):
+                if runs.result(run) is None:
+                    finish(runs, run, run.rate, score + run.seed / 100)
+    attention, translution = table(runs)[2:]
+    assert "**" not in attention
+    assert ("**" in translution) == bold
+
+
+def test_one_seed_is_never_bold(runs):
+    arm = Arm("attention", "centred", "steps")
+    for row, score in (("attention", 0.1), ("Translution", 0.9)):
         for run in of(runs, replace(arm, row=row)):
             finish(runs, run, run.rate, score)
-    attention, translution = table(runs)[2:]
-    assert attention.count("**50.0**") == translution.count("**50.0**") == 2
+    assert "**" not in "".join(table(runs))
+
+
+def test_equal_time_with_times_from_elsewhere(runs):
+    """The steps follow the times that the file gives, not those of this machine."""
+    given = {"like": "Translution", "step_ms": {"attention": 3.0, "Translution": 12.0}}
+    found = experiment(gpu_time={**given, "regimes": ["moved"]})
+    runs = replace(runs, experiment=found)
+    for run, valid in zip(of(runs, Arm("attention", "moved", "steps")), (0.6, 0.7), strict=True):
+        finish(runs, run, valid)
+    arm = Arm("attention", "moved", "gpu_time")
+    assert [run.config.train.steps for run in of(runs, arm)] == [8, 8, 8]
+    for run in runs.planned():
+        if runs.result(run) is None:
+            finish(runs, run, run.rate)
+    assert "50.0 ± 0.0 (8 steps)" in table(runs)[2]
+    assert "equal time on a GPU" in table(runs)[0]
+    with pytest.raises(ValueError, match=r"gpu_time.step_ms: got .*, want a time for 'attention'"):
+        experiment(gpu_time={"like": "Translution", "step_ms": {"Translution": 1.0}})
+    with pytest.raises(ValueError, match=r"^test: time.step_ms: got .*, want none"):
+        experiment(time=given)
 
 
 def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
@@ -218,8 +251,8 @@ def test_a_part_of_the_runs_is_a_part_of_the_table(runs):
         finish(runs, run, run.rate)
     head, _, attention, translution = table(runs)
     assert "moved → moved" not in head
-    assert attention.startswith("| attention | 50.0 | 50.0 |")
-    assert translution.startswith("| Translution | – | – |")
+    assert attention.startswith("| attention | ×1.0 | 100 | 50.0 | 50.0 |")
+    assert translution.startswith("| Translution | ×4.5 | 900 | – | – |")
     assert results(runs).about().startswith("Test part, one seed, ")
     others = [r for r in of(runs, Arm("attention", "centred", "steps")) if runs.result(r) is None]
     for run in [*others, *of(runs, Arm("Translution", "centred", "steps"))]:

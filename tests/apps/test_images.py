@@ -290,6 +290,28 @@ def test_digits_move_by_whole_steps_from_the_centre():
     assert seen == {(r, s) for r in range(-6, 7, 3) for s in range(-6, 7, 3)}
 
 
+def test_digits_at_an_exact_distance():
+    """8 pixels on 20, in each of the four diagonal directions, the same in every epoch."""
+    still = open_images(ImageOptions(format="digits", canvas=20), "test", 0)
+    away = open_images(ImageOptions(format="digits", canvas=20, shift=5), "test", 0)
+    seen = set()
+    for i in range(40):
+        fits = [
+            (r, s)
+            for r in (-5, 5)
+            for s in (-5, 5)
+            if torch.equal(still[0, i][0].roll((r, s), (1, 2)), away[0, i][0])
+        ]
+        assert len(fits) == 1
+        assert torch.equal(away[0, i][0], away[3, i][0])
+        seen |= set(fits)
+    assert len(seen) == 4
+    with pytest.raises(ValueError, match="shift: got 7, but a digit can move by 6 pixels at most"):
+        ImageOptions(format="digits", canvas=20, shift=7)
+    with pytest.raises(ValueError, match="shift: got 2, want 0 where moved is True"):
+        ImageOptions(format="digits", canvas=20, shift=2, moved=True)
+
+
 def idx(array: np.ndarray) -> bytes:
     head = b"\x00\x00\x08" + bytes([array.ndim])
     return gzip.compress(

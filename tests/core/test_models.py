@@ -15,9 +15,8 @@ TINY = {"dim": 16, "depth": 2, "heads": 2, "head_dim": 8}
 
 
 def tiny_vit(mixer, **more):
-    return vit(
-        mixer=mixer, image_size=12, patch_size=4, num_classes=5, in_channels=1, **TINY | more
-    )
+    options = {"image_size": 12, "patch_size": 4} | TINY | more
+    return vit(mixer=mixer, num_classes=5, in_channels=1, **options)
 
 
 def tiny_gpt(mixer, **more):
@@ -26,6 +25,10 @@ def tiny_gpt(mixer, **more):
 
 MODELS = {f"vit {mixer}": (lambda m=mixer: tiny_vit(m)) for mixer in MIXERS}
 MODELS |= {f"vit {m} mean": (lambda m=m: tiny_vit(m, pool="mean")) for m in MIXERS}
+MODELS |= {
+    f"vit {stem} stem": (lambda s=stem: tiny_vit("translution", stem=s, patch_size=6))
+    for stem in ("overlapping", "convolutional")
+}
 MODELS |= {f"vit {m} hybrid": (lambda m=m: tiny_vit(m, relative_depth=1)) for m in MIXERS}
 MODELS |= {f"gpt {m}": (lambda m=m: tiny_gpt(m)) for m in MIXERS if m not in IMAGE_MIXERS}
 MODELS |= {
@@ -254,6 +257,7 @@ def test_head_dim_is_a_heads_share_unless_given():
         (lambda: vit(mixer="mamba"), "mixer: got 'mamba'"),
         (lambda: vit(image_size=225), r"image_size: got \(225, 225\), want a multiple"),
         (lambda: vit(pool="max"), "pool: got 'max'"),
+        (lambda: vit(stem="conv"), "stem: got 'conv'"),
         (lambda: vit(activation_checkpointing="some"), "activation_checkpointing: got 'some'"),
         (lambda: vit("tiny", "acmix", position="rotary"), "position: got 'rotary', want one of"),
         (lambda: vit("tiny", "rotary", position="bias"), "position: got 'bias', want one of"),
@@ -317,3 +321,22 @@ def test_learned_positions_beside_any_mixer():
         assert with_positions.positions.grad.abs().sum() > 0
     assert tiny_vit("attention", learned_positions=False).positions is None
     assert tiny_vit("attention", position="rotary").positions is None
+
+
+@pytest.mark.parametrize("patch", [4, 6, (2, 3)])
+def test_stems_and_patches_that_are_shifted_as_a_whole(patch):
+    """An image that moves by one patch moves the tokens by one, except near the border."""
+    height, width = patch if isinstance(patch, tuple) else (patch, patch)
+    image = torch.zeros(1, 1, 8 * height, 8 * width)
+    image[:, :, 3 * height : 4 * height, 3 * width : 4 * width] = torch.randn(height, width)
+    for stem in ("patches", "overlapping", "convolutional"):
+        model = tiny_vit(
+            "attention", image_size=(8 * height, 8 * width), patch_size=patch, stem=stem
+        ).eval()
+        moved = image.roll((height, width), (2, 3))
+        tokens, after = (model.embed(x).unflatten(1, (8, 8))[:, 1:-1, 1:-1] for x in (image, moved))
+        torch.testing.assert_close(after[:, 1:, 1:], tokens[:, :-1, :-1])
+        near = (tokens[0] - tokens[0, 0, 0]).abs().amax(-1) > 1e-6  # differs from an empty place
+        wide = {"patches": 1, "overlapping": 9, "convolutional": 9}[stem]
+        assert 1 <= near.sum() <= wide, stem
+        assert (near.sum() > 1) == (stem != "patches")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._renamed import renamed_arguments
@@ -41,6 +44,10 @@ class ViTConfig(Mixing):
             patches, without a class token; or "all", the mean of a class token and all patches, as
             the mean of the published code is. None is "cls", but "mean" for the mixer "convolution"
             and for mixers of your own that take no class token.
+        stem: how patches become tokens. "patches" projects each by itself; "overlapping" projects
+            the surrounding square of twice the side; "convolutional" applies 3×3 convolutions with
+            strides whose product is patch_size (Xiao et al. 2021, "Early convolutions help
+            transformers see better"), each with batch norm and GELU.
         full_last_block: whether the last block computes all tokens where only the class token is
             read, as the published code does. By default it computes the class token only, and its
             tables have no rows for other queries.
@@ -62,6 +69,7 @@ class ViTConfig(Mixing):
     head_dim: int | None = None
     mlp_ratio: float = 4.0
     pool: str | None = None
+    stem: str = "patches"
     full_last_block: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +87,7 @@ class ViTConfig(Mixing):
                     f"image_size: got {self.image_size}, want a multiple of patch_size "
                     f"{self.patch_size}"
                 )
+        check_choice("stem", self.stem, list(STEMS))
         check_positive(self, "in_channels", "num_classes", "dim", "depth", "heads")
         self.head_dim = head_dim_of(self.dim, self.heads, self.head_dim)
 
@@ -111,6 +120,73 @@ class PatchEmbedding(nn.Module):
         return self.norm2(self.proj(self.norm1(x)))
 
 
+class OverlappingPatches(nn.Module):
+    """Image [batch, in_channels, height, width] -> tokens [batch, patches, dim].
+
+    Each token is a projection of its patch and of half a patch on every side, with zeros outside of
+    the image, followed by a layer norm.
+    """
+
+    def __init__(self, in_channels: int, patch: tuple[int, ...], dim: int):
+        super().__init__()
+        (ph, pw), before = patch, tuple(p // 2 for p in patch)
+        self.pad = (before[1], pw - before[1], before[0], ph - before[0])
+        self.proj = nn.Conv2d(in_channels, dim, (2 * ph, 2 * pw), (ph, pw))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.proj(F.pad(image, self.pad)).flatten(2).transpose(1, 2))
+
+
+class ConvolutionalStem(nn.Module):
+    """Image [batch, in_channels, height, width] -> tokens [batch, patches, dim].
+
+    There is a convolution for each prime factor of the patch's sides, with this factor as its
+    stride. The channels double from one to the next. A projection to dim and a layer norm follow.
+    """
+
+    def __init__(self, in_channels: int, patch: tuple[int, ...], dim: int):
+        super().__init__()
+        strides = list(zip_longest(*map(prime_factors, patch), fillvalue=1))
+        layers: list[nn.Module] = []
+        for i, stride in enumerate(strides):
+            out = max(1, dim >> (len(strides) - 1 - i))
+            # as wide as 3 and odd, so that a map of n · stride places becomes one of n
+            kernel = tuple(max(3, s) for s in stride)
+            half = tuple(k // 2 for k in kernel)
+            layers += [
+                nn.Conv2d(in_channels, out, kernel, stride, half, bias=False),  # type: ignore[arg-type]
+                nn.BatchNorm2d(out),
+                nn.GELU(),
+            ]
+            in_channels = out
+        self.convolutions = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(in_channels, dim, 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.proj(self.convolutions(image))
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+
+def prime_factors(n: int) -> list[int]:
+    """The prime factors of n in rising order; those of 12 are 2, 2 and 3."""
+    found, factor = [], 2
+    while n > 1:
+        while n % factor == 0:
+            found.append(factor)
+            n //= factor
+        factor += 1
+    return found
+
+
+STEMS: dict[str, Callable[[int, tuple[int, ...], int], nn.Module]] = {
+    "patches": PatchEmbedding,
+    "overlapping": OverlappingPatches,
+    "convolutional": ConvolutionalStem,
+}
+
+
 class ViT(Pretrained):
     """A vision transformer: patches, blocks with any mixer, class token (or mean), logits.
 
@@ -121,7 +197,7 @@ class ViT(Pretrained):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = c = config
-        self.embed = PatchEmbedding(c.in_channels, height_width(c.patch_size), c.dim)
+        self.embed = STEMS[c.stem](c.in_channels, height_width(c.patch_size), c.dim)
         self.prefix = 0 if c.pool == "mean" else 1
         self.cls_token: nn.Parameter | None = None
         if self.prefix:

@@ -19,7 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Digits", "Ring", "load_digits", "mnist", "place", "read_idx", "rings", "train_batches"]
+__all__ = [
+    "Digits",
+    "Ring",
+    "anywhere",
+    "centre",
+    "load_digits",
+    "mnist",
+    "place",
+    "read_idx",
+    "rings",
+    "shifted",
+    "train_batches",
+]
 
 # The four files of MNIST and the SHA-256 of their content when unpacked, so that it does not matter
 # how a copy was compressed.
@@ -216,6 +228,15 @@ def anywhere(n: int, size: int, canvas: int, generator: torch.Generator, step: i
     first = (canvas - size) // 2 % step
     count = (canvas - size - first) // step + 1
     return first + step * torch.randint(count, (n, 2), generator=generator)
+
+
+def shifted(n: int, size: int, canvas: int, generator: torch.Generator, shift: int) -> Tensor:
+    """Positions [n, 2] at a distance of `shift` pixels from the centre, both down or up and across.
+
+    The direction of each digit is one of the four diagonals, at random.
+    """
+    signs = 2 * torch.randint(2, (n, 2), generator=generator) - 1
+    return centre(n, size, canvas) + shift * signs
 
 
 @dataclass(frozen=True)

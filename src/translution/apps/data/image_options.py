@@ -21,8 +21,8 @@ KEYS: dict[str, set[str]] = {
     "folder": {"train", "valid", "test", "cache"},
     "parquet": {"train", "valid", "test", "cache"} | COLUMNS,
     "hub": {"train", "valid", "test", "cache", "name", "subset", "revision"} | COLUMNS,
-    "digits": {"canvas", "moved"},
-    "mnist": {"canvas", "moved", "folder"},
+    "digits": {"canvas", "moved", "shift"},
+    "mnist": {"canvas", "moved", "shift", "folder"},
 }
 # The keys that a format requires.
 REQUIRED = {
@@ -59,6 +59,8 @@ class ImageOptions(Options):
     canvas: the side in pixels of the black canvas that a digit is placed on.
     moved: false places a digit in the centre of its canvas, true places it anywhere. A number of
         pixels places it at a multiple of that distance from the centre, both down and across.
+    shift: places a digit at this distance in pixels from the centre, both down or up and across, in
+        a random direction.
     crop: the share of the shorter side that evaluation keeps. An image that already has
         `image_size` is kept whole.
     resample: how Pillow interpolates when an image is resized.
@@ -86,6 +88,7 @@ class ImageOptions(Options):
     channels: Literal[1, 3]
     canvas: Side | None = None
     moved: bool | Side = False
+    shift: int = Field(0, ge=0, le=MOST_PIXELS)
     crop: float = Field(gt=0, le=1)
     resample: Literal["bilinear", "bicubic"] = "bicubic"
     train_limit: Count | None = None
@@ -153,6 +156,13 @@ class ImageOptions(Options):
         if self.canvas is not None and self.canvas < DIGIT_SIDES[self.format]:
             side = DIGIT_SIDES[self.format]
             raise ValueError(f"canvas: got {self.canvas}, want at least a digit's side of {side}")
+        if self.moved and self.shift:
+            raise ValueError(f"shift: got {self.shift}, want 0 where moved is {self.moved}")
+        if self.shift > (reach := ((self.canvas or 0) - DIGIT_SIDES.get(self.format, 0)) // 2):
+            raise ValueError(
+                f"shift: got {self.shift}, but a digit can move by {reach} pixels at most in all "
+                f"directions on a canvas of {self.canvas}"
+            )
         if self.moved:
             free = (self.canvas or 0) - DIGIT_SIDES[self.format]
             if self.moved > (reach := free - free // 2):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...interop.images import fit, prepare
 from ...models.preprocessing import Preprocessing
-from .digits import anywhere, centre, place
+from .digits import anywhere, centre, place, shifted
 from .image_options import ImageOptions
 from .order import generator_of
 from .parts import PARTS, Part
@@ -204,7 +204,7 @@ class Images(torch.utils.data.Dataset[Any]):
         digits = self._source.images[self._rows[index]]
         size = digits.shape[-1]
         canvas = self.options.canvas or size
-        if not self.options.moved:
+        if not self.options.moved and not self.options.shift:
             return place(digits, canvas, centre(len(digits), size, canvas))[:, 0]
         where = torch.stack([self._places(epoch)[index] for epoch, index in keys])
         return place(digits, canvas, where)[:, 0]
@@ -215,9 +215,10 @@ class Images(torch.utils.data.Dataset[Any]):
         if epoch not in self._epochs:
             size = self._source.images.shape[-1]
             generator = generator_of(self.seed, 2, PARTS.index(self.part), epoch)
-            step, canvas = int(self.options.moved), self.options.canvas or size
+            options, canvas = self.options, self.options.canvas or size
             self._epochs.pop(epoch - 2, None)  # a batch has samples of two epochs at most
-            self._epochs[epoch] = anywhere(len(self), size, canvas, generator, step=step)
+            draw, by = (shifted, options.shift) if options.shift else (anywhere, int(options.moved))
+            self._epochs[epoch] = draw(len(self), size, canvas, generator, by)
         return self._epochs[epoch]
 
     def _decoded(self, index: int) -> Image.Image | None:

@@ -20,8 +20,8 @@ def experiment(
         str | None,
         typer.Option(help="Names of rows to train, separated by semicolons; default all."),
     ] = None,
-    budgets: Annotated[str, typer.Option(help="One or more of steps,time,parameters.")] = (
-        "steps,time,parameters"
+    budgets: Annotated[str, typer.Option(help="One or more of steps,time,gpu_time,parameters.")] = (
+        "steps,time,gpu_time,parameters"
     ),
     out: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs/experiments"),
     docs: Annotated[Path, typer.Option(help="The folder of results.md and its figures.")] = Path(

@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 Changes = dict[str, Any]  # new values of keys of a configuration, such as {"model.mixer": "alpha"}
-BudgetName = Literal["steps", "time", "parameters"]
-BUDGETS: tuple[BudgetName, ...] = ("steps", "time", "parameters")
+BudgetName = Literal["steps", "time", "gpu_time", "parameters"]
+BUDGETS: tuple[BudgetName, ...] = ("steps", "time", "gpu_time", "parameters")
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,14 @@ class Budget(Options):
     rows: the rows that take part; null takes all of them.
     regimes: the regimes that take part; null takes all of them.
     rates: the learning rates to try; null takes the best one of the first comparison.
+    step_ms: for gpu_time, the milliseconds of a step of each row; only their ratios matter.
     """
 
     like: str
     rows: tuple[str, ...] | None = None
     regimes: tuple[str, ...] | None = None
     rates: tuple[float, ...] | None = None
+    step_ms: dict[str, float] | None = None
 
 
 class Experiment(Options):
@@ -110,6 +112,8 @@ class Experiment(Options):
     seed: the first seed.
     measures: accuracy, bits_per_byte, perplexity_per_byte or perplexity.
     time: a further comparison, with as many steps as fit into the training time of one row.
+    gpu_time: the same with times of a step that were measured elsewhere, for example on a GPU. What
+        a model learns in a step does not depend on the machine, so such models can train anywhere.
     parameters: a further comparison, with `model.dim` such that every row has as many parameters as
         one of them.
     axis: the title of the figure's horizontal axis, for rows whose names begin with a number.
@@ -127,6 +131,7 @@ class Experiment(Options):
     seed: Seed = 0
     measures: tuple[Literal[tuple(MEASURES)], ...]  # type: ignore[valid-type]
     time: Budget | None = None
+    gpu_time: Budget | None = None
     parameters: Budget | None = None
     axis: str | None = None
 
@@ -134,10 +139,22 @@ class Experiment(Options):
     def _check(self) -> Experiment:
         if not self.measures:
             raise ValueError(f"measures: got none, want some of {list(MEASURES)}")
-        for name in ("time", "parameters"):
+        for name in BUDGETS[1:]:
             budget: Budget | None = getattr(self, name)
             if budget is None:
                 continue
+            given = budget.step_ms or {}
+            lacking = [
+                row for row in (budget.like, *(budget.rows or self.rows)) if row not in given
+            ]
+            if name == "gpu_time" and lacking:
+                raise ValueError(
+                    f"gpu_time.step_ms: got {given}, want a time for {lacking[0]!r} too"
+                )
+            if name != "gpu_time" and given:
+                raise ValueError(
+                    f"{name}.step_ms: got {given}, want none: only gpu_time takes times"
+                )
             for key, wanted, have in (
                 ("like", (budget.like,), self.rows),
                 ("rows", budget.rows or (), self.rows),
@@ -292,6 +309,7 @@ class Run:
         plain = {"optimizer": "adamw", "momentum": 0.9, "nesterov": False, "warmup_from": None}
         _drop(content["train"], plain)
         _drop(content["data"].get("augment", {}), {"erasing_fill": "mean"})
+        _drop(content["data"], {"shift": 0})
         text = json.dumps([self.arm.name, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

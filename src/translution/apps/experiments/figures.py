@@ -169,7 +169,7 @@ def draw(results: Results, path: Path) -> None:
     height = 1.1 + 0.34 * len(e.rows) if e.axis is None else 3.2
     size = 2.2 + 3.0 * across, height * down
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = panels(down, across, size, sharey=e.axis is None)
+        figure, axes = panels(down, across, size, sharey=True, sharex=e.axis is None)
         free = iter(axes.flat)
         for column, panel in zip(columns, free, strict=False):
             (_over if e.axis else _beside)(panel, results, column)
@@ -229,7 +229,7 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
             panel.set_ylabel(first.measure.title)
             panel.sharey(axes.flat[0])
         texts = [
-            f"{i}  {row}" + f", {cell.steps:,} steps" * (budget == "time")
+            f"{i}  {row}" + f", {cell.steps:,} steps" * (budget != "steps")
             for i, (row, budget, cell) in enumerate(points, 1)
         ]
         axes.flat[-1].set_axis_off()
@@ -274,7 +274,7 @@ def _beside(panel: Axes, results: Results, column: Column) -> None:
         cell = results.at(column, row)
         if cell is None:
             continue
-        colour = ACCENT if row in best else SOFT
+        colour = ACCENT if row == best else SOFT
         panel.plot(cell.values, [place] * len(cell.values), "o", color=colour, alpha=0.55, ms=6)
         panel.plot([cell.mean] * 2, [place - 0.28, place + 0.28], color=colour, lw=2.2)
     panel.set_yticks(range(len(rows)), rows)

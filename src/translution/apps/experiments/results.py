@@ -12,7 +12,10 @@ from .config import BUDGETS, MEASURES, Arm, BudgetName, Experiment, Measure
 
 __all__ = ["Cell", "Column", "Results"]
 
-TITLES = {"steps": "equal steps", "time": "equal time", "parameters": "equal parameters"}
+TITLES = {
+    "steps": "equal steps", "time": "equal time", "gpu_time": "equal time on a GPU",
+    "parameters": "equal parameters",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Column(NamedTuple):
     Attributes:
         regime: the way in which rows were trained.
         test: the data on which they were tested.
-        budget: the comparison: "steps", "time" or "parameters".
+        budget: the comparison, one of `BUDGETS`.
         measure: what is measured.
     """
 
@@ -129,21 +132,26 @@ class Results:
         return self.cell(Arm(row, column.regime, budget), column.test, column.measure)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the heads and the cells of each row; the best of each column is between **."""
+        """Return the heads and the cells of each row: first its costs, then its numbers.
+
+        The best of a column is between **.
+        """
         columns = self.columns()
         several = any(column.budget != "steps" for column in columns)
-        heads = ["", *(column.title(several, column.measure.title) for column in columns)]
         facts = self.facts["rows"]
         first = facts[next(iter(self.experiment.rows))]["step_ms"]
         tried = len(self.experiment.rates) > 1
         memory = all("peak_bytes" in facts[row] for row in self.experiment.rows)
-        heads += ["parameters", "time of a step"]
-        heads += ["learning rate"] * tried + ["peak MiB"] * memory
+        heads = ["", "time of a step", "parameters", *["peak MiB"] * memory]
+        heads += [column.title(several, column.measure.title) for column in columns]
+        heads += ["learning rate"] * tried
         best = {column: self.best(column) for column in columns}
         lines = []
         for row in self.experiment.rows:
-            cells = [row, *(self.text(column, row, row in best[column]) for column in columns)]
-            cells += [f"{facts[row]['parameters']:,}", f"×{facts[row]['step_ms'] / first:.1f}"]
+            cells = [row, f"×{facts[row]['step_ms'] / first:.1f}", f"{facts[row]['parameters']:,}"]
+            if memory:
+                cells.append(f"{facts[row]['peak_bytes'] / 2**20:.1f}")
+            cells += [self.text(column, row, row == best[column]) for column in columns]
             if tried:
                 rates = [
                     f"{regime} {rate:g}".strip()
@@ -151,8 +159,6 @@ class Results:
                     if (rate := self.chosen.get(Arm(row, regime, "steps"))) is not None
                 ]
                 cells.append(", ".join(rates) or "–")
-            if memory:
-                cells.append(f"{facts[row]['peak_bytes'] / 2**20:.1f}")
             lines.append(cells)
         return heads, lines
 
@@ -169,23 +175,32 @@ class Results:
             return "–"
         text = cell.text(column.measure)
         text = f"**{text}**" if best else text
-        if column.budget == "time":
+        if column.budget in ("time", "gpu_time"):
             return f"{text} ({cell.steps:,} steps)"
         if column.budget == "parameters" and cell.dim is not None:
             return f"{text} (width {cell.dim}, rate {cell.rate:g})"
         return text
 
-    def best(self, column: Column) -> set[str]:
-        """Return the rows with the best mean of a column, rounded as it is shown.
+    def best(self, column: Column) -> str | None:
+        """Return the row that is best in a column beyond chance, or None.
 
-        If fewer than two rows have a number, none is best.
+        Its mean differs from that of every other row by more than the standard deviation of either.
+        Rows with a single seed have no deviation, so no row is best beside them.
         """
-        measure = column.measure
-        means = {row: cell.mean for row in self.experiment.rows if (cell := self.at(column, row))}
-        if len(means) < 2:
-            return set()
-        top = measure.text((max if measure.higher else min)(means.values()))
-        return {row for row, mean in means.items() if measure.text(mean) == top}
+        cells = {row: cell for row in self.experiment.rows if (cell := self.at(column, row))}
+        if len(cells) < 2:
+            return None
+        pick = max if column.measure.higher else min
+        top = pick(cells, key=lambda row: cells[row].mean)
+        for row, cell in cells.items():
+            mine, other = cells[top].std, cell.std
+            if row == top:
+                continue
+            if mine is None or other is None:
+                return None
+            if abs(cells[top].mean - cell.mean) <= max(mine, other):
+                return None
+        return top
 
     def about(self) -> str:
         """Say how the numbers were made: seeds, steps, rates, machines, dates and commits."""

@@ -214,8 +214,12 @@ class Runs:
         """Return the changes of the configuration for a budget, such as the number of steps."""
         config = self.experiment.config(arm, self.experiment.rates[0], self.experiment.seed)
         rows = self.facts["rows"]
-        if arm.budget == "time":
-            steps = data_of(config).steps * rows[like]["step_ms"] / rows[arm.row]["step_ms"]
+        if arm.budget in ("time", "gpu_time"):
+            times = {row: facts["step_ms"] for row, facts in rows.items()}
+            if arm.budget == "gpu_time":
+                assert self.experiment.gpu_time is not None
+                times = self.experiment.gpu_time.step_ms or times
+            steps = data_of(config).steps * times[like] / times[arm.row]
             return {"train.steps": max(1, round(steps)), "train.epochs": None}
         return {"model.dim": widened(config, rows[like]["parameters"])}
 

@@ -36,6 +36,8 @@ def _vit(model: Any, options: Options) -> Iterator[Entry]:
             "positions: the published ViT with rotary attention adds learned positions as well, "
             "and this model has none; make it with learned_positions=True"
         )
+    if model.config.stem != "patches":
+        raise ValueError(f"stem: got {model.config.stem!r}, want 'patches', the published one")
     yield concatenated("cls_token", model.cls_token)
     if model.positions is not None:
         yield _positions(model.cls_token, model.positions)
