@@ -25,6 +25,7 @@ TOGETHER = (
     "tests/core/test_triton_compiled.py",
     "tests/interop/test_export_trained.py",
     "tests/interop/test_parallel.py",
+    "tests/interop/test_timm_door.py",
     "tests/test_docs.py::test_the_site",
     "tests/test_project.py",
 )
@@ -52,7 +53,6 @@ SLOW = (
     "apps/test_imports.py::test_an_experiment",
     "apps/test_imports.py::test_commands_with",
     "apps/test_imports.py::test_compare_and_lists",
-    "apps/test_imports.py::test_in_other_processes",
     "apps/test_bench.py::test_buckets",
     "apps/test_recipes.py::test_a_recipe_for_imagenet",
     "apps/test_recipes.py::test_digits_of_another_size",

@@ -8,6 +8,7 @@ one. Triton's interpreter must be off in such a process, while the tests use it,
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -192,18 +193,28 @@ def resources() -> dict[str, list[dict[str, Any]]]:
     warmup = triton.JITFunction.warmup
 
     def record(kernel, *arguments, **constants):
-        made = warmup(kernel, *arguments, **constants)
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            made = warmup(kernel, *arguments, **constants)
         if id(made) not in compiled:
             compiled[id(made)] = made
-            modes = [n for n, v in constants.items() if v is True and n.isupper()]
+            used = re.search(r"Used (\d+) registers", log.getvalue())
+            spilled = re.search(r"(\d+) bytes spill stores", log.getvalue())
+            assert used, log.getvalue()
+            assert spilled, log.getvalue()
             rows[name].append(
-                {"kernel": kernel.__name__, "modes": modes, "shared": made.metadata.shared}
+                {
+                    "kernel": kernel.__name__,
+                    "modes": [n for n, v in constants.items() if v is True and n.isupper()],
+                    "shared": made.metadata.shared,
+                    "registers": int(used[1]),
+                    "spilled": int(spilled[1]),
+                }
             )
-            jobs.append((rows[name][-1], made.asm["ptx"]))
         return made
 
     triton.JITFunction.warmup = record  # `support.launch` calls it for tensors on the meta device
-    jobs: list[tuple[dict[str, Any], str]] = []
+    triton.knobs.nvidia.dump_ptxas_log = True  # what NVIDIA's assembler says of each kernel
     for name, (channels, heads, kind) in {str(size): size for size in sizes()}.items():
         rows[name] = []
         compiled.clear()
@@ -213,28 +224,7 @@ def resources() -> dict[str, list[dict[str, Any]]]:
             step(Layout((14, 14)), 64, channels, heads, dtype, "meta", dtype)
         else:
             local_step(width=channels, dtype=dtype, device="meta")
-    for row, ptx in jobs:
-        row.update(assemble(ptx))
     return rows
-
-
-def assemble(ptx: str) -> dict[str, int]:
-    """Assemble a kernel with NVIDIA's assembler, and return the registers and spilled bytes."""
-    import triton.backends.nvidia as nvidia
-
-    folder = Path(nvidia.__file__).parent / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
-        file.write(ptx)
-        file.flush()
-        # Newer code needs the assembler for newer devices, which assembles for older ones, too.
-        for name in ("ptxas", "ptxas-blackwell"):
-            command = [str(folder / name), "-v", "-arch=sm_90a", file.name, "-o", os.devnull]
-            log = subprocess.run(command, capture_output=True, text=True).stderr
-            used = re.search(r"Used (\d+) registers", log)
-            spilled = re.search(r"(\d+) bytes spill stores", log)
-            if used and spilled:
-                return {"registers": int(used[1]), "spilled": int(spilled[1])}
-    raise RuntimeError(log)
 
 
 def sizes() -> list[list[Any]]:

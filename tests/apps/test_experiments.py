@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("lightning")
 
+from test_first_run import command
+
 from translution.apps.config import parse
 from translution.apps.experiments.config import BUDGETS, MEASURES, Arm, Experiment, load_experiment
 from translution.apps.experiments.costs import parameters_of, widened
@@ -457,8 +459,8 @@ def test_from_the_command_line(tmp_path):
     content |= {"tests": {"": {}}, "time": {"like": "Translution"}, "parameters": None}
     file.write_text(yaml.safe_dump(content))
     where = ("--out", tmp_path / "runs", "--docs", tmp_path / "docs")
-    done = translution(file, *where, "--rows", "attention", "--budgets", "steps")
-    assert done.returncode == 0, done.stderr
+    code, _, err = command("experiment", file, *where, "--rows=attention", "--budgets=steps")
+    assert code == 0, err
     results = sorted((tmp_path / "runs" / "tiny").glob("*/result.json"))
     assert [p.parent.name for p in results] == [
         "steps-attention-0.001-0",
@@ -474,9 +476,9 @@ def test_from_the_command_line(tmp_path):
     assert "equal time" in page
     assert "steps)" in page
     assert "| Translution |" in page
-    done = translution(file, *where, "--rows", "nothing")
-    assert done.returncode == 2
-    assert "--rows: got 'nothing', want some of" in done.stderr
-    done = translution(file, "--out", tmp_path / "none", "--docs", tmp_path, "--report")
-    assert done.returncode == 2
-    assert "no finished row" in done.stderr
+    code, _, err = command("experiment", file, *where, "--rows", "nothing")
+    assert code == 2
+    assert "--rows: got 'nothing', want some of" in err
+    code, _, err = command("experiment", file, "--out", tmp_path / "none", "--report")
+    assert code == 2
+    assert "no finished row" in err

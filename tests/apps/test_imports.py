@@ -58,20 +58,6 @@ def test_a_recipe_with_a_model_of_its_own(recipe):
     assert load(Config, "run/config.yaml").model.given["number"] == 3
 
 
-def test_in_other_processes(recipe, tmp_path):
-    """Two runs at a time, each in a process that knows the model from the configuration alone."""
-    base = yaml.safe_load((tmp_path / "own.yaml").read_text())
-    content = {
-        "title": "Own", "asks": "Does it run?", "base": base,
-        "rows": {"1": {}, "2": {"model.number": 2}}, "rates": [1e-3], "seeds": 1,
-        "measures": ["accuracy"],
-    }  # fmt: skip
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content))
-    code, _, err = command("experiment", "experiment.yaml", "--out=runs", "--docs=docs", "--jobs=2")
-    assert code == 0, err
-    assert len(list((tmp_path / "runs").glob("experiment/*/result.json"))) == 2
-
-
 def test_refusals(tmp_path, monkeypatch, own_names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")

@@ -314,6 +314,13 @@ def test_blocks_recompute_to_the_same_gradients(kind, mixer):
         found.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
     torch.testing.assert_close(found[1], found[0])
     assert not model.eval()(x).grad_fn.name().startswith("Checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["swin", "pvt"])
+def test_blocks_that_recompute_are_compiled_whole(kind):
+    model = small(kind, "attention", drop_path_rate=0.5)
+    model.recompute_blocks()
+    x = torch.randn(4, 2, 64, 64, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
     for size in (64, 32):  # the second one is traced with symbols for sizes

@@ -53,17 +53,53 @@ def refused(part, call):
 """
 
 
-def run(code, folder):
+SERVE = """
+import os, sys, traceback
+for line in sys.stdin:
+    path = line.rstrip()
+    child = os.fork()
+    if not child:
+        os.chdir(os.path.dirname(path))
+        said = os.open(path + ".log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        code = 0
+        try:
+            exec(compile(open(path).read(), path, "exec"), globals())
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs code in a fork of a process that has imported timm, as the import takes seconds."""
     path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + code], capture_output=True, text=True, cwd=folder,
-        env=environment, check=False,
+    server = subprocess.Popen(
+        [sys.executable, "-c", BEGIN + SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def run(code, folder):
+        file = folder / "code.py"
+        file.write_text(code)
+        server.stdin.write(f"{file}\n")
+        server.stdin.flush()
+        code = server.stdout.readline().strip()
+        assert code == "0", file.with_name("code.py.log").read_text()[-3000:]
+
+    yield run
+    server.stdin.close()
+    server.wait(30)
+    server.stdout.close()
 
 
-def test_models(tmp_path):
+def test_models(run, tmp_path):
     """Names, logits, features and heads of each family, and weights to and fro."""
     code = """
 names = timm.list_models("translution_*", module="timm")
@@ -105,7 +141,7 @@ for name in SMALL:
     run(code, tmp_path)
 
 
-def test_maps(tmp_path):
+def test_maps(run, tmp_path):
     code = """
 for name in SMALL:
     vit = "vit" in name
@@ -174,7 +210,7 @@ refused("output_fmt: got 'NHWC', want 'NCHW' or 'NLC'", lambda: vit.forward_inte
     run(code, tmp_path)
 
 
-def test_options(tmp_path):
+def test_options(run, tmp_path):
     code = """
 model = make(global_pool="avg", drop_rate=0.5)
 assert model.config.pool == "mean" and model.forward_features(x).shape == (2, 16, 12)
@@ -219,7 +255,7 @@ refused("num_heads: got 3, but heads=2; want one", lambda: make(num_heads=3))
     run(code, tmp_path)
 
 
-def test_names_of_options_and_stochastic_depth(tmp_path):
+def test_names_of_options_and_stochastic_depth(run, tmp_path):
     code = """
 name = "translution_alpha_vit_tiny_patch16_224"
 vit = timm.create_model(
@@ -262,7 +298,7 @@ assert torch.equal(plain.eval()(x[:2]), vit.eval()(x[:2]))
     run(code, tmp_path)
 
 
-def test_other_input_sizes(tmp_path):
+def test_other_input_sizes(run, tmp_path):
     code = """
 import translution
 for mixer in "alpha", "translution", "attention":
@@ -288,7 +324,7 @@ for name in SMALL.keys() - {"translution_alpha_vit_tiny_patch16_224"}:
     run(code, tmp_path)
 
 
-def test_what_timm_expects_of_its_own(tmp_path):
+def test_what_timm_expects_of_its_own(run, tmp_path):
     """Forward, backward, heads, features, names of layers, copies, export: of each family."""
     code = """
 import copy
@@ -342,7 +378,7 @@ for name in SMALL:
     run(code, tmp_path)
 
 
-def test_preprocessing(tmp_path):
+def test_preprocessing(run, tmp_path):
     """timm's transforms are made from what is saved with a model."""
     code = """
 import warnings
