@@ -328,6 +328,21 @@ def test_words_around_the_table_stay(runs, tmp_path):
         assert f"](images/{name})" in text
 
 
+def test_a_wide_table_is_shortened(runs, tmp_path):
+    """The page has the columns of the last kind of training, and another page has all."""
+    finish_all(runs)
+    for _ in range(2):  # the second time replaces the tables
+        write_results("tiny", "command", results(runs), tmp_path)
+    page, tables = ((tmp_path / f"{n}.md").read_text() for n in ("results", "results-tables"))
+    head = next(line for line in page.splitlines() if line.startswith("|  |"))
+    numbers = "moved → moved, accuracy, %, equal steps | moved → moved, accuracy, %, equal time | "
+    numbers += "moved → moved, accuracy, %, equal parameters | learning rate |"
+    assert head == f"|  | time of a step | parameters | {numbers}"
+    assert "(results-tables.md#tiny)" in page
+    assert tables.count("## Tiny\n") == 1
+    assert tables.count("centred → moved, accuracy, %, equal steps") == 1
+
+
 def test_known_results_are_taken_over(runs, tmp_path):
     finish_all(runs)
     write_results("tiny", "command", results(runs), tmp_path)

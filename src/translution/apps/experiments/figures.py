@@ -195,11 +195,12 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
     """
     e, facts = results.experiment, results.facts["rows"]
     first = results.columns()[0]
+    last = [column for column in results.columns() if column.budget == "steps"][-1]
     columns = [
         column
         for column in results.columns()
         if column.budget != "parameters"
-        and (column.regime, column.test) == _last_trained(results)
+        and (column.regime, column.test) == (last.regime, last.test)
         and column.measure is first.measure
     ]
     names = {"step_ms": "time of the training, × that of the first row"}
@@ -239,12 +240,6 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
     return True
 
 
-def _last_trained(results: Results) -> tuple[str, str]:
-    """The last regime, tested on data of its own kind: the column that a mixer is chosen by."""
-    column = [c for c in results.columns() if c.budget == "steps"][-1]
-    return column.regime, column.test
-
-
 def _over_costs(panel: Axes, costs: Sequence[float], cells: Sequence[Cell], higher: bool) -> None:
     """Draw numbered points, and the line of the best for each cost."""
     best: list[tuple[float, float]] = []
@@ -281,6 +276,7 @@ def _beside(panel: Axes, results: Results, column: Column) -> None:
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.xaxis.set_major_locator(MaxNLocator(5))
     panel.set_xlabel(column.measure.title)
+    panel.tick_params(labelbottom=True)  # shared axes have numbers in the last row of panels only
     panel.grid(axis="x", color="#00000018")
 
 

@@ -20,13 +20,14 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
     """Write an experiment's table, figure and numbers into results.md and results.json.
 
     In results.md only the text between the marks of the experiment is replaced. If it has no marks
-    yet, a section is added at the end.
+    yet, a section is added at the end. Of a wide table it has the most important columns, and
+    results-tables.md has all of them.
 
     Args:
         name: the name of the experiment in the marks, in results.json and in the figure's file.
         command: the command that made it.
         results: the results.
-        docs: the folder of results.md and results.json.
+        docs: the folder of results.md, results-tables.md and results.json.
     """
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(exist_ok=True)
@@ -37,7 +38,14 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
     write_whole(path, lambda to: to.write_text(text + "\n", "utf-8"))
     picture = docs / "images" / f"results-{name}.png"
     write_whole(picture, lambda to: draw(results, to))
-    parts = [markdown_table(*results.table()), f"![{alternative(results)}](images/{picture.name})"]
+    short = results.main_columns()
+    parts = [markdown_table(*results.table(short))]
+    if len(short) < len(results.columns()):
+        title = results.experiment.title
+        whole = markdown_table(*results.table())
+        _put(docs / "results-tables.md", TABLES, name, f"## {title}\n", whole)
+        parts.append(f"[All columns of this table]({_link(title)}).")
+    parts.append(f"![{alternative(results)}](images/{picture.name})")
     buffer = io.BytesIO()
     if draw_costs(results, buffer):
         costs = docs / "images" / f"costs-{name}.png"
@@ -48,17 +56,40 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
             f"line joins the rows that no cheaper row surpasses](images/{costs.name})"
         )
     block = "\n\n".join([*parts, f"`{command}`. {results.about()}"])
-    page = docs / "results.md"
-    old = page.read_text("utf-8") if page.exists() else "# Results\n"
+    e = results.experiment
+    _put(docs / "results.md", "# Results\n", name, f"## {e.title}\n{e.asks}\n", block)
+
+
+TABLES = """# All columns of the wide tables
+
+The sections of [results](results.md) explain them.
+"""
+
+
+def _put(page: Path, empty: str, name: str, heading: str, block: str) -> None:
+    """Write a block between the marks of an experiment, or under a new heading at the end.
+
+    Args:
+        page: the page; `empty` is its content if it does not exist yet.
+        name: the name of the experiment in the marks.
+        heading: what stands above the marks if they are new.
+        block: the text between the marks.
+    """
+    old = page.read_text("utf-8") if page.exists() else empty
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     marked = f"{begin}\n{block}\n{end}"
     if begin in old:
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         new = re.sub(pattern, lambda _: marked, old, count=1, flags=re.S)
     else:
-        e = results.experiment
-        new = f"{old.rstrip()}\n\n## {e.title}\n{e.asks}\n\n{marked}\n"
+        new = f"{old.rstrip()}\n\n{heading}\n{marked}\n"
     write_whole(page, lambda to: to.write_text(new, "utf-8"))
+
+
+def _link(heading: str) -> str:
+    """The address of a section of results-tables.md."""
+    words = re.sub(r"[^\w\s-]", "", heading).lower().split()
+    return f"results-tables.md#{'-'.join(words)}"
 
 
 def alternative(results: Results) -> str:

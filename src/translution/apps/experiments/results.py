@@ -18,6 +18,9 @@ TITLES = {
 }  # fmt: skip
 
 
+MOST_COLUMNS = 4  # of numbers in a short table
+
+
 @dataclass(frozen=True)
 class Cell:
     """One measure of a row, over the seeds with its best learning rate.
@@ -131,12 +134,32 @@ class Results:
             budget = "steps"  # the other rows are made equal to this one
         return self.cell(Arm(row, column.regime, budget), column.test, column.measure)
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
+    def main_columns(self) -> list[Column]:
+        """Return the columns for a short table: all of them if they are few.
+
+        Otherwise they are those of the first measure, for the last regime on tests of its own kind:
+        the columns that one chooses a row by.
+        """
+        columns = self.columns()
+        if len(columns) <= MOST_COLUMNS:
+            return columns
+        last = [column for column in columns if column.budget == "steps"][-1]
+        return [
+            column
+            for column in columns
+            if (column.regime, column.test) == (last.regime, last.test)
+            and column.measure is MEASURES[self.experiment.measures[0]]
+        ]
+
+    def table(self, columns: Sequence[Column] | None = None) -> tuple[list[str], list[list[str]]]:
         """Return the heads and the cells of each row: first its costs, then its numbers.
 
         The best of a column is between **.
+
+        Args:
+            columns: the columns of numbers; None takes all.
         """
-        columns = self.columns()
+        columns = self.columns() if columns is None else columns
         several = any(column.budget != "steps" for column in columns)
         facts = self.facts["rows"]
         first = facts[next(iter(self.experiment.rows))]["step_ms"]
