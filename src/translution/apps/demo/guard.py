@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["OwnPagesOnly", "log_in_lines", "names_of", "numbers"]
 
@@ -27,9 +27,11 @@ class OwnPagesOnly:
     """Refuses requests that a page of another site makes a browser send.
 
     A request must name this server as its host. Otherwise a site could let its own name stand for
-    this machine's address, and read what the server answers (DNS rebinding). If a browser says
-    which page the request comes from (its origin), that must be a page of this server, for its
-    socket too.
+    this machine's address, and read what the server answers (DNS rebinding). The port is not
+    compared, because a tunnel or a container may give the server another one. If a browser says
+    which page the request comes from (`Origin`, or `Sec-Fetch-Site` where there is no origin), that
+    must be a page of this server, for its socket too. A link to the page works from anywhere, but
+    no other site may show the page in a frame.
 
     Args:
         app: the application behind it.
@@ -42,8 +44,15 @@ class OwnPagesOnly:
         self.app, self.names, self.addresses = app, frozenset(names), addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or self._is_own(Headers(scope=scope)):
+        async def unframed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = "frame-ancestors 'none'"
+            await send(message)
+
+        if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
+        elif self._is_own(Headers(scope=scope)):
+            await self.app(scope, receive, unframed)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -51,17 +60,27 @@ class OwnPagesOnly:
             await refused(scope, receive, send)
 
     def _is_own(self, headers: Headers) -> bool:
-        host, origins = headers.get("host", ""), headers.getlist("origin")
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._is_named(_name_in(hosts[0])):
             return False
-        if len(headers.getlist("host")) != 1 or not self._is_named(name.lower()):
+        own = f"http://{hosts[0]}".lower()
+        if any(origin.lower() != own for origin in headers.getlist("origin")):
             return False
-        return all(origin.lower() == f"http://{host}".lower() for origin in origins)
+        is_link = headers.get("sec-fetch-dest") == "document"
+        return is_link or headers.get("sec-fetch-site", "none") in ("same-origin", "none")
 
     def _is_named(self, name: str) -> bool:
         return name in self.names or (self.addresses and _is_address(name))
+
+
+def _name_in(host: str) -> str:
+    """The name in a header `Host`, in small letters; nothing if the header is not name:port."""
+    try:
+        parts = urlsplit(f"//{host}")
+        parts.port  # noqa: B018  (it raises if it is no number)
+    except ValueError:
+        return ""
+    return "" if parts.netloc != host or "@" in host else (parts.hostname or "")
 
 
 def names_of(listening: socket.socket, host: str) -> set[str]:
