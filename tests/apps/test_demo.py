@@ -31,7 +31,7 @@ from translution.apps.demo import train as training
 from translution.apps.demo.cards import Look, Tally, digit_card, text_card, visible
 from translution.apps.demo.listening import is_loopback, listen
 from translution.apps.demo.live import Newest
-from translution.apps.demo.models import open_models, weights_folder
+from translution.apps.demo.models import Models, open_models, weights_folder
 from translution.apps.demo.sketch import (
     MOST_BYTES,
     SIDE,
@@ -425,10 +425,27 @@ def card(models, mixer="translution", look=Look(), label=3, **more):  # noqa: B0
 
 def test_a_card_tells_what_the_picture_shows(models):
     text = card(models, look=Look(1, 0, 17))
-    assert "layer 2, head 1: patch (3, 4) attends most to" in text
+    assert "Attention weights of layer 2, head 1: patch (3, 4) attends most to patch" in text
     assert text.count("<tr") == 10
     assert 'data-look="17"' in text
     assert "this session: none yet" in text
+
+
+def test_every_number_of_a_card_has_a_name(models):
+    metrics = {"test_accuracy_moved": 0.5, "valid_perplexity": 44.2782}
+    digit, text = (replace(m, metrics=metrics) for m in (models.digits[0], models.text[0]))
+    answer = text.answer("a b")
+    cards = [card(Models([digit], []), every=Tally(21)), text_card(text, answer, Look(), None)]
+    for model, one in zip((digit, text), cards, strict=True):
+        said = " ".join(re.sub(r"<[^>]*>", " ", one).split())
+        assert re.search(r"with probability \d+\.\d %", said)
+        assert re.search(r"attends most to .*, with a weight of \d+\.\d %", said)
+        count = sum(p.numel() for p in model.model.parameters())
+        assert f"The model has {count:,} parameters." in said
+        assert "on the same digits at random positions: 50.0 %." in said
+        assert "Perplexity per token on the validation text: 44.28." in said
+        assert re.search(r"Probability of (each digit|the likeliest next tokens), % \S+ \d", said)
+    assert cards[1].count("attention weight") == 2 * len(answer.tokens)  # title and name
 
 
 def test_the_last_layer_answers_for_the_class_token(models):
@@ -535,9 +552,12 @@ def test_the_documents_tell_the_measures_of_what_ships():
     text = DOCS.read_text("utf-8")
     for planned in training.PLAN:
         metrics = read_description(OWN / planned.name).metrics
+        (model,) = [m for kind in open_models([OWN / planned.name]) for m in kind]
+        count = sum(p.numel() for p in model.model.parameters())
         if planned.name.startswith("digits"):
             shares = [metrics[f"test_accuracy_{where}"] for where in ("centred", "moved")]
             told = " | ".join(f"{100 * share:.1f}" for share in shares)
         else:
             told = f"{metrics['valid_perplexity']:.1f}"
-        assert any(planned.name in line and told in line for line in text.splitlines()), planned
+        (line,) = [line for line in text.splitlines() if f"`{planned.name}`" in line]
+        assert f"| {count:,} | {told} |" in line

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .models import Answer, DigitModel, Map, TextAnswer, TextModel
 
-__all__ = ["COLOURS", "Look", "Tally", "digit_card", "named", "picture", "text_card", "visible"]
+__all__ = [
+    "COLOURS", "Look", "Tally", "digit_card", "named", "percent", "picture", "text_card", "visible",
+]  # fmt: skip
 
 # page.css and pad.js use them as variables, such as --chosen
 COLOURS = {
@@ -25,6 +27,14 @@ COLOURS = {
     "wrong": "#d9482b",
 }
 ABSENT = (0, 0, 0, 0)
+# how a card tells the measures of a description, by their names there
+MEASURES = {
+    "test_accuracy_centred": "Accuracy on scikit-learn's test digits in the centre: {}.",
+    "test_accuracy_moved": "Accuracy on the same digits at random positions: {}.",
+    "valid_accuracy": "Accuracy on the validation data: {}.",
+    "valid_perplexity": "Perplexity per token on the validation text: {}.",
+    "valid_bits_per_byte": "Bits per byte on the validation text: {}.",
+}
 NO_WEIGHTS = (
     "A convolution has no attention weights: it combines the neighbours of every patch in the same "
     "way, whatever they show."
@@ -97,8 +107,8 @@ def picture(pixels: np.ndarray) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a fraction as a percentage with one decimal."""
-    return f"{100 * share:.1f}"
+    """Write a fraction as a percentage with one decimal; no line break parts it from the sign."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def visible(text: str) -> str:
@@ -132,20 +142,43 @@ def digit_card(
         everywhere: the predictions for this digit at all positions; None if they were not computed.
     """
     likeliest = max(range(len(answer.probabilities)), key=answer.probabilities.__getitem__)
-    right = label is not None and likeliest == label
-    verdict = "" if label is None else "right" if right else f"wrong: it is a {label}"
-    sure = f"{percent(answer.probabilities[likeliest])} %"
+    verdict = ""
+    if label is not None:
+        kind = "right" if likeliest == label else "wrong"
+        told = "right" if likeliest == label else f"wrong: it is a {label}"
+        verdict = f'<span class="verdict {kind}">{told}</span>'
     rows = [(str(i), p, i == likeliest) for i, p in enumerate(answer.probabilities)]
-    kind = "right" if right else "wrong"
-    mark = f'<span class="verdict {kind}">{escape(verdict)}</span>' if verdict else ""
-    maps = _places("this session", session, place)
-    maps += _places("this digit, all places", everywhere, place) if everywhere else ""
-    return (
-        f"{_title(model.name)}"
-        f'<p class="said"><b data-said>{likeliest}</b> <span>{sure}</span> {mark}</p>'
+    maps = _places("Predictions of this session", session, place)
+    if everywhere:
+        maps += _places("Predictions for this digit at all positions", everywhere, place)
+    return _card(
+        model,
+        _said("predicts", str(likeliest), answer.probabilities[likeliest], verdict),
         f'<div class="two">{_attention(model, answer, image, look)}'
-        f"{_bars('Probability of each digit, in percent', rows)}</div>"
-        f'<div class="maps">{maps}</div>'
+        f"{_bars('Probability of each digit, %', rows)}</div>"
+        f'<div class="maps">{maps}</div>',
+    )
+
+
+def _card(model: DigitModel | TextModel, said: str, more: str) -> str:
+    """Return a card: the model's name and what it says, which unfold the rest."""
+    parameters = sum(p.numel() for p in model.model.parameters())
+    measured = "".join(
+        " " + text.format(percent(value) if "accuracy" in name else f"{value:.2f}")
+        for name, text in MEASURES.items()
+        if (value := model.metrics.get(name)) is not None
+    )
+    return (
+        f'<details aria-label="{escape(model.name)}, details">'
+        f"<summary>{_title(model.name)}{said}</summary>{more}"
+        f'<p class="caption facts">The model has {parameters:,} parameters.{measured}</p></details>'
+    )
+
+
+def _said(before: str, what: str, share: float, verdict: str = "") -> str:
+    return (
+        f'<span class="said">{before} <strong data-said>{escape(what)}</strong> '
+        f"<span>with probability {percent(share)}</span> {verdict}</span>"
     )
 
 
@@ -157,12 +190,10 @@ def _bars(caption: str, rows: Sequence[tuple[str, float, bool]]) -> str:
     lines = (
         f'<tr{" class=first" if first else ""}><th scope="row">{escape(name)}</th>'
         f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td>'
-        f"<td>{percent(share)}</td></tr>"
+        f"<td>{100 * share:.1f}</td></tr>"
         for name, share, first in rows
     )
-    return (
-        f'<table class="bars"><caption class="unseen">{caption}</caption>{"".join(lines)}</table>'
-    )
+    return f'<table class="bars"><caption>{caption}</caption>{"".join(lines)}</table>'
 
 
 def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look) -> str:
@@ -191,8 +222,11 @@ def _attention(model: DigitModel, answer: Answer, image: np.ndarray, look: Look)
         for i, w in enumerate(row)
     )
     mark = _box(patch, across, model.patch, 'class="asks"') if patch >= 0 else ""
-    caption = f"{look}: {who} attends most to {named(best, across)}, {percent(most)} %"
-    caption += f"; to the class token {percent(float(weights[ask, 0]))} %" if prefix else ""
+    caption = (
+        f"Attention weights of {look}: {who} attends most to patch {named(best, across)}, "
+        f"with a weight of {percent(most)}"
+    )
+    caption += f"; the class token has {percent(float(weights[ask, 0]))}" if prefix else ""
     svg = f'{head}"{caption}">{whole}<g class="weights">{boxes}</g>{mark}</svg>'
     caption = f"<figcaption>{caption}</figcaption>"
     return f'<figure class="look" data-look="{patch}">{svg}{caption}</figure>'
@@ -249,26 +283,28 @@ def text_card(model: TextModel, answer: TextAnswer | None, look: Look, start: in
     ask = before[-1] if before else len(tokens) - 1
     shares = [0.0] * len(tokens) if weights is None else weights[ask].tolist()
     most = max(shares) or 1.0
-    buttons = "".join(
-        f'<button type="button" data-start="{token.start}" aria-pressed="{str(i == ask).lower()}" '
-        f'title="{percent(share)} %" aria-label="{escape(visible(token.text))}, '
-        f'{percent(share)} %" style="--share:{share / most:.2f}">{escape(visible(token.text))}'
-        "</button>"
-        for i, (token, share) in enumerate(zip(tokens, shares, strict=True))
-    )
+    buttons = ""
+    for i, (token, share) in enumerate(zip(tokens, shares, strict=True)):
+        name, told = escape(visible(token.text)), f"attention weight {percent(share)}"
+        buttons += (
+            f'<button type="button" data-start="{token.start}" '
+            f'aria-pressed="{str(i == ask).lower()}" title="{told}" aria-label="{name}, {told}" '
+            f'style="--share:{share / most:.2f}">{name}</button>'
+        )
     caption = f"This model has no {look}."
     if weights is not None:
         best = max(range(len(shares)), key=shares.__getitem__)
         caption = (
-            f"{look}: {visible(tokens[ask].text)!r} attends most to "
-            f"{visible(tokens[best].text)!r}, {percent(shares[best])} %"
+            f"Attention weights of {look}: {visible(tokens[ask].text)!r} attends most to "
+            f"{visible(tokens[best].text)!r}, with a weight of {percent(shares[best])}"
         )
     total = answer.unread + len(tokens)
     cut = f"Only the last {len(tokens)} of {total} tokens are read." if answer.unread else ""
-    return (
-        f"{_title(model.name)}"
-        f"{_bars('Most likely next tokens, in percent', rows)}"
+    return _card(
+        model,
+        _said("next", visible(answer.top[0][0]), answer.top[0][1]),
+        f"{_bars('Probability of the likeliest next tokens, %', rows)}"
         f"{f'<p class=caption>{cut}</p>' if cut else ''}"
         f'<div class="tokens" role="group" aria-label="Tokens of the prompt">{buttons}</div>'
-        f'<p class="caption">{escape(caption)}</p>'
+        f'<p class="caption">{escape(caption)}</p>',
     )

@@ -15,7 +15,7 @@ from nicegui import events, ui
 from torch import Tensor
 
 from ..data.digits import load_digits, place
-from .cards import Tally, digit_card, named
+from .cards import Tally, digit_card, named, percent
 from .controls import NONE_CHOSEN, Chosen, Heads, Pad, Sketch, Status, legend, problem
 from .guard import numbers
 from .live import Newest, computed
@@ -27,6 +27,12 @@ __all__ = ["DigitsView"]
 HELP = (
     "Drag the digit, or move it with the arrow keys. Point at a patch, or press Shift and an arrow "
     "key, to see what the patch attends to."
+)
+WORDS = (
+    "Probability: the share that a model gives to one of the ten digits. Attention weight: the "
+    "share of a token's attention that goes to another token. Both sum to 100 %. Head: a layer "
+    "computes several attentions in parallel, which are called heads. Class token: an extra token "
+    "from which the model computes its prediction."
 )
 KEY = {
     "chosen": "chosen patch",
@@ -105,11 +111,8 @@ class DigitsView:
                 self.trained.on_value_change(lambda event: self._offer(event.value))
             self.chosen = Chosen("Mixers", self.ask)
             self.heads = Heads(self.draw)
-            ui.label(
-                "Head: a layer computes several attentions in parallel, which are called heads. "
-                "Class token: an extra token from which the model computes its prediction."
-            ).classes("help grow")
-        legend(KEY, "Rows, columns and patches count from 1.")
+            ui.label(WORDS).classes("help words")
+        legend(KEY, "Patch (2, 3) is in row 2, column 3 of the patches; both count from 1.")
         with ui.element("div").classes("stage"):
             with ui.element("section").classes("side").props('aria-label="The digit"'):
                 self._build_side()
@@ -117,43 +120,48 @@ class DigitsView:
                 self.chosen.place_cards()
 
     def _build_side(self) -> None:
-        self.pad = Pad("Canvas with the digit")
-        self.pad.on("moved", self._moved)
-        self.pad.on("looked", self._looked)
-        self.status = Status("answers")
-        ui.label(HELP).classes("help").props("id=pad-help")
-        with ui.row().classes("items-end gap-2 no-wrap"):
-            self.number = ui.number(
-                f"Test image, 0 to {len(self.digits.test) - 1}", value=0, step=1,
-                on_change=lambda event: self._take_test(event.value),
-            ).classes("grow").props("debounce=300")  # fmt: skip
-            self.number.on("blur", self._agree)
-            ui.button("Any", on_click=self._any).props("outline")
-            ui.button("Centre", on_click=self._centre).props("outline")
-        self.no_number = problem()
-        with ui.row().classes("items-start gap-3 no-wrap"):
-            self.sketch = Sketch("Square to draw a digit in, with mouse, finger or pen")
-            self.sketch.on("drawn", self._drawn)
-            with ui.column().classes("gap-2 items-stretch grow"):
-                ui.label("Draw a digit here, or").classes("help")
-                upload = ui.upload(
-                    on_upload=self._uploaded, on_rejected=self._rejected, auto_upload=True,
-                    max_file_size=MOST_BYTES,
-                ).props('accept="image/*"').classes("hidden")  # fmt: skip
-                ui.button("Upload an image").props("outline").on(
-                    "click", js_handler=f"() => getElement({upload.id}).$refs.qRef.pickFiles()"
-                )
-                self.refused = problem()
+        with ui.element("div").classes("inputs"):
+            with ui.element("div"):
+                ui.label("Drag the digit:").classes("help")
+                self.pad = Pad("Canvas with the digit")
+                self.pad.on("moved", self._moved)
+                self.pad.on("looked", self._looked)
+            with ui.element("div"):
+                ui.label("Draw a digit:").classes("help")
+                self.sketch = Sketch("Square to draw a digit in, with mouse, finger or pen")
+                self.sketch.on("drawn", self._drawn)
+            with ui.element("div").classes("actions"):
+                ui.button("Any test image", on_click=self._any).props("outline")
+                ui.button("Centre", on_click=self._centre).props("outline")
                 ui.button("Clear", on_click=self._clear).props("outline")
-                self.upload = upload
+        self.status = Status("answers")
+        with ui.element("div").classes("more"):
+            self._build_more()
+
+    def _build_more(self) -> None:
+        self.upload = ui.upload(
+            on_upload=self._uploaded, on_rejected=self._rejected, auto_upload=True,
+            max_file_size=MOST_BYTES,
+        ).props('accept="image/*"').classes("hidden")  # fmt: skip
+        ui.button("Upload an image").props("outline").on(
+            "click", js_handler=f"() => getElement({self.upload.id}).$refs.qRef.pickFiles()"
+        )
+        self.refused = problem()
+        self.number = ui.number(
+            f"Test image, 0 to {len(self.digits.test) - 1}", value=0, step=1,
+            on_change=lambda event: self._take_test(event.value),
+        ).props("debounce=300 hide-bottom-space")  # fmt: skip
+        self.number.on("blur", self._agree)
+        self.no_number = problem()
         names = {UNKNOWN: "unknown"} | {i: str(i) for i in range(10)}
         self.label = ui.select(
             names, value=self.scene.label, label="The digit is a", on_change=self._named
         )
         with ui.row().classes("gap-2"):
-            ui.button("All places", on_click=self._start_everywhere)
+            ui.button("All positions", on_click=self._start_everywhere)
             ui.button("Forget answers", on_click=self._forget).props("outline")
         self.message = problem()
+        ui.label(HELP).classes("help").props("id=pad-help")
 
     # -- actions of the user ----------------------------------------------------------------
 
@@ -295,11 +303,12 @@ class DigitsView:
         self.draw()
         said = Counter(int(np.argmax(answer.probabilities)) for answer in answers.values())
         known = "" if scene.label is None else f" (a {scene.label})"
-        where = f"{scene.name}{known} at row {request.row + 1}, column {request.column + 1}"
+        at = f"row {request.row + 1}, column {request.column + 1}"
+        where = f"{scene.name}{known}, upper left pixel at {at}"
         if not answers:
             self.summary = f"{where}. {NONE_CHOSEN}"
         elif scene.label is not None:
-            self.summary = f"{where}: {said[scene.label]} of {len(answers)} right."
+            self.summary = f"{where}: {said[scene.label]} of {len(answers)} models are right."
         else:
             each = ", ".join(f"{n} predict {digit}" for digit, n in said.most_common())
             self.summary = f"{where}: {each}."
@@ -347,10 +356,10 @@ class DigitsView:
     def _start_everywhere(self) -> None:
         self._stop_everywhere()
         if self.scene.label is None:
-            self.message.text = "All places: first choose which digit it is."
+            self.message.text = "All positions: first choose which digit it is."
             return
         if not self.chosen.ticked:
-            self.message.text = f"All places: {NONE_CHOSEN}"
+            self.message.text = f"All positions: {NONE_CHOSEN}"
             return
         self.message.text = ""
         self.everywhere_task = asyncio.get_running_loop().create_task(self._everywhere())
@@ -373,9 +382,9 @@ class DigitsView:
             self.everywhere[model] = tally
             self.draw()
         self.status.say(
-            "All places, right: "
+            f"Right predictions for {scene.name} at all {len(places)} positions: "
             + ", ".join(
-                f"{model.name} {100 * tally.right.sum() / tally.all.sum():.0f} %"
+                f"{model.name} {percent(tally.right.sum() / tally.all.sum())}"
                 for model, tally in self.everywhere.items()
             )
         )

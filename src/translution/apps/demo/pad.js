@@ -90,6 +90,7 @@ export default {
       return [(event.clientY - box.top) * each, (event.clientX - box.left) * each];
     },
     down(event) {
+      if (!event.isPrimary) return; // a second finger
       const [y, x] = this.where(event);
       const inside = (value, from) => value >= from - 1 && value <= from + this.scene.side + 1;
       if (inside(y, this.row) && inside(x, this.column)) {
@@ -99,11 +100,12 @@ export default {
       this.move(event);
     },
     move(event) {
+      if (!event.isPrimary) return;
       const [y, x] = this.where(event);
       if (this.held) this.put(y - this.held[0], x - this.held[1]);
       if (this.patch) this.look(Math.floor(y / this.patch), Math.floor(x / this.patch));
     },
-    up() { this.held = null; },
+    up(event) { if (event.isPrimary) this.held = null; },
     key(event) {
       const step = STEPS[event.key];
       if (!step || event.ctrlKey || event.altKey || event.metaKey) return;

@@ -24,10 +24,7 @@ __all__ = ["open_in_browser", "page", "serve"]
 
 VARIABLES = "".join(f"--{name}: {colour}; " for name, colour in COLOURS.items())
 STYLE = f":root {{ {VARIABLES}}}\n" + (Path(__file__).parent / "page.css").read_text("utf-8")
-INTRO = (
-    "The same small models but for how tokens mix: what they say of a digit that moves, and of a "
-    "text, and where they look."
-)
+INTRO = "Small models that differ only in how their tokens mix."
 
 
 def page(models: Models) -> None:
@@ -40,11 +37,12 @@ def page(models: Models) -> None:
     if models.text:
         parts["Text"] = lambda: TextView(models.text)
     with ui.element("main").classes("page"):
-        ui.html("<h1>translution demo</h1>", sanitize=False)
-        ui.label(INTRO).classes("help")
-        with ui.tabs().props('align=left no-caps inline-label aria-label="Parts"') as tabs:
-            for name in parts:
-                ui.tab(name)
+        with ui.element("header").classes("top"):
+            ui.html("<h1>translution demo</h1>", sanitize=False)
+            with ui.tabs().props('align=left no-caps inline-label aria-label="Parts"') as tabs:
+                for name in parts:
+                    ui.tab(name)
+            ui.label(INTRO).classes("help")
         with ui.tab_panels(tabs, value=next(iter(parts))).props("keep-alive").classes("panels"):
             for name, make in parts.items():
                 with ui.tab_panel(name).props(f'role=region aria-label="{name}"'):

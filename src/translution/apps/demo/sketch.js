@@ -53,12 +53,13 @@ export default {
     },
     drawn() { return this.lines.filter((line) => line.length); },
     down(event) {
+      if (!event.isPrimary) return; // a second finger, or the palm
       this.$refs.canvas.setPointerCapture(event.pointerId);
       this.drawing = true;
       this.lines.push([]);
       this.add(event);
     },
-    move(event) { if (this.drawing) this.add(event); },
-    up() { this.drawing = false; },
+    move(event) { if (this.drawing && event.isPrimary) this.add(event); },
+    up(event) { if (event.isPrimary) this.drawing = false; },
   },
 };

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from nicegui import events, ui
 
-from .cards import text_card
+from .cards import percent, text_card
 from .controls import NONE_CHOSEN, Chosen, Heads, Status, legend, problem
 from .guard import numbers
 from .live import Newest
@@ -16,6 +16,11 @@ from .models import TextAnswer, TextModel
 
 __all__ = ["TextView"]
 
+WORDS = (
+    "Probability: the share that a model gives to one of its tokens. Attention weight: the share "
+    "of a token's attention that goes to another token. Both sum to 100 %. Head: a layer computes "
+    "several attentions in parallel, which are called heads."
+)
 PROMPT = "This PEP proposes to add a new"
 MOST = 2_000  # the largest number of characters of a prompt
 # reports the position of a token that was clicked
@@ -42,16 +47,14 @@ class TextView:
         with ui.element("section").classes("controls").props('aria-label="Models"'):
             self.chosen = Chosen("Mixers", self._ticked)
             self.heads = Heads(self.draw)
-            ui.label(
-                "Head: a layer computes several attentions in parallel, which are called heads."
-            ).classes("help grow")
+            ui.label(WORDS).classes("help words")
         legend(
             {"looks": "attention (brightest: the card's largest weight, which its caption gives)"},
             "␣ is a space, ⏎ a new line, ⟨C3⟩ a byte of a character that is split into tokens.",
         )
         self.prompt = ui.textarea("Prompt", value=PROMPT, on_change=self._changed).classes("prompt")
-        self.prompt.props(f"outlined autogrow maxlength={MOST} debounce=150")
-        with ui.row().classes("items-end gap-2"):
+        self.prompt.props(f"outlined autogrow hide-bottom-space maxlength={MOST} debounce=150")
+        with ui.element("div").classes("writing"):
             self.writer = ui.select(_names(models), value=models[0], label="Model that writes")
             ui.button("Append likeliest", on_click=lambda: self._append(_likeliest))
             ui.button("Append sampled", on_click=lambda: self._append(_sampled)).props("outline")
@@ -115,14 +118,15 @@ class TextView:
         self.heads.offer([answer.maps for answer in answers.values() if answer])
         self.draw()
         said = ", ".join(
-            f"{m.name}: {a.top[0][0].strip() or 'white space'} ({100 * a.top[0][1]:.0f} %)"
+            f"{m.name}: {a.top[0][0].strip() or 'white space'} ({percent(a.top[0][1])})"
             for m, a in answers.items()
             if a
         )
         if not answers:
             self.status.say(NONE_CHOSEN)
         else:
-            self.status.say(f"Most likely next tokens: {said}" if said else "Type something.")
+            told = f"Likeliest next token, and its probability: {said}"
+            self.status.say(told if said else "Type something.")
 
     def _failed(self, error: Exception) -> None:
         self.message.text = f"No answer: {error}"
