@@ -311,7 +311,7 @@ class DigitsView:
             self.summary = f"{where}: {said[scene.label]} of {len(answers)} models are right."
         else:
             each = ", ".join(f"{n} predict {digit}" for digit, n in said.most_common())
-            self.summary = f"{where}: {each}."
+            self.summary = f"{where}: of {len(answers)} models, {each}."
         self._summarise()
         self.pad.show(alt=where)
 
