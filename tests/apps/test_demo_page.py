@@ -36,7 +36,8 @@ def command(*arguments):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
+    """A browser with one profile for all tests: it loads and compiles scripts only once."""
     if CHROMIUM is None:
         reason = "no chromium on this machine: apt-get install chromium"
         if os.environ.get("CI") == "true":
@@ -44,7 +45,9 @@ def browser():
         pytest.skip(reason)
     with sync_api.sync_playwright() as playwright:
         args = ["--no-sandbox", f"--host-resolver-rules=MAP {STRANGER} 127.0.0.1"]
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        started = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=args
+        )
         yield started
         started.close()
 
@@ -75,21 +78,13 @@ def server(browser):
     assert errors == ""
 
 
-@pytest.fixture(scope="module")
-def context(browser):
-    """A profile for all tests, which loads scripts and fonts only once."""
-    made = browser.new_context()
-    yield made
-    made.close()
-
-
 @pytest.fixture
-def window(context, server):
+def window(browser, server):
     """Opens windows; what a page complains of is an error of the test."""
     opened, complaints = [], []
 
     def open_window(width=1280, height=720, **media):
-        page = context.new_page()
+        page = browser.new_page()
         opened.append(page)
         page.set_viewport_size({"width": width, "height": height})
         page.emulate_media(**media)
@@ -351,6 +346,11 @@ def test_text(page):
     expect(cards).to_have_count(4)
     expect(cards.first.locator(".bars tr")).to_have_count(10)
     prompt = page.get_by_role("textbox", name="Prompt")
+    prompt.fill("")
+    expect(cards.first).to_contain_text("Type something.")
+    expect(status(page, "tokens")).to_have_text("Type something.")
+    page.get_by_role("button", name="Append likeliest").click()
+    expect(page.get_by_role("alert").last).to_have_text("Append: want a prompt with a token.")
     prompt.fill("import sys<img src=x>")
     expect(cards.first.get_by_role("group", name="Tokens of the prompt")).to_contain_text("sys")
     tokens = cards.first.locator(".tokens button")
@@ -377,11 +377,6 @@ def test_text(page):
     page.get_by_role("button", name="Append sampled").click()
     expect(prompt).not_to_have_value(before)
     assert prompt.input_value().startswith(before)
-    prompt.fill("")
-    expect(cards.first).to_contain_text("Type something.")
-    expect(status(page, "tokens")).to_have_text("Type something.")
-    page.get_by_role("button", name="Append likeliest").click()
-    expect(page.get_by_role("alert").last).to_have_text("Append: want a prompt with a token.")
 
 
 def test_only_a_mixer_that_is_chosen_writes(page):
@@ -640,9 +635,9 @@ CONTRAST = """() => {
 # -- the server ----------------------------------------------------------------------------------
 
 
-def test_pages_of_other_sites_are_refused(context, server):
+def test_pages_of_other_sites_are_refused(browser, server):
     """By another name of this machine, and in a browser that shows another site's page."""
-    port, page = server.rpartition(":")[2], context.new_page()
+    port, page = server.rpartition(":")[2], browser.new_page()
     assert page.goto(f"http://{STRANGER}:{port}").status == 403
     other = f"http://localhost:{port}"  # it is answered, and it is another site than 127.0.0.1
     assert page.goto(other).status == 200
