@@ -18,6 +18,7 @@ TOGETHER = (
     "tests/apps/test_compare.py",
     "tests/apps/test_demo_guard.py",
     "tests/apps/test_demo_page.py",
+    "tests/apps/test_detection.py",
     "tests/apps/test_first_run.py",
     "tests/apps/test_recipes.py",
     "tests/apps/test_segmentation.py",
