@@ -281,6 +281,7 @@ EVERY = {
     "rotary": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1, position="rotary"),
     "bias": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1, position="bias"),
     "window": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1, window=1),
+    "grouped": lambda: SelfAttention(8, (2, 3), heads=2, prefix=1, kv_heads=1),
 }
 
 

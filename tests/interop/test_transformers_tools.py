@@ -101,6 +101,27 @@ def test_the_names_that_transformers_has_for_options(tmp_path):
             TranslutionGPTConfig(**wrong)
 
 
+def test_grouped_heads(tmp_path):
+    config = TranslutionGPTConfig(
+        num_attention_heads=2, num_key_value_heads=1, options=GPT | {"mixer": "rotary"}
+    )
+    assert config.options["kv_heads"] == config.num_key_value_heads == 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.num_key_value_heads == 1
+    text = torch.tensor([[3, 1, 4]])
+    made = [m.generate(text, max_new_tokens=6, do_sample=False) for m in (model, again)]
+    made.append(model.generate(text, max_new_tokens=6, do_sample=False, use_cache=False))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    whole = TranslutionGPTConfig(options=GPT | {"mixer": "rotary"})
+    assert whole.options["kv_heads"] is None
+    assert whole.num_key_value_heads == whole.num_attention_heads == 2
+    with pytest.raises(ValueError, match="kv_heads: got 3, want a divisor of heads 2"):
+        TranslutionGPTConfig(num_key_value_heads=3, options=GPT | {"mixer": "rotary"})
+
+
 def test_of_a_backbone():
     config = TranslutionImageConfig(architecture="acmix_resnet26", num_channels=1)
     assert config.hidden_size == 2048

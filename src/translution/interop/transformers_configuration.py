@@ -19,6 +19,7 @@ NAMES = {
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
 }
 """What transformers calls options that ViT and GPT have in common."""
 
@@ -44,13 +45,17 @@ def _take_options(given: dict[str, Any], options: dict[str, Any], names: dict[st
             )
 
 
-def _option(name: str) -> Any:
-    """An option of the model as an attribute of the configuration, where the model has it."""
+def _option(name: str, default: str = "") -> Any:
+    """An option of the model as an attribute of the configuration, where the model has it.
+
+    Where the option is None, the attribute is the option `default`.
+    """
 
     def get(self: Any) -> Any:
         if name not in self.options:
             raise AttributeError(f"the architecture {self.architecture!r} has no option {name!r}")
         value = self.options[name]
+        value = self.options[default] if value is None and default else value
         square = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
         return value[0] if square else value
 
@@ -77,11 +82,11 @@ class TranslutionImageConfig(PreTrainedConfig):
         options: of that model, as in `translution.create_model`; those not given are filled in.
             The number of classes is `num_labels` (or the length of `id2label`).
         preprocessing: how an image becomes the model's input, as `Preprocessing.to_dict` gives it.
-        hidden_size, num_hidden_layers, num_attention_heads, image_size, patch_size, num_channels:
-            as transformers calls the options dim, depth, heads, image_size, patch_size and
-            in_channels of a ViT. They are also attributes, those of them that the model has. A
-            backbone is made with `options` of its own; its hidden_size is the number of channels
-            of its last map.
+        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, image_size,
+            patch_size, num_channels: as transformers calls the options dim, depth, heads, kv_heads,
+            image_size, patch_size and in_channels of a ViT. They are also attributes, those of
+            them that the model has. A backbone is made with `options` of its own; its hidden_size
+            is the number of channels of its last map.
 
     Raises:
         ValueError: an unknown architecture or option, values that don't fit or contradict each
@@ -132,6 +137,7 @@ class TranslutionImageConfig(PreTrainedConfig):
 
     num_hidden_layers = _option("depth")
     num_attention_heads = _option("heads")
+    num_key_value_heads = _option("kv_heads", default="heads")
     image_size = _option("image_size")
     patch_size = _option("patch_size")
     num_channels = _option("in_channels")
@@ -147,9 +153,9 @@ class TranslutionGPTConfig(PreTrainedConfig):
     Args:
         architecture: one of `translution.list_models("*gpt*")`; kept as "gpt".
         options: of that model, as in `translution.create_model`; those not given are filled in.
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: as
-            transformers calls the options vocab_size, dim, depth, heads and context. They are also
-            attributes.
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+            max_position_embeddings: as transformers calls the options vocab_size, dim, depth,
+            heads, kv_heads and context. They are also attributes.
 
     Raises:
         ValueError: an unknown architecture or option, values that don't fit or contradict each
@@ -177,6 +183,7 @@ class TranslutionGPTConfig(PreTrainedConfig):
     hidden_size = _option("dim")
     num_hidden_layers = _option("depth")
     num_attention_heads = _option("heads")
+    num_key_value_heads = _option("kv_heads", default="heads")
     max_position_embeddings = _option("context")
 
 

@@ -72,8 +72,8 @@ def unused_options(mixer: str) -> set[str]:
     own = own_mixer(mixer)
     if own is not None:
         unused = {name for name in GEOMETRY if not own.takes(name)}
-        return unused | {"conv_kernel_size", "rank", "relative", "init"}
-    unused = {"conv_kernel_size"} if mixer not in IMAGE_MIXERS else set(GEOMETRY)
+        return unused | {"conv_kernel_size", "rank", "relative", "init", "kv_heads"}
+    unused = {"conv_kernel_size"} if mixer not in IMAGE_MIXERS else {*GEOMETRY, "kv_heads"}
     unused |= {"mixer_options"}
     unused |= {"rank"} if mixer != "alpha" else set()
     return unused | ({"relative", "init"} if mixer not in TABLE_MIXERS else set())
@@ -107,6 +107,9 @@ class Mixing:
         learned_positions: whether learned absolute positions are added to the tokens. None adds
             them for the mixers "acmix" and "attention", the latter with position "none", and for
             mixers of your own that ask for them.
+        kv_heads: the number of key and value heads, as in `SelfAttention`; None is `heads`. With
+            Translution it requires `relative` "q" or "". A mixer of your own may have an option of
+            this name in `mixer_options`.
         window, dilation, buckets, init: as in `Translution2d`.
         conv_kernel_size: the kernel size of the mixers "convolution" and "acmix".
         dropout: the probability with which attention weights and outputs of the MLPs are dropped.
@@ -124,6 +127,7 @@ class Mixing:
     rank: int = 8
     position: str = "none"
     learned_positions: bool | None = None
+    kv_heads: int | None = None
     window: OptionalSizes = None
     dilation: Sizes = 1
     buckets: OptionalSizes = None
@@ -240,6 +244,7 @@ class Mixing:
         if own is not None:
             options |= {"dim": dim, "grid": grid}
             return own.build(options, self.mixer_options or {})
+        options["kv_heads"] = self.kv_heads
         if mixer in ("rotary", "bias"):
             return SelfAttention(dim, grid, position=mixer, **options)
         # blocks after `relative_depth` have another mixer than the one that `position` is for

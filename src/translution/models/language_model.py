@@ -37,9 +37,9 @@ class GPTConfig(Mixing):
             to use its weights. By default there is one.
         tie_head: whether the head's weight is that of the embedding, which then starts as the
             head's does.
-        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
-            dilation, buckets, init, dropout, embedding_dropout, projection_dropout,
-            activation_checkpointing: as in `Mixing`.
+        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions,
+            kv_heads, window, dilation, buckets, init, dropout, embedding_dropout,
+            projection_dropout, activation_checkpointing: as in `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.

@@ -51,9 +51,9 @@ class ViTConfig(Mixing):
         full_last_block: whether the last block computes all tokens where only the class token is
             read, as the published code does. By default it computes the class token only, and its
             tables have no rows for other queries.
-        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions, window,
-            dilation, buckets, init, conv_kernel_size, dropout, embedding_dropout,
-            projection_dropout, activation_checkpointing: as in `Mixing`.
+        mixer, mixer_options, relative, relative_depth, rank, position, learned_positions,
+            kv_heads, window, dilation, buckets, init, conv_kernel_size, dropout,
+            embedding_dropout, projection_dropout, activation_checkpointing: as in `Mixing`.
 
     Raises:
         ValueError: naming the option, what came and what is wanted.

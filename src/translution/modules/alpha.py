@@ -30,6 +30,8 @@ class _AlphaTranslution(Attention):
     Args:
         rank: channels per head of the branch.
         position: "none", or "rotary" for rotary positions on the ordinary branch.
+        kv_heads: the number of key and value heads of the ordinary branch, as in `SelfAttention`.
+            The relative branch has all heads.
         dim, grid, heads, head_dim, relative, causal, window, dilation, buckets, prefix,
             prefix_queries, dropout, qkv_bias, init, device, dtype: as in `Translution2d`.
 
@@ -61,6 +63,7 @@ class _AlphaTranslution(Attention):
         qkv_bias: bool = False,
         init: str = "equal",
         position: str = "none",
+        kv_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -69,7 +72,7 @@ class _AlphaTranslution(Attention):
         super().__init__(
             dim, grid, heads, head_dim, position=position, causal=causal, window=window,
             dilation=dilation, buckets=buckets, prefix=prefix, prefix_queries=prefix_queries,
-            dropout=dropout,
+            dropout=dropout, kv_heads=kv_heads,
         )  # fmt: skip
         self.rank, self.relative = rank, relative
         self.relative_scores = bool(set(relative) & set("qk"))
@@ -93,6 +96,7 @@ class _AlphaTranslution(Attention):
 
     def score(self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         q, k = self.project_query_key(query, x, layout, cache)
+        k = self.repeat_heads(k)
         scores = self.primitives.scores
         if not self.relative_scores:
             return scores(q, k, layout, heads=self.heads, scale=self.scale)
@@ -103,7 +107,7 @@ class _AlphaTranslution(Attention):
 
     def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         v = append_to_cache(cache, "v", as_operand(self.v_proj(x)))
-        ordinary = self.primitives.mix(a, v, layout)
+        ordinary = self.primitives.mix(a, self.repeat_heads(v), layout)
         if "v" not in self.relative:
             return ordinary
         low = append_to_cache(cache, "low v", self._branch("v", x))

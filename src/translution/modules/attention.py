@@ -25,7 +25,7 @@ from ..operands import Operand, as_operand
 from .cache import Cache, append_to_cache
 from .checks import check_dtype, check_int
 from .positions import RelativeBias, apply_rotary, check_rotary, rotary_angles
-from .projections import projection
+from .projections import projection, repeat_heads
 
 __all__ = ["RENAMED", "Attention", "Primitives", "SelfAttention", "check_relative", "position_of"]
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
     """The skeleton of attention over tokens. Subclasses define `score` and `mix`, or `attend`.
 
     Args:
-        dim, grid, heads, head_dim, position, dropout: as in `translution.Translution2d`.
+        dim, grid, heads, head_dim, kv_heads, position, dropout: as in `translution.Translution2d`.
         causal, window, dilation, buckets, prefix, prefix_queries: as in `translution.Layout`.
     """
 
@@ -88,6 +88,7 @@ class Attention(nn.Module):
         prefix: int,
         prefix_queries: bool,
         dropout: float,
+        kv_heads: int | None = None,
     ):
         super().__init__()
         check_int("dim", dim, 1)
@@ -99,6 +100,10 @@ class Attention(nn.Module):
                 )
             head_dim = dim // heads
         check_int("head_dim", head_dim, 1)
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_int("kv_heads", kv_heads, 1)
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads: got {kv_heads}, want a divisor of heads {heads}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: got {dropout}, want at least 0 and less than 1")
         if position not in self.position_kinds:
@@ -113,7 +118,7 @@ class Attention(nn.Module):
             raise ValueError(f"grid: got {grid}, want {self.axes} sizes (or one int for all)")
         if position == "rotary":
             check_rotary(head_dim, len(self.layout.grid))
-        self.dim, self.heads, self.head_dim = dim, heads, head_dim
+        self.dim, self.heads, self.head_dim, self.kv_heads = dim, heads, head_dim, kv_heads
         self.position, self.dropout = position, dropout
         self.scale = 1 / math.sqrt(head_dim)
 
@@ -206,22 +211,41 @@ class Attention(nn.Module):
         return q, append_to_cache(cache, "k" if k.weight is None else "x", k)
 
     def split(self, x: Tensor) -> Tensor:
-        """[batch, tokens, heads · head_dim] -> [batch, heads, tokens, head_dim]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """[batch, tokens, heads · head_dim] -> [batch, heads, tokens, head_dim].
+
+        Keys and values have `kv_heads` heads.
+        """
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `split`."""
         return x.transpose(1, 2).flatten(2)
 
+    def repeat_heads(self, side: Operand) -> Operand:
+        """Keys or values with as many heads as the queries have."""
+        return repeat_heads(side, self.heads, self.head_dim)
+
     def make_projections(
         self, relative: str, qkv_bias: bool, init: str, device: Any, dtype: torch.dtype | None
     ) -> None:
-        """Make q_proj, k_proj, v_proj (tables for those in `relative`) and o_proj."""
-        inner = self.heads * self.head_dim
+        """Make q_proj, k_proj, v_proj (tables for those in `relative`) and o_proj.
+
+        Raises:
+            ValueError: a table of keys or values, with fewer of their heads.
+        """
+        if self.kv_heads < self.heads and set(relative) & set("kv"):
+            raise ValueError(
+                f"kv_heads: got {self.kv_heads} with relative={relative!r}, but a table of keys or "
+                f"values has all {self.heads} heads; want None, or relative 'q' or ''"
+            )
         for name in "qkv":
+            heads = self.heads if name == "q" else self.kv_heads
             classes = self.layout.classes if name in relative else None
-            made = projection(self.dim, inner, classes, qkv_bias, init, device, dtype)
+            made = projection(
+                self.dim, heads * self.head_dim, classes, qkv_bias, init, device, dtype
+            )
             setattr(self, f"{name}_proj", made)
+        inner = self.heads * self.head_dim
         self.o_proj = nn.Linear(inner, self.dim, device=device, dtype=dtype)
 
     def _layout(self, x: Tensor, grid: Sizes | None) -> Layout:
@@ -252,6 +276,7 @@ class Attention(nn.Module):
         layout = self.layout
         shown = [f"dim={self.dim}, grid={layout.grid}, heads={self.heads}"]
         shown += [f"head_dim={self.head_dim}"]
+        shown += [f"kv_heads={self.kv_heads}"] if self.kv_heads < self.heads else []
         shown += [
             f"{name}={getattr(layout, name)}"
             for name in ("causal", "window", "buckets", "prefix", "prefix_queries")
@@ -274,10 +299,15 @@ class SelfAttention(Attention):
             to the score.
         heads, head_dim, causal, window, dilation, buckets, prefix, prefix_queries, dropout,
             qkv_bias, device, dtype: as in `Translution2d`.
+        kv_heads: the number of key and value heads, a divisor of `heads` (grouped-query attention;
+            1 is multi-query attention). Each is shared by heads / kv_heads query heads that follow
+            each other, and the projections and the cache of keys and values are smaller by that
+            factor. None is `heads`.
 
     Attributes:
         layout: the `Layout`.
-        q_proj, k_proj, v_proj, o_proj: nn.Linear.
+        q_proj, k_proj, v_proj, o_proj: nn.Linear; k_proj and v_proj have kv_heads · head_dim
+            channels.
         position_bias: `RelativeBias`, with position "bias".
 
     Raises:
@@ -301,13 +331,14 @@ class SelfAttention(Attention):
         prefix_queries: bool = False,
         dropout: float = 0.0,
         qkv_bias: bool = False,
+        kv_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(
             dim, grid, heads, head_dim, position=position, causal=causal, window=window,
             dilation=dilation, buckets=buckets, prefix=prefix, prefix_queries=prefix_queries,
-            dropout=dropout,
+            dropout=dropout, kv_heads=kv_heads,
         )  # fmt: skip
         self.make_projections("", qkv_bias, "equal", device, dtype)
         self.position_bias: RelativeBias | None = None
@@ -319,13 +350,14 @@ class SelfAttention(Attention):
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, k = self.project_query_key(query, x, layout, cache)
-        v = self.split(append_to_cache(cache, "v", as_operand(self.v_proj(x))).x)
+        v = append_to_cache(cache, "v", as_operand(self.v_proj(x)))
         bias = self._bias(q.x, layout)
         if return_weights:
+            k, v = self.repeat_heads(k), self.repeat_heads(v)
             s = single_query.scores(q, k, layout, heads=self.heads, scale=self.scale)
             s = s if bias is None else s + bias
             a = masked_softmax(s, mask, layout.may_be_empty)
-            y = F.dropout(a, self.dropout, self.training).to(v.dtype) @ v
+            y = F.dropout(a, self.dropout, self.training).to(v.x.dtype) @ self.split(v.x)
             return self.join(y), a
         causal = bias is None and mask is None and layout.plain_causal
         nonempty = None
@@ -338,8 +370,9 @@ class SelfAttention(Attention):
         if bias is not None:
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         y = F.scaled_dot_product_attention(
-            self.split(q.x), self.split(k.x), v, mask,
+            self.split(q.x), self.split(k.x), self.split(v.x), mask,
             dropout_p=self.dropout if self.training else 0.0, is_causal=causal,
+            enable_gqa=self.kv_heads < self.heads,
         )  # fmt: skip
         return self.join(y if nonempty is None else y * nonempty), None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..operands import Operand
 
-__all__ = ["INITS", "RelativeLinear", "projection", "sharding"]
+__all__ = ["INITS", "RelativeLinear", "projection", "repeat_heads", "sharding"]
 
 INITS = ("equal", "independent", "published")
 """How a table starts; `RelativeLinear` describes each."""
@@ -134,3 +134,23 @@ def projection(
     if classes is None:
         return nn.Linear(in_features, out_features, bias, device, dtype)
     return RelativeLinear(classes, in_features, out_features, bias, init, device, dtype)
+
+
+def repeat_heads(side: Operand, heads: int, head_dim: int) -> Operand:
+    """Grouped keys or values, with each head repeated for the query heads that share it.
+
+    A side with a table, or one that has all heads already, is returned as it is.
+
+    Args:
+        side: tokens [batch, tokens, kv_heads · head_dim].
+        heads: the number of query heads; query head h shares head h // (heads / kv_heads).
+        head_dim: channels per head.
+
+    Returns:
+        tokens [batch, tokens, heads · head_dim].
+    """
+    if side.weight is not None or side.x.shape[-1] == heads * head_dim:
+        return side
+    grouped = side.x.unflatten(-1, (-1, head_dim))
+    each = heads // grouped.shape[-2]
+    return Operand(grouped.repeat_interleave(each, -2).flatten(-2))

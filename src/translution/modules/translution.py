@@ -46,6 +46,9 @@ class _Translution(Attention):
         init: how tables start, one of `translution.modules.INITS`; "equal" makes the new layer
             equal to self-attention.
         position: "none", or "rotary" for rotary positions on q and k where neither has a table.
+        kv_heads: the number of key and value heads, as in `SelfAttention`, where neither k nor v
+            has a table. (A table is applied to each pair. Fewer heads would make it smaller, but
+            would save no time, and nothing in the cache, which holds the layer's inputs then.)
         device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:
@@ -75,6 +78,7 @@ class _Translution(Attention):
         qkv_bias: bool = False,
         init: str = "equal",
         position: str = "none",
+        kv_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -87,19 +91,20 @@ class _Translution(Attention):
         super().__init__(
             dim, grid, heads, head_dim, position=position, causal=causal, window=window,
             dilation=dilation, buckets=buckets, prefix=prefix, prefix_queries=prefix_queries,
-            dropout=dropout,
+            dropout=dropout, kv_heads=kv_heads,
         )  # fmt: skip
         self.relative = relative
         self.make_projections(relative, qkv_bias, init, device, dtype)
 
     def score(self, query: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         q, k = self.project_query_key(query, x, layout, cache)
+        k = self.repeat_heads(k)
         return self.primitives.scores(q, k, layout, heads=self.heads, scale=self.scale)
 
     def mix(self, a: Tensor, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         v = as_operand(self.v_proj(x))
         v = append_to_cache(cache, "v" if v.weight is None else "x", v)
-        return self.primitives.mix(a, v, layout)
+        return self.primitives.mix(a, self.repeat_heads(v), layout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relative={self.relative!r}"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...layouts import Layout
+from ...modules.projections import repeat_heads
 from ...operands import Operand, as_operand
 from .grids import Patches, only_grid
 from .rotary import rotated
@@ -55,7 +56,6 @@ class Converted(nn.Module):
         self.index = source.index
         self.patches: Patches | None = None
         self.name = ""
-        self.grouped = source.heads // (source.kv_heads or source.heads)
         self.norms = nn.ModuleDict(source.norms)
         self.between = nn.ModuleDict(source.between)
         self.after = source.after
@@ -70,7 +70,8 @@ class Converted(nn.Module):
         held = 0
         if call.cache is not None:
             sides, held = self._update_cache(sides, call.cache)
-        sides = {name: self._repeat_grouped(name, side) for name, side in sides.items()}
+        for name in "kv":
+            sides[name] = repeat_heads(sides[name], self.layer.heads, self.layer.head_dim)
         layout = self._layout(call.x.shape[1], held)
         s, mask = self._scores(sides, layout), call.mask
         empty = layout.may_be_empty
@@ -126,15 +127,6 @@ class Converted(nn.Module):
         cached = dict(zip(kept, each, strict=True))
         whole = {n: s._replace(x=cached[id(s.x)]) if n[-1] in "kv" else s for n, s in sides.items()}
         return whole, rows.shape[2] - packed.shape[2]
-
-    def _repeat_grouped(self, name: str, side: Operand) -> Operand:
-        """With grouped heads, repeat each key or value head for the query heads that share it."""
-        if self.grouped == 1 or name not in ("k", "v") or side.weight is not None:
-            return side
-        heads = side.x.unflatten(-1, (-1, self.layer.head_dim))
-        if heads.shape[-2] == self.layer.heads:  # `make_shared` of a table, which is for each head
-            return side
-        return Operand(heads.repeat_interleave(self.grouped, -2).flatten(-2))
 
     def _scores(self, sides: dict[str, Operand], layout: Layout) -> Tensor:
         """The mean of the branches' scores: two branches in α-Translution, one in Translution."""
