@@ -3,6 +3,9 @@
 A class that is decorated with `renamed_arguments` takes its old argument names too, each with a
 DeprecationWarning that names the new one. Saved configurations with old names are read the same
 way, without a warning. docs/upgrading-to-0.1.md lists all of them.
+
+Names that other libraries have for an argument do not work. Where `foreign_arguments` lists them,
+the error says which argument it is here.
 """
 
 from __future__ import annotations
@@ -10,15 +13,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-__all__ = ["current_arguments", "renamed_arguments"]
+__all__ = ["current_arguments", "foreign_arguments", "renamed_arguments"]
 
 New = str | Callable[[Any, dict[str, Any]], dict[str, Any]]
 """The new name of an argument; or a function from the old argument's value, and all arguments that
 came with it, to the new arguments."""
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def renamed_arguments(**renamed: New) -> Callable[[C], C]:
@@ -73,3 +77,29 @@ def current_arguments(
                 stacklevel=stacklevel + 1,
             )
     return current
+
+
+def foreign_arguments(**ours: str) -> Callable[[F], F]:
+    """A decorator for a class or a function: an argument by another library's name is a TypeError.
+
+    Args:
+        ours: for each such name, what to give instead; the message ends with it.
+    """
+
+    def decorate(target: F) -> F:
+        call: Any = target.__init__ if isinstance(target, type) else target
+
+        @functools.wraps(call)
+        def checked(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name in ours:
+                    owner = type(args[0]) if isinstance(target, type) else target
+                    raise TypeError(f"{owner.__name__}: got {name}, want {ours[name]}")
+            return call(*args, **given)
+
+        if not isinstance(target, type):
+            return cast(F, checked)
+        target.__init__ = checked
+        return target
+
+    return decorate

@@ -59,6 +59,8 @@ def test_neighborhoods():
     q, k, v = torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 6), torch.randn(2, 3, 4, 5, 7)
     want = 2 * (2 * 3 * 4 * 5) * 9 * (6 + 7)
     assert flops(lambda: neighborhood_attention(q, k, v, 3)) == want
+    more = flops(lambda: neighborhood_attention(q, k, v, 3, return_lse=True)) - want
+    assert more == 2 * (2 * 3 * 4 * 5) * 9 * 6
     weights, value = torch.randn(1, 2, 9, 4, 5), torch.randn(1, 6, 4, 5)
     assert flops(lambda: neighborhood_mix(weights, value, 3)) == 2 * (2 * 9 * 4 * 5) * 3
 

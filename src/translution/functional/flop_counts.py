@@ -100,6 +100,10 @@ def _attention_backward(grad, y, query, key, value, kernel, *_, **__) -> int:  #
     return 2 * _attention(query, key, value, kernel)
 
 
+def _logsumexp(query, key, kernel, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return 2 * math.prod(query) * math.prod(kernel)
+
+
 def _neighborhood_mix(weights, value, *_, **__) -> int:  # type: ignore[no-untyped-def]
     return 2 * math.prod(weights) * (value[1] // weights[1])
 
@@ -115,6 +119,7 @@ FORMULAS = {
     "offset_mix_backward": _mix_backward,
     "neighborhood_attention": _attention,
     "neighborhood_attention_backward": _attention_backward,
+    "neighborhood_logsumexp": _logsumexp,
     "neighborhood_mix": _neighborhood_mix,
     "neighborhood_mix_backward": _neighborhood_mix_backward,
 }

@@ -2,18 +2,19 @@
 
 The plain way copies the k² neighbours of every query. Neither function here does so. The attention
 is checked and registered with torch in this file, and a backend computes it, one tile of queries at
-a time. Mixing is computed in this file, one tap of the kernel at a time: the neighbours of all
-queries at one tap are a strided view of the map.
+a time. Mixing, and the logarithms of the attention's sums, are computed in this file, one tap of
+the kernel at a time: the neighbours of all queries at one tap are a strided view of the map.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from .._renamed import foreign_arguments
 from ..backends.torch.neighborhood import as_map, empty_positions
 from ..layouts import Sizes
 from ..neighborhoods import Neighborhood
@@ -23,6 +24,36 @@ from .offset_operators import HALF
 __all__ = ["neighborhood_attention", "neighborhood_mix"]
 
 
+@overload
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes = ...,
+    dilation: Sizes = ...,
+    scale: float | None = ...,
+    *,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes = ...,
+    dilation: Sizes = ...,
+    scale: float | None = ...,
+    *,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@foreign_arguments(
+    is_causal="SelfAttention with causal=True and a window: neighbourhoods are on both sides",
+    additional_keys="return_lse=True, to merge it with attention to further keys",
+)
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,
@@ -33,7 +64,8 @@ def neighborhood_attention(
     scale: float | None = None,
     *,
     backend: str = "auto",
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query over its k×k neighbourhood, with reflection at the borders.
 
     y_i = Σ_j softmax_j(scale · q_i · k_j) v_j for j over the neighbours of i
@@ -50,10 +82,14 @@ def neighborhood_attention(
         dilation: the distance from one neighbour to the next.
         scale: the factor on the scores. None is 1 / sqrt(head_dim).
         backend: "auto", or the name of one in `translution.backends`.
+        return_lse: also return log Σ_j exp(scale · q_i · k_j), as `masked_softmax` does. It is
+            computed in plain torch beside any backend, and takes about as long as
+            `neighborhood_mix` of the keys.
 
     Returns:
         [batch, heads, out height, out width, value channels] in the dtype of the values. For half
-        precision, scores and sums are computed in float32.
+        precision, scores and sums are computed in float32. With `return_lse` also the logarithms
+        [batch, heads, out height, out width], in float32 for half precision.
 
     Raises:
         ValueError: naming the argument, what came and what is wanted.
@@ -73,9 +109,9 @@ def neighborhood_attention(
         raise ValueError(f"value: got shape {tuple(value.shape)}, want {tuple(key.shape[:4])}, any")
     factor = key.shape[4] ** -0.5 if scale is None else float(scale)
     check_backend(backend, query)
-    return _derivatives().attention(
-        query, key, value, area.kernel, area.stride, area.dilation, factor, backend
-    )
+    options = area.kernel, area.stride, area.dilation, factor, backend
+    y: Tensor = _derivatives().attention(query, key, value, *options)
+    return (y, _derivatives().logsumexp(query, key, *options)) if return_lse else y
 
 
 def neighborhood_mix(
@@ -137,6 +173,10 @@ def _size(name: str, shape: torch.Size) -> tuple[int, int]:
     if min(height, width) < 1:
         raise ValueError(f"{name}: got a map of {height}×{width}, want at least 1×1")
     return height, width
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in HALF else x.dtype
 
 
 # -- The attention as an operator that is registered with torch; a backend computes it -----------
@@ -248,7 +288,7 @@ def _mix(
     area = _area(value.shape[2:], kernel, stride, dilation)
     taps = _Taps(area, value.device)
     groups, extended = weights.shape[1], taps.extend(value)
-    dtype = torch.float32 if value.dtype in HALF else value.dtype  # of the sums
+    dtype = _sum_dtype(value)
     # [batch, channels of a group, groups, out height, out width]
     y = value.new_zeros((value.shape[0], value.shape[1] // groups, groups, *area.out), dtype=dtype)
     for tap in range(area.taps):
@@ -274,7 +314,7 @@ def _mix_backward(
     area = _area(value.shape[2:], kernel, stride, dilation)
     taps = _Taps(area, value.device)
     groups, extended = weights.shape[1], taps.extend(value)
-    dtype = torch.float32 if value.dtype in HALF else value.dtype  # of the sums
+    dtype = _sum_dtype(value)
     dy = grad.unflatten(1, (-1, groups))  # [batch, channels of a group, groups, height, width]
     d_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     d_extended = torch.zeros_like(extended, dtype=dtype)
@@ -304,3 +344,47 @@ def _backward_mix(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _mix.register_autograd(_backward_mix, setup_context=_save_mix)
+
+
+# -- The logarithms of the attention's sums, one tap at a time, as an operator of torch ------------
+
+
+@torch.library.custom_op("translution::neighborhood_logsumexp", mutates_args=())
+def _logsumexp(
+    query: Tensor,
+    key: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    scale: float,
+    backend: str,  # of the gradients
+) -> Tensor:
+    area = _area(key.shape[2:4], kernel, stride, dilation)
+    taps = _Taps(area, key.device)
+    q = query.to(_sum_dtype(query)).movedim(4, 2) * scale
+    extended = taps.extend(key.movedim(4, 2).flatten(1, 2))
+    lse = q.new_full((*query.shape[:2], *area.out), float("-inf"))
+    for tap in range(area.taps):
+        neighbors = taps.view(extended, tap).unflatten(1, (query.shape[1], -1))
+        torch.logaddexp(lse, (q * neighbors).sum(2), out=lse)
+    return lse
+
+
+@_logsumexp.register_fake
+def _(query, key, kernel, stride, dilation, scale, backend):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[:4], dtype=_sum_dtype(query))
+
+
+def _save_logsumexp(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, *ctx.options = inputs
+    ctx.save_for_backward(query, key)
+
+
+def _backward_logsumexp(ctx, grad):  # type: ignore[no-untyped-def]
+    ops = torch.ops.translution
+    attention = ops.neighborhood_attention, ops.neighborhood_attention_backward
+    grads = _derivatives().logsumexp_gradient(grad, *ctx.saved_tensors, ctx.options, *attention)
+    return (*grads, None, None, None, None, None)
+
+
+_logsumexp.register_autograd(_backward_logsumexp, setup_context=_save_logsumexp)

@@ -3,7 +3,8 @@
 Mixing is linear in each of its arguments, so `derivatives.multilinear` serves it. Attention is not,
 because of its softmax. Its gradient is computed by a backend; its tangent, and what second
 derivatives need, by plain gathers of k² keys and values per query. These are rarely used, and cost
-the memory that the backends save.
+the memory that the backends save. The derivatives of the logarithm of its sums are attention again:
+that of lse_i with respect to q_i is scale times the attention whose values are the keys.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from ..neighborhoods import Neighborhood
 from .derivatives import Constants, batched, multilinear
+from .offset_operators import HALF
 
-__all__ = ["attention", "mix"]
+__all__ = ["attention", "logsumexp", "logsumexp_gradient", "mix"]
 
 _ops = torch.ops.translution
 
@@ -128,6 +130,64 @@ class _Gradient(torch.autograd.Function):
         return tuple(a + b for a, b in zip(first, parts, strict=True))
 
 
+class _LogSumExp(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*given: Any) -> Tensor:
+        query, key, options = given
+        return _ops.neighborhood_logsumexp(query, key, *options.values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.options = inputs[2]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None:
+            return None, None, None
+
+        def gradient(*given: Any) -> Any:
+            return _Gradient.apply(*given[:5], Constants(*given[5:]))
+
+        query, key = ctx.saved_tensors
+        of = ctx.options.values
+        return *logsumexp_gradient(grads[0], query, key, of, attention, gradient), None
+
+    @staticmethod
+    def jvp(ctx: Any, *along: Any) -> Any:
+        (query, key), (u_query, u_key), of = ctx.saved_tensors, along[:2], ctx.options.values
+        total: Any = 0.0
+        if u_query is not None:
+            total = total + u_query * attention(query, key, key, *of)
+        if u_key is not None:
+            total = total + query * attention(query, key, u_key, *of)
+        total = total.sum(-1) * of[3]
+        return total if query.dtype not in HALF else total.float()
+
+
+def logsumexp_gradient(
+    g: Tensor, query: Tensor, key: Tensor, options: Any, attention: Any, gradient: Any
+) -> tuple[Tensor, Tensor]:
+    """The gradients of query and key from that of lse_i = log Σ_j exp(scale · q_i · k_j).
+
+    With the attention weights a_ij, they are scale · g_i Σ_j a_ij k_j, the attention with keys as
+    values, and Σ_i a_ij (scale · g_i q_i), which is the gradient of the values of that attention.
+
+    Args:
+        g: the gradient of lse.
+        query, key, options: the arguments of the operator.
+        attention, gradient: the attention and its gradient, as functions of all their arguments.
+    """
+    mean = attention(query, key, key, *options)
+    up = g[..., None] * options[3]
+    d_key = gradient((up * query).to(query.dtype), mean, query, key, key, *options)[2]
+    return (up * mean).to(query.dtype), d_key
+
+
 def _mix_terms(tensors: Any, along: Any) -> Iterator[Any]:
     (weights, value), (u_weights, u_value) = tensors, along
     if u_weights is not None:
@@ -143,6 +203,7 @@ def _mix_gradient(*given: Any) -> Any:
 
 batched(_ops.neighborhood_attention.default, batch_arguments=(0, 1, 2))
 batched(_ops.neighborhood_attention_backward.default, batch_arguments=(0, 1, 2, 3, 4))
+batched(_ops.neighborhood_logsumexp.default, batch_arguments=(0, 1))
 batched(_ops.neighborhood_mix.default, batch_arguments=(0, 1))
 batched(_ops.neighborhood_mix_backward.default, batch_arguments=(0, 1, 2))
 
@@ -154,3 +215,10 @@ def attention(*given: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return _ops.neighborhood_attention(*given)
     return _Attention.apply(*given[:3], Constants(*given[3:]))
+
+
+def logsumexp(*given: Any) -> Tensor:
+    """`translution::neighborhood_logsumexp`, with all its derivatives."""
+    if torch.compiler.is_compiling():
+        return _ops.neighborhood_logsumexp(*given)
+    return _LogSumExp.apply(*given[:2], Constants(*given[2:]))

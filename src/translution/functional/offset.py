@@ -13,6 +13,7 @@ Tables go to operators that are registered with torch, which a backend computes.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -167,7 +168,21 @@ def mix(a: Tensor, value: Operand, layout: Layout, *, backend: str = "auto") -> 
     return operators.mix(a, *value, layout.spec, backend)
 
 
-def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = False) -> Tensor:
+@overload
+def masked_softmax(
+    s: Tensor,
+    mask: Tensor | None = ...,
+    empty_rows: bool = ...,
+    *,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def masked_softmax(
+    s: Tensor, mask: Tensor | None = ..., empty_rows: bool = ..., *, return_lse: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def masked_softmax(
+    s: Tensor, mask: Tensor | None = None, empty_rows: bool = False, *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax over the keys. A query that sees no key gets zeros if there is a mask, or with
     `empty_rows`; otherwise NaN, as in torch's softmax.
 
@@ -175,16 +190,26 @@ def masked_softmax(s: Tensor, mask: Tensor | None = None, empty_rows: bool = Fal
         s: scores [batch, heads, queries, keys], -inf where a pair is absent.
         mask: boolean, True where the query sees the key, broadcastable to the scores.
         empty_rows: whether a row may be all -inf even without a mask.
+        return_lse: also return log Σ_j exp(s_ij), which merges attention over several sets of keys.
+            If set p gives the mixed values y_p and the sums lse_p, then the whole has
+            lse = log Σ_p exp(lse_p) and y = Σ_p exp(lse_p - lse) y_p.
 
     Returns:
         weights of the shape and dtype of the scores. Each row sums to 1, or to 0 if it is empty.
+        With `return_lse` also the logarithms [batch, heads, queries]; -inf where a row is empty.
     """
     if mask is not None:
         s = s.masked_fill(~mask, float("-inf"))
-    if mask is None and not empty_rows:
-        return s.softmax(-1)
-    empty = s.isneginf().all(-1, keepdim=True)
-    return s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    empty: Tensor | None = None
+    if mask is not None or empty_rows:
+        empty = s.isneginf().all(-1, keepdim=True)
+        s = s.masked_fill(empty, 0.0)
+    a = s.softmax(-1)
+    a = a if empty is None else a.masked_fill(empty, 0.0)
+    if not return_lse:
+        return a
+    lse = s.logsumexp(-1)
+    return a, lse if empty is None else lse.masked_fill(empty[..., 0], float("-inf"))
 
 
 def autocast_enabled(x: Tensor) -> bool:

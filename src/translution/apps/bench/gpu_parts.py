@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,12 +222,13 @@ def _attending(forward: Callable[[], Tensor], attend: Attend) -> Callable[[], Te
 
 @contextmanager
 def _in_place(attend: Attend) -> Iterator[None]:
-    usual = acmix_module.neighborhood_attention
-    acmix_module.neighborhood_attention = attend
+    module: Any = acmix_module
+    usual = module.neighborhood_attention
+    module.neighborhood_attention = attend
     try:
         yield
     finally:
-        acmix_module.neighborhood_attention = usual
+        module.neighborhood_attention = usual
 
 
 # -- training steps --------------------------------------------------------------------------------

@@ -253,14 +253,30 @@ class Attention(nn.Module):
             self.register_buffer(name, getattr(tiles, name).clone())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        def gather(x: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
-            return _cast(x.flatten(2, 3).index_select(2, index), _wide(x)).unflatten(2, shape)
+        weights = self.scores(query, key).softmax(-1)
+        v = self._gather(value, self.key_index, self.shapes[1])
+        return _cast(self.as_map(weights @ v), value.dtype)
 
-        q = gather(query, self.query_index, self.shapes[0]) * self.scale
-        k, v = (gather(x, self.key_index, self.shapes[1]) for x in (key, value))
-        weights = (q @ k.transpose(-1, -2) + self.log_times).softmax(-1)
-        y = (weights @ v).flatten(2, 3).index_select(2, self.query_slot)
-        return _cast(y.unflatten(2, self.out), value.dtype)
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """[batch, heads, tiles, queries of a tile, keys of a tile]."""
+        q = self._gather(query, self.query_index, self.shapes[0]) * self.scale
+        k = self._gather(key, self.key_index, self.shapes[1])
+        return q @ k.transpose(-1, -2) + self.log_times
+
+    def as_map(self, y: Tensor) -> Tensor:
+        """The queries of all tiles in their places on the map."""
+        return y.flatten(2, 3).index_select(2, self.query_slot).unflatten(2, self.out)
+
+    @staticmethod
+    def _gather(x: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+        return _cast(x.flatten(2, 3).index_select(2, index), _wide(x)).unflatten(2, shape)
+
+
+class LogSumExp(Attention):
+    """The operator `translution::neighborhood_logsumexp`."""
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:  # type: ignore[override]
+        return self.as_map(self.scores(query, key).logsumexp(-1))
 
 
 class NeighborhoodMix(nn.Module):
@@ -305,6 +321,11 @@ def _attention(query, key, value, kernel, stride, dilation, scale, *_):  # type:
     return Attention(area, scale, _wide(query)), 3
 
 
+def _logsumexp(query, key, kernel, stride, dilation, scale, *_):  # type: ignore[no-untyped-def]
+    area = Neighborhood(tuple(key.shape[2:4]), tuple(kernel), tuple(stride), tuple(dilation))
+    return LogSumExp(area, scale, _wide(query)), 2
+
+
 def _neighborhood_mix(weights, value, kernel, stride, dilation):  # type: ignore[no-untyped-def]
     area = Neighborhood(tuple(value.shape[2:]), tuple(kernel), tuple(stride), tuple(dilation))
     return NeighborhoodMix(area), 2
@@ -315,6 +336,7 @@ PLAIN = {
     _ops.offset_scores.default: _scores,
     _ops.offset_mix.default: _mix,
     _ops.neighborhood_attention.default: _attention,
+    _ops.neighborhood_logsumexp.default: _logsumexp,
     _ops.neighborhood_mix.default: _neighborhood_mix,
     _ops.layout_index.default: lambda like, layout: (Index(layout), 1),
     _ops.layout_positions.default: lambda like, layout: (Positions(layout), 1),
