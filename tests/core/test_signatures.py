@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import translution
-from translution import models, modules
+from translution import functional, models, modules
 from translution._renamed import current_arguments
 from translution.models.registry import families
 
@@ -166,3 +166,32 @@ def test_modules_of_tables_can_be_made_on_one_device_inside_a_context_of_another
         layer = modules.ACmix2d(4, 4, 2, device="cpu")
     assert not any(p.is_meta for p in layer.parameters())
     assert isinstance(layer, nn.Module)
+
+
+FOREIGN = [
+    (lambda: modules.SelfAttention(8, 6, num_heads=2), "SelfAttention: got num_heads, want heads"),
+    (lambda: modules.SelfAttention(embed_dim=8, grid=6), "got embed_dim, want dim"),
+    (
+        lambda: modules.Translution2d(8, 6, kernel_size=3),
+        "Translution2d: .* want window, which",
+    ),
+    (lambda: modules.AlphaTranslution1d(8, 6, is_causal=True), "got is_causal, want causal"),
+    (lambda: modules.SelfAttention(8, 6, rel_pos_bias=True), "want position='bias'"),
+    (lambda: modules.Translution1d(8, 6, rel_pos_bias=True), "want relative, whose tables"),
+    (lambda: modules.ACmix2d(dim=8, num_heads=2), "ACmix2d: got dim, want in_channels and out"),
+    (lambda: modules.LocalAttention2d(4, 4, 2, rel_pos_bias=False), "want no argument: position"),
+    (
+        lambda: functional.neighborhood_attention(
+            *[torch.zeros(1, 1, 3, 3, 2)] * 3, 3, is_causal=1
+        ),
+        "neighborhood_attention: got is_causal, want SelfAttention with causal=True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), FOREIGN)
+def test_names_of_other_libraries_lead_to_ours(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'neighbours'"):
+        modules.SelfAttention(8, 6, neighbours=3)

@@ -10,15 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._renamed import renamed_arguments
+from .._renamed import foreign_arguments, renamed_arguments
 from ..functional import neighborhood_attention
 from .checks import check_image, check_int
 from .convolution_path import ACmixBase, ConvolutionPath, ImageAttention, coordinates
 
 __all__ = ["ACmix2d", "LocalAttention2d"]
 
+FOREIGN = {
+    "dim": "in_channels and out_channels",
+    "embed_dim": "in_channels and out_channels",
+    "num_heads": "heads",
+    "qkv_bias": "bias",
+    "is_causal": "SelfAttention with causal=True and a window",
+    "rel_pos_bias": "no argument: position_proj always adds a term for the relative position",
+}
+"""Names that NATTEN has for arguments of neighbourhood attention."""
+
 
 @renamed_arguments(attention_kernel="kernel_size")
+@foreign_arguments(**FOREIGN)
 class LocalAttention2d(ImageAttention):
     """Attention of each position over its k×k neighbourhood, with a relative position term.
 
@@ -108,6 +119,7 @@ class LocalAttention2d(ImageAttention):
 
 
 @renamed_arguments(conv_kernel="conv_kernel_size")
+@foreign_arguments(**FOREIGN)
 class ACmix2d(ACmixBase, LocalAttention2d):
     """ACmix: attention over a neighbourhood and a convolution, from the same q, k and v.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._renamed import renamed_arguments
+from .._renamed import foreign_arguments, renamed_arguments
 from ..layouts import Layout, OptionalSizes, Sizes
 from ..operands import Operand, as_operand
-from .attention import RENAMED, Attention, check_relative
+from .attention import FOREIGN, RENAMED, Attention, check_relative
 from .cache import Cache, append_to_cache
 from .checks import check_int
 from .projections import projection
@@ -17,6 +17,7 @@ __all__ = ["AlphaTranslution1d", "AlphaTranslution2d"]
 
 
 @renamed_arguments(**RENAMED)
+@foreign_arguments(**FOREIGN, rel_pos_bias="relative, whose tables replace it")
 class _AlphaTranslution(Attention):
     """Ordinary attention with a relative branch of low rank (Translution, section 3.3).
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._renamed import renamed_arguments
+from .._renamed import foreign_arguments, renamed_arguments
 from ..functional import masked_softmax, single_query
 from ..functional.offset_operators import layout_index
 from ..layouts import Layout, OptionalSizes, Sizes
@@ -27,7 +27,15 @@ from .checks import check_dtype, check_int
 from .positions import RelativeBias, apply_rotary, check_rotary, rotary_angles
 from .projections import projection, repeat_heads
 
-__all__ = ["RENAMED", "Attention", "Primitives", "SelfAttention", "check_relative", "position_of"]
+__all__ = [
+    "FOREIGN",
+    "RENAMED",
+    "Attention",
+    "Primitives",
+    "SelfAttention",
+    "check_relative",
+    "position_of",
+]
 
 
 class Primitives:
@@ -54,6 +62,16 @@ def position_of(rotary: bool, given: Any = None) -> dict[str, str]:
 
 RENAMED: dict[str, Any] = {"length": "grid", "bias": "qkv_bias", "rotary": position_of}
 """Earlier argument names of the classes made from `Attention`."""
+
+FOREIGN = {
+    "embed_dim": "dim",
+    "num_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "kernel_size": "window, which is (kernel_size - 1) / 2: the steps to one side",
+    "is_causal": "causal",
+    "attn_drop": "dropout",
+}
+"""Names that NATTEN, timm and transformers have for arguments of these classes."""
 
 
 class Attention(nn.Module):
@@ -288,6 +306,7 @@ class Attention(nn.Module):
 
 
 @renamed_arguments(bias="qkv_bias")
+@foreign_arguments(**FOREIGN, rel_pos_bias="position='bias'")
 class SelfAttention(Attention):
     """Ordinary self-attention, computed by torch's scaled_dot_product_attention.
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._renamed import renamed_arguments
+from .._renamed import foreign_arguments, renamed_arguments
 from ..layouts import Layout, OptionalSizes, Sizes
 from ..operands import as_operand
-from .attention import RENAMED, Attention, check_relative
+from .attention import FOREIGN, RENAMED, Attention, check_relative
 from .cache import Cache, append_to_cache
 
 __all__ = ["Translution1d", "Translution2d", "Translution3d"]
 
 
 @renamed_arguments(**RENAMED)
+@foreign_arguments(**FOREIGN, rel_pos_bias="relative, whose tables replace it")
 class _Translution(Attention):
     """Attention whose query, key and value projections may depend on the offset of two tokens.
 
