@@ -802,6 +802,56 @@ def test_label_smoothing_of_text(tmp_path):
     torch.testing.assert_close(measured[0], measured[1])
 
 
+@pytest.mark.parametrize("mixer", ["attention", "rotary", "translution"])
+def test_documents_that_do_not_see_each_other(tmp_path, mixer):
+    """The loss is the mean over all targets, each predicted from its own document alone."""
+    options = {"name": "gpt", "mixer": mixer, "dim": 8, "depth": 1, "heads": 1}
+    data = {"kind": "text", "train": str(tmp_path), "context": 8}
+    text = config("--train.clip=null", model=options, data=data)
+    model = create_model("gpt", mixer=mixer, dim=8, depth=1, heads=1, vocab_size=9, context=8)
+    model.double()
+    task = LanguageModel(model, text, 3, end=0)
+    batch = torch.tensor([[5, 6, 0, 4, 4, 0, 0, 3, -100], [0, 1, 2, 3, 4, 5, 6, 7, 0]])
+    loss = task.loss(batch, task.training_meters)
+    losses = []
+    for start, stop in ((0, 2), (2, 5), (5, 6), (6, 8)):
+        losses.append(cross_entropies(model, batch[0, start:stop], batch[0, start + 1 : stop + 1]))
+    losses.append(cross_entropies(model, batch[1, :8], batch[1, 1:]))
+    want = torch.cat(losses)
+    assert len(want) == 7 + 8
+    torch.testing.assert_close(loss, want.mean())
+    together = LanguageModel(model, text, 3).loss(batch, task.training_meters)
+    assert not torch.isclose(together, loss)
+
+
+def cross_entropies(model, ids, targets):
+    """Those of the targets that are there."""
+    wanted = targets >= 0
+    return torch.nn.functional.cross_entropy(
+        model(ids[None])[0][wanted], targets[wanted], reduction="none"
+    )
+
+
+def test_the_option_for_documents_reaches_the_model(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(60)))
+    data = {
+        "kind": "text", "train": str(tmp_path / "text.txt"), "documents": "", "context": 16,
+        "shards": str(tmp_path / "shards"),
+    }  # fmt: skip
+    model = {"name": "gpt", "mixer": "rotary", "dim": 8, "depth": 1, "heads": 1}
+    losses = []
+    for on in (False, True):
+        one = config(
+            "--train.steps=2", "--train.warmup=1", model=model, data=data | {"document_mask": on}
+        )
+        losses.append(train(one, tmp_path / str(on), tensorboard=False)["valid_loss"])
+        again = evaluate(tmp_path / str(on), "valid", one)["valid_loss"]
+        assert again == pytest.approx(losses[-1], rel=1e-5)
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="document_mask: got True, want False: the model Linear"):
+        LanguageModel(torch.nn.Linear(1, 1), one, 3, end=0)
+
+
 # -- the schedule --------------------------------------------------------------------------------
 
 

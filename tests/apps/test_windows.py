@@ -11,7 +11,7 @@ from test_text import options
 from torch.utils.data import DataLoader
 
 from translution.apps.data.order import InOrder, Shuffled
-from translution.apps.data.text import open_text
+from translution.apps.data.text import documents_of, open_text
 
 
 def opened(tmp_path, n: int, part: str = "train", **content):
@@ -106,3 +106,14 @@ def test_windows_survive_pickling(tmp_path):
     copy = pickle.loads(pickle.dumps(windows))
     assert (copy[0, 0] == first).all()
     assert copy.tokenizer.decode(first.tolist())
+
+
+def test_a_document_begins_with_the_token_before_it(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("ab\nc\n")
+    chosen = options(tmp_path, train=str(path), documents="", holdout=0, context=6)
+    windows = open_text(chosen, "train", 3)
+    end = windows.end
+    tokens = torch.tensor([[end, 97, 98, 10, end, 99], [98, 10, end, 99, 10, end]])
+    assert windows.shards.read(0, 8).tolist() == [end, 97, 98, 10, end, 99, 10, end]
+    assert documents_of(tokens, end).tolist() == [[1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,11 @@ class GPT(Pretrained):
             self.embed.weight = self.head.weight
 
     def forward(
-        self, ids: Tensor, caches: Sequence[Cache] | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        caches: Sequence[Cache] | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The logits of the token that follows each token, [batch, length, vocab_size].
 
@@ -108,22 +113,32 @@ class GPT(Pretrained):
             mask: boolean [batch, tokens], also those in the caches: False for padding, which no
                 token sees and which takes no learned position. The tokens of a text follow each
                 other, so padding comes before or after it. The logits of padding mean nothing.
+            documents: int64 [batch, length], a number for each token: neighbours with equal numbers
+                belong to one document. No token sees another document, and learned positions begin
+                anew in each, so that each document has the logits that it has alone. (Offsets and
+                rotary positions are differences of places, which are the same within a document
+                wherever it begins.) Padding is a document of its own. It excludes caches and mask.
 
         Raises:
-            ValueError: ids or a mask of another dtype or shape, more tokens than the context, or
-                caches that do not belong together.
+            ValueError: ids, a mask or documents of another dtype or shape, more tokens than the
+                context, caches that do not belong together, documents beside caches or a mask, or
+                a mixer that takes no mask.
         """
-        return self.head(self.hidden(ids, caches, mask))
+        return self.head(self.hidden(ids, caches, mask, documents))
 
     def hidden(
-        self, ids: Tensor, caches: Sequence[Cache] | None = None, mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        caches: Sequence[Cache] | None = None,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The features that `head` computes the logits from, [batch, length, dim].
 
         Arguments and errors are those of `forward`.
         """
         check_tensor("ids", ids, "int64 (batch, length)")
-        if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.shape[1]:
+        if ids.ndim != 2 or ids.dtype not in _INTS or not ids.shape[1]:
             raise ValueError(
                 f"ids: got {ids.dtype} of shape {tuple(ids.shape)}, want int64 (batch, length)"
             )
@@ -136,23 +151,34 @@ class GPT(Pretrained):
             )
         x = self.embed(ids)
         (start,), length = seen, int(ids.shape[1])
+        places: Tensor | None = None  # in a text; None is 0, 1, 2, and so on
+        seen_keys: Tensor | None = None  # [batch, 1, queries or 1, all tokens so far]
+        if documents is not None:
+            if caches is not None or mask is not None:
+                other = "caches" if mask is None else "a mask"
+                raise ValueError(f"documents: got {other} as well, want one of them")
+            _check_numbers("documents", documents, (len(ids), length), _INTS, "int64")
+            self._check_mixers("documents")
+            places, seen_keys = _within_documents(documents)
         if mask is not None:
-            _check_mask(mask, (len(ids), start + length))
+            _check_numbers("mask", mask, (len(ids), start + length), (torch.bool,), "boolean")
+            self._check_mixers("mask")
+            places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+            seen_keys = mask[:, None, None]
         if self.positions is not None:
             if start + length > self.config.context:
                 raise ValueError(
                     f"ids: got {start + length} tokens, want at most the context "
                     f"{self.config.context}"
                 )
-            if mask is None:
+            if places is None:
                 x = x + self.positions[:, start : start + length]
             else:
-                places = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
                 x = x + self.positions[0, places]
         x = self.embedding_dropout(x)
         for block, cache in zip(self.blocks, each, strict=True):
             held = 0 if cache is None else cache.held
-            keys = None if mask is None else mask[:, None, None, -(held + length) :]
+            keys = None if seen_keys is None else seen_keys[..., -(held + length) :]
             x = block(x, (length,), cache, keys)
         return self.norm(x)
 
@@ -182,14 +208,37 @@ class GPT(Pretrained):
     def _mixers(self) -> list[Any]:
         return [block.mixer for block in self.blocks]
 
+    def _check_mixers(self, name: str) -> None:
+        """Check that all mixers take a mask. (Tracing cannot look at signatures.)"""
+        for mixer in () if torch.compiler.is_compiling() else self._mixers():
+            parameters = inspect.signature(mixer.forward).parameters.values()
+            if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in parameters):
+                kind = type(mixer).__name__
+                raise ValueError(f"{name}: got a tensor, want None: the mixer {kind} takes no mask")
 
-def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
-    check_tensor("mask", mask, "boolean (batch, tokens)")
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+
+_INTS = (torch.int64, torch.int32)
+
+
+def _check_numbers(
+    name: str, x: Tensor, shape: tuple[int, int], dtypes: Sequence[torch.dtype], kind: str
+) -> None:
+    check_tensor(name, x, f"{kind} (batch, tokens)")
+    if x.dtype not in dtypes or tuple(x.shape) != shape:
         raise ValueError(
-            f"mask: got {mask.dtype} of shape {tuple(mask.shape)}, want boolean (batch, tokens) "
-            f"{shape}"
+            f"{name}: got {x.dtype} of shape {tuple(x.shape)}, want {kind} (batch, tokens) {shape}"
         )
+
+
+def _within_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each token in its document, int64 [batch, tokens], and whether a query and a key
+    are in the same one, boolean [batch, 1, tokens, tokens]."""
+    token = torch.arange(documents.shape[1], device=documents.device)
+    differs = documents[:, 1:] != documents[:, :-1]
+    # the first token of each token's document: a number may return in a later document
+    first = (differs * token[1:]).cummax(1).values
+    first = torch.cat([torch.zeros_like(documents[:, :1], dtype=torch.int64), first], 1)
+    return token - first, (first[:, :, None] == first[:, None])[:, None]
 
 
 def gpt(

@@ -41,7 +41,7 @@ from .tokenizers import (
     vocab_size,
 )
 
-__all__ = ["Part", "TextOptions", "Windows", "load_tokenizer", "open_text"]
+__all__ = ["Part", "TextOptions", "Windows", "documents_of", "load_tokenizer", "open_text"]
 
 IGNORED = -100  # the target at a position that has none
 
@@ -125,6 +125,7 @@ class Windows(torch.utils.data.Dataset[Tensor]):
         tokens: the number of tokens that are predicted, with the ends of documents.
         bytes: the number of bytes of UTF-8 that these tokens stand for.
         documents: the number of documents.
+        end: the token before and after each document.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Windows(torch.utils.data.Dataset[Tensor]):
         self.tokens = len(shards) - 1  # the first token, an end, is never predicted
         self.bytes = shards.index.bytes
         self.documents = shards.index.documents
+        self.end = shards.index.end
         self.shards = shards
         if part == "train" and self.tokens < options.context:
             raise ValueError(
@@ -169,6 +171,19 @@ class Windows(torch.utils.data.Dataset[Tensor]):
         window = torch.full((context + 1,), IGNORED, dtype=torch.int64)
         window[: stop - start] = torch.from_numpy(self.shards.read(start, stop))
         return window
+
+
+def documents_of(tokens: Tensor, end: int) -> Tensor:
+    """The document of each token of a window, as the models of this library take it.
+
+    Args:
+        tokens: int64 [..., length].
+        end: the token between documents, which is the first token of the document after it.
+
+    Returns:
+        int64 [..., length], which rises by one at each end token.
+    """
+    return (tokens == end).cumsum(-1)
 
 
 # -- the documents of a part -----------------------------------------------------------------------

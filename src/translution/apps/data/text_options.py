@@ -48,6 +48,10 @@ class TextOptions(Options):
     tokenizer: see `TokenizerOptions`.
     shards: the folder for tokens. null is translution/text in the user's cache.
     workers: threads that tokenise. null is one per core.
+    document_mask: whether the tokens of a window see only their own document (the models of this
+        library take it as `documents`). The end token before a document is its first token, so
+        each token is still predicted once: the first one of a document from that end token, and
+        the end token after it from the document.
     windows: how an epoch of training is made. "disjoint" cuts the text into windows without
         overlap, from another start in each epoch; "random" draws `epoch_windows` windows anywhere.
     bad: "refuse" stops at a file that is empty or not UTF-8 and at a row without text, "skip"
@@ -71,6 +75,7 @@ class TextOptions(Options):
     tokenizer: TokenizerOptions = TokenizerOptions()
     shards: Place | None = None
     workers: int | None = Field(None, ge=1, le=1024)
+    document_mask: bool = False
     windows: Literal["disjoint", "random"] = "disjoint"
     epoch_windows: Count = 32_000
     bad: Literal["refuse", "skip"] = "refuse"

@@ -381,7 +381,7 @@ def make_task(model: nn.Module, config: Config, part: Images | Windows, steps: i
     """The task of a model: classification for images, prediction of the next token for text."""
     if isinstance(part, Images):
         return Classification(model, config, steps, len(part.classes), part.options.image_size)
-    return LanguageModel(model, config, steps)
+    return LanguageModel(model, config, steps, part.end if part.options.document_mask else None)
 
 
 def cost_of(name: str, options: dict[str, Any], data: Data) -> Cost:

@@ -3,6 +3,7 @@ optimizer."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..data.augment import Augment
 from ..data.images import ImageBatch
 from ..data.order import seed_of
 from ..data.parts import Part
-from ..data.text import IGNORED, Windows
+from ..data.text import IGNORED, Windows, documents_of
 from .config import Config
 from .data import Data
 from .strategies import Offset, Sharded, shard
@@ -255,9 +256,23 @@ class Classification(Task):
 
 
 class LanguageModel(Task):
-    """Prediction of the next token: cross-entropy, perplexity per token, bits per byte of text."""
+    """Prediction of the next token: cross-entropy, perplexity per token, bits per byte of text.
+
+    Args:
+        end: the token between documents that do not see each other; None where all tokens of a
+            window are one text.
+    """
 
     unit = "tokens"
+
+    def __init__(self, model: nn.Module, config: Config, steps: int, end: int | None = None):
+        super().__init__(model, config, steps)
+        self.end = end
+        if end is not None and "documents" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"data.document_mask: got True, want False: the model {type(model).__name__} takes "
+                "no documents"
+            )
 
     def meters(self) -> dict[str, nn.Module]:
         return {"loss": MeanLoss()}
@@ -267,7 +282,9 @@ class LanguageModel(Task):
 
     def loss(self, batch: Tensor, meters: nn.ModuleDict) -> Tensor:
         targets = batch[:, 1:]
-        logits = self.model(batch[:, :-1].clamp(min=0))
+        ids = batch[:, :-1].clamp(min=0)
+        apart = {} if self.end is None else {"documents": documents_of(ids, self.end)}
+        logits = self.model(ids, **apart)
         logits, targets = logits.flatten(0, 1), targets.flatten()
         smoothing = self.options.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=smoothing)
