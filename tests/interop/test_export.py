@@ -48,7 +48,7 @@ MODELS = {
     "vit acmix": ("vit", VIT | TINY | {"mixer": "acmix", "depth": 1}),
     "gpt alpha": ("gpt", GPT | TINY | {"mixer": "alpha", "depth": 1}),
     "gpt bias": ("gpt", GPT | TINY | {"mixer": "bias", "depth": 1}),
-    "gpt rotary": ("gpt", GPT | TINY | {"mixer": "rotary", "depth": 1}),
+    "gpt rotary": ("gpt", GPT | TINY | {"mixer": "rotary", "depth": 1, "kv_heads": 1}),
     "resnet acmix": ("resnet", STAGES | {"depths": (1, 1, 1, 1), "dim": 8, "heads": 2}),
     "san acmix": (
         "san",

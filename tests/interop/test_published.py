@@ -921,6 +921,7 @@ def test_everything_that_differs_is_named():
         (lambda: Translution3d(4, 2, 2), "grid: "),
         (lambda: Translution2d(4, 3, 2, window=1), "window: "),
         (lambda: Translution2d(4, 3, 2, dilation=2), "dilation: "),
+        (lambda: Translution2d(4, 3, 2, relative="q", kv_heads=1), "kv_heads: "),
         (lambda: Translution2d(4, 3, 2, buckets=1), "buckets: "),
         (lambda: Translution2d(4, 3, 2, prefix=2), "prefix: .*want at most 1"),
         (lambda: Translution1d(4, 3, 2, causal=True, prefix=1), "prefix: .*at most 0"),

@@ -83,8 +83,7 @@ def neighborhood_attention(
         scale: the factor on the scores. None is 1 / sqrt(head_dim).
         backend: "auto", or the name of one in `translution.backends`.
         return_lse: also return log Σ_j exp(scale · q_i · k_j), as `masked_softmax` does. It is
-            computed in plain torch beside any backend, and takes about as long as
-            `neighborhood_mix` of the keys.
+            computed in plain torch beside any backend, one tap of the kernel at a time.
 
     Returns:
         [batch, heads, out height, out width, value channels] in the dtype of the values. For half

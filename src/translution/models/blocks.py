@@ -17,10 +17,11 @@ from torch.utils.checkpoint import (
 from .._renamed import renamed_arguments
 from ..layouts import OptionalSizes, Sizes
 from ..modules.alpha import AlphaTranslution1d, AlphaTranslution2d
-from ..modules.attention import SelfAttention, position_of
+from ..modules.attention import position_of
 from ..modules.cache import Cache
 from ..modules.convolution import Convolution2d
 from ..modules.reduced import ReducedACmix2d
+from ..modules.self_attention import SelfAttention
 from ..modules.translution import Translution1d, Translution2d
 from .configuration import check_choice, hidden_channels
 from .mixers import (

@@ -48,8 +48,9 @@ class _Translution(Attention):
             equal to self-attention.
         position: "none", or "rotary" for rotary positions on q and k where neither has a table.
         kv_heads: the number of key and value heads, as in `SelfAttention`, where neither k nor v
-            has a table. (A table is applied to each pair. Fewer heads would make it smaller, but
-            would save no time, and nothing in the cache, which holds the layer's inputs then.)
+            has a table. (With tables, all heads of a pair are computed at once. A table for fewer
+            heads would be repeated for that: it would save weights, but no time, and nothing in
+            the cache, which holds the layer's inputs then.)
         device, dtype: of the parameters, as in torch's own modules.
 
     Attributes:

@@ -137,6 +137,7 @@ def _check(layer: Any, options: Options) -> None:
         "prefix": (layout.prefix > most, f"at most {most} on {axes} axes"),
         "position": (getattr(layer, "position", "") == "bias", "'none' or 'rotary'"),
         "qkv_bias": (_has_bias(layer), "False"),
+        "kv_heads": (layer.kv_heads < layer.heads, "None"),
         "heads": (layer.heads == 1 and layer.head_dim == layer.dim, "another number: the published "
                   "code has no output projection for one head of head_dim = dim"),
         "shard": (_is_divided(layer), "a whole table (divide it after loading)"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models import GPT, ViT
-from ...modules.attention import SelfAttention
+from ...modules.self_attention import SelfAttention
 from .entry import Entry, Options, concatenated, entries, same_names, with_prefix
 
 __all__: list[str] = []
