@@ -154,18 +154,16 @@ def draw_offsets(found: dict[str, Any], file: Path) -> None:
         layer, side = parts_of(name)
         panel = axes[layer - 1, "qkv".index(side)]
         reach = len(grid) // 2
-        shown = panel.imshow(
-            grid, vmin=0, vmax=most, cmap="magma", extent=(-reach - 0.5, reach + 0.5) * 2,
-            origin="lower",
-        )  # fmt: skip
+        edges = (-reach - 0.5, reach + 0.5, reach + 0.5, -reach - 0.5)  # the first row is on top
+        shown = panel.imshow(grid, vmin=0, vmax=most, cmap="magma", extent=edges)
         title = {"q": "queries", "k": "keys", "v": "values"}[side]
         panel.set(
             title=f"{title}, layer {layer}", xticks=[-reach, 0, reach], yticks=[-reach, 0, reach]
         )
         if side == "q":
-            panel.set_ylabel("offset down, patches")
+            panel.set_ylabel("query − key, down, patches")
         if layer == layers:
-            panel.set_xlabel("offset across, patches")
+            panel.set_xlabel("query − key, across, patches")
     figure.colorbar(shown, ax=axes, label="distance from the mean matrix, relative", shrink=0.8)
     write_whole(file, lambda to: figure.savefig(to, dpi=130, format="png"))
 
@@ -192,7 +190,7 @@ def draw_forms(found: dict[str, Any], file: Path) -> None:
     middle.set(xscale="log", xlabel="bases per head", ylabel="accuracy on moved digits, %")
     middle.set(ylim=(0, 100), title="The trained model with fewer bases")
     middle.legend(fontsize=8)
-    kinds = {"mapped": "any matrix", "rotated": "a rotation", "equal": "nothing"}
+    kinds = {"mapped": "times any matrix", "rotated": "times a rotation", "equal": "left as it is"}
     for place, (kind, title) in enumerate(kinds.items()):
         for sides, style in (("qk", "-"), ("v", "--")):
             rows = [
@@ -202,8 +200,8 @@ def draw_forms(found: dict[str, Any], file: Path) -> None:
             named = f"{title} ({'queries, keys' if sides == 'qk' else 'values'})"
             right.plot(range(1, len(mean) + 1), mean, style, color=f"C{place + 3}", label=named)
     right.set(xlabel="distance of the offset, patches", ylabel="share of the squared entries")
-    right.set(ylim=(0, 1.02), title="The matrix of offset 0, times ...")
-    right.legend(fontsize=8)
+    right.set(ylim=(0, 1.02), title="How much follows from the matrix of offset 0")
+    right.legend(fontsize=7, ncols=2, loc="lower center")
     write_whole(file, lambda to: figure.savefig(to, dpi=130, format="png"))
 
 

@@ -95,6 +95,14 @@ assert callable(translution.convert)
     assert "decoding" in done.stdout
 
 
+def test_a_class_that_moved_is_found_at_its_old_place():
+    import translution
+    from translution.modules import attention
+
+    with pytest.warns(DeprecationWarning, match="is now translution.SelfAttention"):
+        assert attention.SelfAttention is translution.SelfAttention
+
+
 def test_the_core_needs_torch_alone():
     """With every package of the extras hidden, the operators and models import and run."""
     code = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -349,3 +350,15 @@ def _check_mask(mask: Tensor, shape: Sequence[int]) -> None:
             f"mask: got shape {tuple(mask.shape)}, want one that broadcasts to (batch {shape[0]}, "
             f"heads {shape[1]}, queries {shape[2]}, keys {shape[3]})"
         )
+
+
+def __getattr__(name: str) -> Any:
+    """The earlier place of `SelfAttention`, which is imported from here, and not the reverse."""
+    if name != "SelfAttention":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .self_attention import SelfAttention
+
+    warnings.warn(
+        f"{__name__}.SelfAttention is now translution.SelfAttention", DeprecationWarning, 2
+    )
+    return SelfAttention
