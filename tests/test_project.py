@@ -96,7 +96,6 @@ assert callable(translution.convert)
 
 
 def test_a_class_that_moved_is_found_at_its_old_place():
-    import translution
     from translution.modules import attention
 
     with pytest.warns(DeprecationWarning, match="is now translution.SelfAttention"):
