@@ -415,6 +415,29 @@ def test_committed_runs_are_recognised(path):
         assert all(runs.result(run) is not None for run in planned)
 
 
+def test_only_rows_that_are_wanted_are_timed(runs, monkeypatch):
+    """The others are not in the table, and need no time of a step."""
+    timed = []
+
+    def costs(configs):
+        timed.append([config.model.given["mixer"] for config in configs])
+        return [FACTS["rows"]["attention"]] * len(configs)
+
+    monkeypatch.setattr("translution.apps.experiments.runs.costs_of", costs)
+    for row in runs.experiment.rows:  # the other row has results, for example of an earlier version
+        for run in of(runs, Arm(row, "centred", "steps")):
+            finish(runs, run, run.rate)
+    (runs.folder / "facts.json").unlink()
+    some = Runs(runs.experiment, runs.folder, ["attention"], ["steps"])
+    assert len(some.facts["rows"]) == 1
+    assert timed == [["attention"]]
+    rows = markdown_table(*some.results().table()).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in rows] == ["| attention"]
+    with_time = Runs(runs.experiment, runs.folder, ["attention"], ["steps", "time"])
+    assert len(with_time.facts["rows"]) == 2
+    assert timed[1:] == [["attention", "translution"]]
+
+
 def test_a_row_that_is_added_keeps_the_times_of_the_others(runs, monkeypatch):
     """It is timed beside an earlier row, and gets its time as if it had been timed with that."""
     costs = {"parameters": 5, "peak_bytes": 6}

@@ -320,7 +320,7 @@ def test_blocks_recompute_to_the_same_gradients(kind, mixer):
 def test_blocks_that_recompute_are_compiled_whole(kind):
     model = small(kind, "attention", drop_path_rate=0.5)
     model.recompute_blocks()
-    x = torch.randn(4, 2, 64, 64, dtype=torch.float64)
+    x = torch.randn(4, 2, 64, 64)
     torch._dynamo.reset()
     compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
     for size in (64, 32):  # the second one is traced with symbols for sizes

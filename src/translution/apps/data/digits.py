@@ -19,19 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Digits",
-    "Ring",
-    "anywhere",
-    "centre",
-    "load_digits",
-    "mnist",
-    "place",
-    "read_idx",
-    "rings",
-    "shifted",
-    "train_batches",
-]
+__all__ = ["Digits", "Ring", "load_digits", "mnist", "place", "read_idx", "rings", "train_batches"]
 
 # The four files of MNIST and the SHA-256 of their content when unpacked, so that it does not matter
 # how a copy was compressed.

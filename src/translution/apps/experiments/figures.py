@@ -166,7 +166,7 @@ def draw(results: Results, path: Path) -> None:
     several = any(c.budget != "steps" for c in columns)
     across = min(ACROSS, max(1, len(columns)))
     down = max(1, math.ceil(len(columns) / across))
-    height = 1.1 + 0.34 * len(e.rows) if e.axis is None else 3.2
+    height = 1.1 + 0.34 * len(results.rows) if e.axis is None else 3.2
     size = 2.2 + 3.0 * across, height * down
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = panels(down, across, size, sharey=True, sharex=e.axis is None)
@@ -204,12 +204,12 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
         and column.measure is first.measure
     ]
     names = {"step_ms": "time of the training, × that of the first row"}
-    if all("multiply_adds" in facts[row] for row in e.rows):
+    if all("multiply_adds" in facts[row] for row in results.rows):
         names["multiply_adds"] = "multiply-adds of the training, × those of the first row"
     points = [
         (row, column.budget, cell)
         for column in columns
-        for row in e.rows
+        for row in results.rows
         if (cell := results.at(column, row)) is not None
         and (column.budget == "steps" or row != getattr(e, column.budget).like)
     ]
@@ -217,7 +217,7 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
         return False
     points.sort(key=lambda point: point[2].steps * facts[point[0]]["step_ms"])
     drawn = {row for row, _, _ in points}
-    first_row = next(row for row in e.rows if row in drawn)
+    first_row = next(row for row in results.rows if row in drawn)
     steps = min(cell.steps for row, _, cell in points if row == first_row)
     unit = {fact: facts[first_row][fact] * steps for fact in names}
     with matplotlib.rc_context(STYLE):
@@ -263,7 +263,7 @@ def _over_costs(panel: Axes, costs: Sequence[float], cells: Sequence[Cell], high
 
 def _beside(panel: Axes, results: Results, column: Column) -> None:
     """Draw the rows one below the other."""
-    rows = list(results.experiment.rows)
+    rows = results.rows
     best = results.best(column)
     for place, row in enumerate(rows):
         cell = results.at(column, row)
@@ -283,7 +283,7 @@ def _beside(panel: Axes, results: Results, column: Column) -> None:
 def _over(panel: Axes, results: Results, column: Column) -> None:
     """Draw rows whose names begin with a number over that number, and the others as lines."""
     points, lines = [], []
-    for row in results.experiment.rows:
+    for row in results.rows:
         cell = results.at(column, row)
         if cell is None:
             continue

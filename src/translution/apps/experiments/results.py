@@ -96,6 +96,11 @@ class Results:
     facts: dict[str, Any]
     chosen: dict[Arm, float | None]
 
+    @property
+    def rows(self) -> list[str]:
+        """The names of the rows whose costs are known, which are shown."""
+        return [row for row in self.experiment.rows if row in self.facts["rows"]]
+
     def cell(self, arm: Arm, test: str, measure: Measure) -> Cell | None:
         """Return one measure of an arm on a test, or None without a finished run."""
         rate = self.chosen.get(arm)
@@ -124,7 +129,7 @@ class Results:
             for name in e.measures
             for budget in (BUDGETS if name == e.measures[0] else BUDGETS[:1])
             for column in [Column(regime, test, budget, MEASURES[name])]
-            if any(self.cell(Arm(row, regime, budget), test, MEASURES[name]) for row in e.rows)
+            if any(self.cell(Arm(row, regime, budget), test, MEASURES[name]) for row in self.rows)
         ]
 
     def at(self, column: Column, row: str) -> Cell | None:
@@ -162,15 +167,15 @@ class Results:
         columns = self.columns() if columns is None else columns
         several = any(column.budget != "steps" for column in columns)
         facts = self.facts["rows"]
-        first = facts[next(iter(self.experiment.rows))]["step_ms"]
+        first = facts[self.rows[0]]["step_ms"]
         tried = len(self.experiment.rates) > 1
-        memory = all("peak_bytes" in facts[row] for row in self.experiment.rows)
+        memory = all("peak_bytes" in facts[row] for row in self.rows)
         heads = ["", "time of a step", "parameters", *["peak MiB"] * memory]
         heads += [column.title(several, column.measure.title) for column in columns]
         heads += ["learning rate"] * tried
         best = {column: self.best(column) for column in columns}
         lines = []
-        for row in self.experiment.rows:
+        for row in self.rows:
             cells = [row, f"×{facts[row]['step_ms'] / first:.1f}", f"{facts[row]['parameters']:,}"]
             if memory:
                 cells.append(f"{facts[row]['peak_bytes'] / 2**20:.1f}")
@@ -210,7 +215,7 @@ class Results:
         Its mean differs from that of every other row by more than the standard deviation of either.
         Rows with a single seed have no deviation, so no row is best beside them.
         """
-        cells = {row: cell for row in self.experiment.rows if (cell := self.at(column, row))}
+        cells = {row: cell for row in self.rows if (cell := self.at(column, row))}
         if len(cells) < 2:
             return None
         pick = max if column.measure.higher else min
@@ -269,7 +274,7 @@ class Results:
         """Return the results in the form of results.json."""
         rows = []
         for column in self.columns():
-            for row in self.experiment.rows:
+            for row in self.rows:
                 cell = self.at(column, row)
                 if cell is not None:
                     rows.append(

@@ -72,6 +72,8 @@ class Runs:
                 rates = (chosen,)
             else:
                 return []
+            if not {arm.row, budget.like} <= set(self.facts["rows"]):
+                return []  # a row that is not wanted now, and was never timed
             if arm not in self._more:
                 self._more[arm] = self.more_of(arm, budget.like)
             more = self._more[arm]
@@ -176,8 +178,9 @@ class Runs:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The costs of each row in its first regime (see `costs_of`), and the machine.
+        """The costs of rows in their first regime (see `costs_of`), and the machine.
 
+        The rows are those that are wanted, the first one and those that others are made equal to.
         They are measured once, in steps that alternate between all rows, and stored, since the runs
         of equal time depend on them. A row that is added later is timed together with the first
         earlier row, and its time is scaled so that the time of the earlier row stays the same.
@@ -189,7 +192,9 @@ class Runs:
             self._facts = kept or self.known.get("facts") or {"machine": machine("cpu"), "rows": {}}
             rows = self._facts["rows"]
             e = self.experiment
-            new = [row for row in e.rows if row not in rows]
+            budgets = [budget for name in self.budgets if (budget := getattr(e, name, None))]
+            needed = {next(iter(e.rows)), *self.rows, *(budget.like for budget in budgets)}
+            new = [row for row in e.rows if row in needed and row not in rows]
             if new:
                 beside, regime = [row for row in e.rows if row in rows][:1], next(iter(e.regimes))
                 configs = {
