@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paths import backend_of
 from translution import Layout, Translution2d, backends
 from translution.backends import triton as backend
-from translution.backends.triton import blocks, launch, small, support, tables
+from translution.backends.triton import ahead, blocks, launch, small, support, tables
 from translution.backends.triton import offset as primitives
 from translution.functional import offset_mix, offset_scores
 from translution.operands import Operand
@@ -426,6 +428,8 @@ def test_modules_run_on_it(monkeypatch):
 def test_which_backends_are_available():
     code = """
 import sys
+import threading
+import time
 import torch
 from translution import backends
 assert "triton" not in sys.modules
@@ -458,3 +462,18 @@ def test_why_a_gpu_is_not_used(monkeypatch):
     assert backends.choose("auto", cuda, torch.float64) is backends.BACKENDS["torch"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert backend.unavailable(cuda, torch.float32) == "triton is not installed"
+
+
+def test_waiting_for_kernels_that_are_being_compiled():
+    begun, finished = threading.Event(), threading.Event()
+
+    def compiling():
+        begun.set()
+        time.sleep(0.05)
+        finished.set()
+
+    threading.Thread(target=compiling, name=ahead.THREAD, daemon=True).start()
+    begun.wait()
+    ahead.wait()
+    assert finished.is_set()
+    ahead.wait()  # there is nothing to wait for

@@ -29,7 +29,9 @@ from ..torch.offset import sum_dtype
 from . import offset
 from .support import interpreted
 
-__all__ = ["prepare_mix", "prepare_scores"]
+__all__ = ["prepare_mix", "prepare_scores", "wait"]
+
+THREAD = "translution-compile"
 
 _prepared: set[Any] = set()
 
@@ -130,5 +132,12 @@ def _compile(device: torch.device, calls: list[Callable[[], Any]]) -> None:
         finally:
             started.set()
 
-    threading.Thread(target=start, name="translution-compile", daemon=True).start()
+    threading.Thread(target=start, name=THREAD, daemon=True).start()
     started.wait()
+
+
+def wait() -> None:
+    """Wait until all kernels whose compilation has begun are compiled, for example to time them."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
