@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.triton import ahead
 from ...backends.triton.blocks import small_as_wide
 from ...functional import neighborhood_attention
 from ...models.configuration import check_choice
@@ -88,7 +87,7 @@ def _operator(case: Case, backward: bool, setting: Setting) -> Record:
         # kernels are compiled in threads, which would slow the calls that are timed
         built = OPERATORS[case.operator](case, setting.device)
         step(built.forward, built.leaves, backward)()
-        ahead.wait()
+        _wait()
     found = measure(
         case, setting.device, backward, setting.repeats, rates=rates, patience=setting.patience
     )
@@ -98,9 +97,14 @@ def _operator(case: Case, backward: bool, setting: Setting) -> Record:
         call = step(built.forward, built.leaves, backward)
         with small_as_wide():
             call()
-            ahead.wait()
+            _wait()
             found["wide_seconds"] = seconds(call, setting.device, setting.repeats)
     return found
+
+
+def _wait() -> None:
+    """Wait for kernels that are being compiled in threads. (Without Triton there are none.)"""
+    importlib.import_module("translution.backends.triton.ahead").wait()
 
 
 # -- ACmix -----------------------------------------------------------------------------------------
