@@ -155,14 +155,14 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw the figure of an experiment: a panel for each column, and a point for each seed.
+    """Draw the figure of an experiment: a panel for each main column, and a point for each seed.
 
     Args:
         results: the results of the experiment; the first measure is drawn.
         path: the PNG file to write.
     """
     e = results.experiment
-    columns = [c for c in results.columns() if c.measure is MEASURES[e.measures[0]]]
+    columns = [c for c in results.main_columns() if c.measure is MEASURES[e.measures[0]]]
     several = any(c.budget != "steps" for c in columns)
     across = min(ACROSS, max(1, len(columns)))
     down = max(1, math.ceil(len(columns) / across))
