@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .config import BUDGETS, MEASURES, Arm, BudgetName, Experiment, Measure
 
-__all__ = ["Cell", "Column", "Results"]
+__all__ = ["TITLES", "Cell", "Column", "Results"]
 
 TITLES = {
     "steps": "equal steps", "time": "equal time", "gpu_time": "equal time on a GPU",

@@ -16,7 +16,7 @@ from ..training.devices import pick_device
 from .config import BUDGETS, MEASURES, Arm, Budget, Experiment, Run
 from .costs import costs_of, data_of, parameters_of, widened
 from .making import RESULT, Keep, Maker, Measuring, Watch, working
-from .results import Results
+from .results import TITLES, Results
 
 __all__ = ["Runs"]
 
@@ -116,9 +116,9 @@ class Runs:
     def name(self, run: Run) -> str:
         """Describe a run, without the properties that all runs of the experiment share."""
         e, arm = self.experiment, run.arm
-        budgets = [budget for budget in (e.time, e.parameters) if budget is not None]
+        budgets = [budget for name in BUDGETS[1:] if (budget := getattr(e, name)) is not None]
         rates = set(e.rates).union(*(budget.rates or () for budget in budgets))
-        parts = [arm.row, arm.regime, f"equal {arm.budget}" if budgets else ""]
+        parts = [arm.row, arm.regime, TITLES[arm.budget] if budgets else ""]
         parts += [f"rate {run.rate:g}" if len(rates) > 1 else "", f"seed {run.seed}"]
         return ", ".join(part for part in parts if part)
 
