@@ -55,6 +55,7 @@ SLOW = (
     "apps/test_imports.py::test_commands_with",
     "apps/test_imports.py::test_compare_and_lists",
     "apps/test_bench.py::test_buckets",
+    "apps/test_recipes.py::test_a_checkpoint_of_an_earlier_version",
     "apps/test_recipes.py::test_a_recipe_for_imagenet",
     "apps/test_recipes.py::test_digits_of_another_size",
     "apps/test_recipes.py::test_my",
@@ -83,6 +84,7 @@ SLOW = (
     "interop/test_parallel.py",
     "interop/test_timm_door.py",
     "test_docs.py::test_the_code_of_a_page_runs",
+    "test_project.py::test_old_import_paths_work",
     "test_docs.py::test_the_site",
 )
 # except these, so that it reaches every module
