@@ -234,7 +234,7 @@ def sizes() -> list[list[Any]]:
     """
     wide = [[channels, channels // 64, "bfloat16"] for channels in blocks.MEASURED]
     small = [[c, h, kind] for c, h in ((24, 3), (64, 8)) for kind in ("bfloat16", "float32")]
-    local = [[c, 0, kind] for c in (16, 32, 64, 128) for kind in ("bfloat16", "float32")]
+    local = [[c, 0, kind] for c in (32, 128) for kind in ("bfloat16", "float32")]
     between = [[192, 3, "float32"], [192, 3, "tf32"], [256, 2, "bfloat16"]]
     return [*wide, *small, *between, *local]
 

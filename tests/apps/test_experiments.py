@@ -481,13 +481,6 @@ def test_a_file_extends_another(tmp_path):
         load_experiment(write("four.yaml", CONTENT | {"extends": 3}))
 
 
-def translution(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "translution", "experiment", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-
-
 def test_from_the_command_line(tmp_path):
     """Runs, goes on where it was stopped, and only reports what is whole."""
     import yaml
@@ -506,8 +499,8 @@ def test_from_the_command_line(tmp_path):
     ]
     assert not list((tmp_path / "runs").glob("tiny/*/run/checkpoints"))
     before = [p.stat().st_mtime_ns for p in results]
-    done = translution(file, *where, "--jobs", 2)
-    assert done.returncode == 0, done.stderr
+    code, _, err = command("experiment", file, *where, "--jobs=2")
+    assert code == 0, err
     assert before == [p.stat().st_mtime_ns for p in results]  # they were not made again
     assert len(list((tmp_path / "runs" / "tiny").glob("*/result.json"))) == 6
     page = (tmp_path / "docs" / "results.md").read_text()

@@ -205,7 +205,7 @@ def test_an_experiment_with_a_mixer_of_ones_own(mixer, tmp_path):
         "measures": ["accuracy"],
     }  # fmt: skip
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
-    words = ("experiment", "own.yaml", "--out=runs", "--docs=docs", "--jobs=2")
+    words = ("experiment", "own.yaml", "--out=runs", "--docs=docs")
     assert "--import FILE" in command(*words)[2]
     fine(*words, "--import=mine.py")
     assert len(list((tmp_path / "runs").glob("own/*/result.json"))) == 2
