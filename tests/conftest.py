@@ -119,7 +119,7 @@ def pytest_xdist_make_scheduler(config, log):
     return Together(config, log)
 
 
-settings.register_profile("here", deadline=None, max_examples=14, print_blob=True)
+settings.register_profile("here", deadline=None, max_examples=20, print_blob=True)
 settings.load_profile("here")
 
 
