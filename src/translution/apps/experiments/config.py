@@ -308,9 +308,8 @@ class Run:
             content["train"].pop(key, None)
         plain = {"optimizer": "adamw", "momentum": 0.9, "nesterov": False, "warmup_from": None}
         _drop(content["train"], plain)
-        _drop(content["data"], {"document_mask": False})
         _drop(content["data"].get("augment", {}), {"erasing_fill": "mean"})
-        _drop(content["data"], {"shift": 0})
+        _drop(content["data"], {"document_mask": False, "shift": 0})
         text = json.dumps([self.arm.name, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -195,13 +195,10 @@ def draw_costs(results: Results, path: Path | BinaryIO) -> bool:
     """
     e, facts = results.experiment, results.facts["rows"]
     first = results.columns()[0]
-    last = [column for column in results.columns() if column.budget == "steps"][-1]
     columns = [
         column
         for column in results.columns()
-        if column.budget != "parameters"
-        and (column.regime, column.test) == (last.regime, last.test)
-        and column.measure is first.measure
+        if column.budget != "parameters" and results.is_last_trained(column)
     ]
     names = {"step_ms": "time of the training, × that of the first row"}
     if all("multiply_adds" in facts[row] for row in results.rows):

@@ -139,22 +139,24 @@ class Results:
             budget = "steps"  # the other rows are made equal to this one
         return self.cell(Arm(row, column.regime, budget), column.test, column.measure)
 
+    def is_last_trained(self, column: Column) -> bool:
+        """Return whether a column is of the first measure, for the last regime and its own test.
+
+        These are the columns that one chooses a row by.
+        """
+        last = [other for other in self.columns() if other.budget == "steps"][-1]
+        same = (column.regime, column.test) == (last.regime, last.test)
+        return same and column.measure is MEASURES[self.experiment.measures[0]]
+
     def main_columns(self) -> list[Column]:
         """Return the columns for a short table: all of them if they are few.
 
-        Otherwise they are those of the first measure, for the last regime on tests of its own kind:
-        the columns that one chooses a row by.
+        Otherwise they are those of `is_last_trained`.
         """
         columns = self.columns()
         if len(columns) <= MOST_COLUMNS:
             return columns
-        last = [column for column in columns if column.budget == "steps"][-1]
-        return [
-            column
-            for column in columns
-            if (column.regime, column.test) == (last.regime, last.test)
-            and column.measure is MEASURES[self.experiment.measures[0]]
-        ]
+        return [column for column in columns if self.is_last_trained(column)]
 
     def table(self, columns: Sequence[Column] | None = None) -> tuple[list[str], list[list[str]]]:
         """Return the heads and the cells of each row: first its costs, then its numbers.
