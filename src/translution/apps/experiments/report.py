@@ -21,7 +21,7 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
 
     In results.md only the text between the marks of the experiment is replaced. If it has no marks
     yet, a section is added at the end. Of a wide table it has the most important columns, and
-    results-tables.md has all of them.
+    results-tables.md has all of them. It shows one figure, and links to the other.
 
     Args:
         name: the name of the experiment in the marks, in results.json and in the figure's file.
@@ -39,22 +39,29 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
     picture = docs / "images" / f"results-{name}.png"
     write_whole(picture, lambda to: draw(results, to))
     short = results.main_columns()
-    parts = [markdown_table(*results.table(short))]
+    parts, links = [markdown_table(*results.table(short))], []
     if len(short) < len(results.columns()):
         title = results.experiment.title
         whole = markdown_table(*results.table())
         _put(docs / "results-tables.md", TABLES, name, f"## {title}\n", whole)
-        parts.append(f"[All columns of this table]({_link(title)}).")
-    parts.append(f"![{alternative(results)}](images/{picture.name})")
+        links.append(f"[All columns of this table]({_link(title)}).")
+    figures = [(f"images/{picture.name}", alternative(results), "Every seed of each row")]
     buffer = io.BytesIO()
     if draw_costs(results, buffer):
         costs = docs / "images" / f"costs-{name}.png"
         write_whole(costs, lambda to: to.write_bytes(buffer.getvalue()))
         measure = MEASURES[results.experiment.measures[0]].title
-        parts.append(
-            f"![{results.experiment.title}: {measure} of each row over the cost of its training; a "
-            f"line joins the rows that no cheaper row surpasses](images/{costs.name})"
+        words = (
+            f"{results.experiment.title}: {measure} of each row over the cost of its training; a "
+            "line joins the rows that no cheaper row surpasses"
         )
+        figures.append((f"images/{costs.name}", words, "The rows over the cost of their training"))
+        if len(results.experiment.tests) == 1:  # else it shows one of several answers only
+            figures.reverse()
+    (shown, words, _), *others = figures
+    parts.append(f"![{words}]({shown})")
+    links += [f"[{title}]({image})." for image, _, title in others]
+    parts += [" ".join(links)] if links else []
     block = "\n\n".join([*parts, f"`{command}`. {results.about()}"])
     e = results.experiment
     _put(docs / "results.md", "# Results\n", name, f"## {e.title}\n{e.asks}\n", block)
