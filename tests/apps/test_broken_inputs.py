@@ -5,12 +5,12 @@ does not take long."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+import forked
 from pictures import encoded, picture
 from translution.apps import cli
 
@@ -507,32 +508,21 @@ def test_damaged_runs(here, kind, words):
 # -- in processes of their own ---------------------------------------------------------------------
 
 
-def in_process(*words, before="pass"):
-    """A command as a user starts it, after a line of Python."""
-    code = f"import resource, signal\n{before}\nfrom translution.apps.cli import main\nmain()"
-    words = [sys.executable, "-c", code, *words]
-    done = subprocess.run(words, capture_output=True, timeout=120, text=True, errors="replace")
-    return done.returncode, done.stderr
-
-
-# the size of a file is limited, as on a disk that is full
-FULL = (
-    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
-)
-
-
 @pytest.mark.parametrize(
     ("words", "before", "named"),
     [
-        ("export digits --to=torch --out=x.pt2 --no-check", FULL, "x.pt2"),
-        ("train digits.yaml --train.steps=99999999999999999999", "pass", "train.steps"),
-        ("generate text --prompt=\udcff", "pass", "prompt"),
+        (
+            "export digits --to=torch --out=x.pt2 --no-check",
+            functools.partial(forked.full_disk, 9000),
+            "x.pt2",
+        ),
+        ("train digits.yaml --train.steps=99999999999999999999", None, "train.steps"),
+        ("generate text --prompt=\udcff", None, "prompt"),
     ],
 )
 def test_in_processes(here, words, before, named):
     before_files = written(here)
-    code, said = in_process(*words.split(), before=before)
+    code, _, said = forked.command(*words.split(), before=before)
     assert code in (1, 2), (code, said)
     (line,) = said.splitlines()
     assert line.startswith("translution: ")

@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -30,6 +29,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+import forked
 from translution.apps import cli
 from translution.apps.config import load
 from translution.apps.training import messages, progress
@@ -434,10 +434,8 @@ data: {{kind: text, train: {tmp_path / "text"}, holdout: 0.0, bad: skip, context
         shards: {tmp_path / "shards"}, tokenizer: {{kind: bytes}}}}
 train: {{steps: 2}}
 """)
-    done = subprocess.run(
-        [sys.executable, "-m", "translution", "tokenize", tmp_path / "text.yaml"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    (line,) = [line for line in done.stderr.splitlines() if "left out" in line]
+    code, _, err = forked.command("tokenize", tmp_path / "text.yaml")
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "left out" in line]
     assert line.startswith("translution: train: left out: ")
-    assert ".py" not in done.stderr
+    assert ".py" not in err

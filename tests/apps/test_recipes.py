@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("typer")
 from PIL import Image
 
+import forked
 from translution import create_model
 from translution.apps import cli
 from translution.apps.config import load
@@ -268,16 +268,13 @@ def test_print_has_the_defaults_of_the_model(path, change, tmp_path):
 def train_kill_resume(recipe, folder, *changes):
     """Start the command, kill it when it has a checkpoint, and let it go on to the end."""
     command = ["train", f"recipes/{recipe}.yaml", f"--out={folder}", *changes]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "translution", *command],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = forked.start(forked.main, command, functools.partial(os.chdir, ROOT))
     until = time.monotonic() + 200
-    while not list((folder / "checkpoints").glob("last-*")) and process.poll() is None:
+    while not list((folder / "checkpoints").glob("last-*")) and process.is_alive():
         assert time.monotonic() < until
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert run(*command).returncode == 2  # it does not start over what is there
     done = run(*command, "--resume")
     assert done.returncode == 0, done.stderr

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import resource
@@ -26,6 +26,7 @@ pytest.importorskip("typer")
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import forked
 from translution.apps import cli
 from translution.apps.config import as_yaml, load, parse
 from translution.apps.training import callbacks, checkpoints, strategies
@@ -76,30 +77,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     metrics = train(config(), folder)
     return folder, metrics
-
-
-def in_a_fork(function, *arguments):
-    """Its exit code: of a process of its own, which may be killed.
-
-    It is forked from a server that has run nothing but imports. This process may have threads
-    (those that write TensorBoard's files, for one), and a fork of it would wait for ever for a
-    lock that one of them held.
-    """
-    multiprocessing.set_forkserver_preload(["test_training"])
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=as_here, args=(function, *arguments))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def as_here(function, *arguments):
-    """With the settings of conftest.py, so that the numbers are the same."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    function(*arguments)
 
 
 # -- a run ---------------------------------------------------------------------------------------
@@ -185,7 +162,7 @@ def killed(folder, moment):
 @pytest.mark.parametrize("moment", KILLS)
 def test_killed_and_resumed_is_the_same_run(finished, tmp_path, moment):
     folder = tmp_path / "run"
-    code = in_a_fork(killed, folder, moment)
+    code = forked.exit_code(killed, folder, moment)
     assert code == -signal.SIGKILL or moment in ("SIGTERM", "Ctrl-C")
     for left in (folder / "checkpoints").glob("*-*"):
         if not left.name.startswith("."):
@@ -202,7 +179,7 @@ def test_killed_and_resumed_is_the_same_run(finished, tmp_path, moment):
 
 @pytest.mark.parametrize("moment", ["SIGTERM", "Ctrl-C"])
 def test_signals_save_first(tmp_path, moment):
-    assert in_a_fork(killed, tmp_path / "run", moment) != 0  # it has not finished
+    assert forked.exit_code(killed, tmp_path / "run", moment) != 0  # it has not finished
     assert latest(tmp_path / "run" / "checkpoints").name == "last-000001"
 
 
@@ -484,23 +461,16 @@ def test_nothing_is_unpickled(finished, tmp_path):
         train(config("--train.steps=14"), copy, resume=True)
 
 
-def full_disk(folder):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # smaller than the weights
-    sys.argv = ["translution", "train", str(folder.parent / "tiny.yaml"), f"--out={folder}",
-                "--resume", "--train.steps=20"]  # fmt: skip
-    sys.stderr = (folder.parent / "stderr").open("w")
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    cli.main()
-
-
 def test_a_full_disk_leaves_the_earlier_checkpoints(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     shutil.copy(folder / "config.yaml", tmp_path / "tiny.yaml")
     before = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert in_a_fork(full_disk, folder) == 2
-    told = (tmp_path / "stderr").read_text().splitlines()[-1]
+    words = ("train", tmp_path / "tiny.yaml", f"--out={folder}", "--resume", "--train.steps=20")
+    smaller = functools.partial(forked.full_disk, 40_000)  # than the weights
+    code, _, err = forked.command(*words, before=smaller)
+    assert code == 2
+    told = err.splitlines()[-1]
     assert told.startswith("translution: ")
     assert "cannot be written, the earlier checkpoints are whole" in told
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
@@ -508,20 +478,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(finished, tmp_path):
         open_checkpoint(path)
 
 
-def full_disk_for_share(run, folder):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # smaller than the weights
-    sys.argv = ["translution", "share", str(run), str(folder)]
-    sys.stderr = (run.parent / "stderr").open("w")
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    cli.main()
-
-
 def test_a_full_disk_ends_share_in_one_line(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
-    assert in_a_fork(full_disk_for_share, run, tmp_path / "shared") == 2
-    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    smaller = functools.partial(forked.full_disk, 10_000)  # than the weights
+    code, _, err = forked.command("share", run, tmp_path / "shared", before=smaller)
+    assert code == 2
+    (line,) = err.splitlines()
     assert "model.safetensors: cannot be written" in line
     assert not (tmp_path / "shared").exists()
 

@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import forked
 from translution import AlphaTranslution1d, Layout, Translution1d, Translution2d, gpt, vit
 from translution.apps.bench import scaling
 from translution.functional import offset_mix, offset_scores
@@ -430,7 +431,8 @@ def attempt(case, *arguments):
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    mp.spawn(work, (str(folder),), nprocs=PROCESSES)
+    forked.CONTEXT.set_forkserver_preload(["translution.apps.bench.scaling", "torch._dynamo"])
+    mp.start_processes(work, (str(folder),), PROCESSES, start_method="forkserver")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 

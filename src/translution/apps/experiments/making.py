@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -170,9 +171,9 @@ def working(
 ) -> Iterator[tuple[Executor, Callable[[], None]]]:
     """Yield an executor for runs, and a function that passes on the reports of their progress.
 
-    One job runs in this process. Several jobs run in processes that import the library once and
-    then carry out many runs, with one thread each: small models do not use two threads well, and
-    two processes take little more than half of the time of one. An error or Ctrl-C ends the
+    One job runs in this process. Several jobs run in processes that carry out many runs each, with
+    one thread each: small models do not use two threads well, and two processes take little more
+    than half of the time of one. An error or Ctrl-C ends the
     processes, and the checkpoints of their runs are kept.
 
     Args:
@@ -188,7 +189,7 @@ def working(
             _begin(watch, threads)
             yield _Here(), _nobody
             return
-        context = get_context("spawn")
+        context = _context()
         messages = context.SimpleQueue()
 
         def pass_on() -> None:
@@ -207,6 +208,20 @@ def working(
         _begin(_nobody, usual)
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _context() -> Any:
+    """Return the way in which processes are started.
+
+    On Linux they are forked from a server that has imported the library and done nothing else, so
+    that it is imported once instead of once per process. Forking this process itself would be
+    unsafe, since it may have threads or have used a GPU.
+    """
+    if not sys.platform.startswith("linux"):
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _begin(watch: Watch, threads: int | None) -> None:
