@@ -40,6 +40,7 @@ SLOW = (
     "compile",
     "triton",
     "apps/test_bench.py::test_against_compares_equal_rows_alone",
+    "apps/test_bench.py::test_dense_that_does_not_fit",
     "apps/test_bench.py::test_two_dtypes_and_another_backend",
     "apps/test_bench_gpu.py",
     "apps/test_broken_inputs.py::test_in_processes",
@@ -64,6 +65,7 @@ SLOW = (
     "core/test_swin_pvt.py::test_blocks_recompute",
     "interop/test_export_converted.py",
     "interop/test_transformers_tools.py::test_a_trainer",
+    "apps/test_first_run.py::test_a_warning_names",
     "apps/test_first_run.py::test_ctrl_c",
     "apps/test_first_run.py::test_the_bar_fits",
     "apps/test_images.py::test_digits_move_by_whole_steps",
@@ -97,7 +99,6 @@ FAST = (
     "core/test_neighborhood.py::test_large_scores_do_not_overflow[triton]",
     "core/test_triton.py::test_batches[3-",
     "interop/test_export.py::test_examples",
-    "interop/test_export.py::test_a_program_for_one_batch",
 )
 
 
