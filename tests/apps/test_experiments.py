@@ -513,3 +513,41 @@ def test_from_the_command_line(tmp_path):
     code, _, err = command("experiment", file, "--out", tmp_path / "none", "--report")
     assert code == 2
     assert "no finished row" in err
+
+
+def test_earlier_results_are_made_again(tmp_path, monkeypatch):
+    """At the rate that was best then; what changed is said, and both numbers are written."""
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    content = {**CONTENT, "seeds": 2, "regimes": {"": {"data.moved": True}}, "tests": {"": {}}}
+    del content["time"], content["parameters"]
+    Path("tiny.yaml").write_text(yaml.safe_dump(content))
+    assert command("experiment", "tiny.yaml", "--docs=docs")[0] == 0
+    known = Path("docs/results.json")
+    again = ("experiment", "tiny.yaml", f"--known={known}", "--repeat", "--docs=docs")
+    code, out, err = command(*again)
+    assert code == 0, err
+    assert "tiny: 2 of 2 numbers are as before" in out
+    written = json.loads(Path("docs/repeated.json").read_text())["tiny"]
+    assert (
+        written["command"] == "translution experiment tiny.yaml --known docs/results.json --repeat"
+    )
+    assert {one["row"] for one in written["results"]} == {"attention", "Translution"}
+    assert all(one["numbers"][0] == one["numbers"][1] for one in written["results"])
+
+    changed = json.loads(known.read_text())
+    rate = next(one["rate"] for one in written["results"] if one["row"] == "attention")
+    for run in changed["tiny"]["runs"]:
+        if run["row"] == "attention" and (run["rate"], run["seed"]) == (rate, 0):
+            run["tests"][""]["test_accuracy"] = 0.25
+    known.write_text(json.dumps(changed))
+    files = sorted(Path("runs/experiments/tiny-repeated").glob("*/result.json"))
+    before = [path.stat().st_mtime_ns for path in files]
+    code, out, err = command(*again)
+    assert code == 0, err
+    assert "tiny: 1 of 2 numbers are as before; most changed: attention, from 25.0 % to " in out
+    assert [path.stat().st_mtime_ns for path in files] == before  # they were not made a third time
+    code, _, err = command("experiment", "tiny.yaml", "--repeat")
+    assert code == 2
+    assert "--repeat: want a file with results of tiny as --known" in err

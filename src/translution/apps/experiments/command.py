@@ -35,6 +35,14 @@ def experiment(
     known: Annotated[
         Path | None, typer.Option(help="A file with finished runs, such as docs/results.json.")
     ] = None,
+    repeat: Annotated[
+        bool,
+        typer.Option(
+            "--repeat",
+            help="Time and train the first seed of each row of --known again, and write both "
+            "numbers into DOCS/repeated.json.",
+        ),
+    ] = False,
     report: Annotated[
         bool, typer.Option(help="Write the results of finished runs, and train nothing.")
     ] = False,
@@ -53,6 +61,7 @@ def experiment(
     from .config import BUDGETS, Run, load_experiment
     from .making import jobs_on
     from .progress import RunsProgress
+    from .repeating import Repeats, write_repeats
     from .report import write_results
     from .runs import Runs
 
@@ -69,7 +78,12 @@ def experiment(
             had = json.loads(read_text(known)).get(file.stem, {})
         except (ValueError, AttributeError) as error:
             raise ValueError(f"--known: {known} is not results of experiments: {error}") from None
-    runs = Runs(found, out / file.stem, chosen, wanted, had)
+    if repeat and not had:
+        raise ValueError(f"--repeat: want a file with results of {file.stem} as --known")
+    kind = Repeats if repeat else Runs
+    runs = kind(
+        found, out / (f"{file.stem}-repeated" if repeat else file.stem), chosen, wanted, had
+    )
     jobs = jobs_on(runs.device, jobs)
     command = shlex.join(["translution", "experiment", str(file)])
     progress = RunsProgress(runs)
@@ -92,9 +106,15 @@ def experiment(
             say(f"  {row}: {facts['parameters']:,} parameters, {facts['step_ms']:.0f} ms")
         with progress:
             runs.make(
-                jobs, tell, progress.watch, keep="everything" if keep else "nothing",
+                jobs, progress.tell if repeat else tell, progress.watch,
+                keep="everything" if keep else "nothing",
                 tensorboard=importlib.util.find_spec("tensorboard") is not None,
             )  # fmt: skip
+    if isinstance(runs, Repeats):
+        command += f" --known {shlex.quote(str(known))} --repeat"
+        said = write_repeats(file.stem, command, runs, docs)
+        say(f"{file.stem}: {said}", soft_wrap=True)
+        return
     if not save():
         raise ValueError(f"--out: there is no finished row in {runs.folder}")
     say(f"{docs / 'results.md'}", soft_wrap=True)

@@ -18,7 +18,7 @@ from .costs import costs_of, data_of, parameters_of, widened
 from .making import RESULT, Keep, Maker, Measuring, Watch, working
 from .results import TITLES, Results
 
-__all__ = ["Runs"]
+__all__ = ["Runs", "best_rate"]
 
 
 @dataclass
@@ -102,9 +102,14 @@ class Runs:
         Raises:
             ValueError: the folder holds a run with another configuration.
         """
+        found = self._result_here(run)
+        return self._known.get(run.identity) if found is None else found
+
+    def _result_here(self, run: Run) -> dict[str, Any] | None:
+        """Return the result of a run in the folder, or None if there is none."""
         path = self.folder / run.folder / RESULT
         if not path.exists():
-            return self._known.get(run.identity)
+            return None
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if found["identity"] != run.identity:
             raise ValueError(
