@@ -54,6 +54,7 @@ SLOW = (
     "apps/test_demo_page.py",
     "apps/test_experiments.py::test_from_the_command_line",
     "apps/test_experiments.py::test_processes_end",
+    "apps/test_experiments.py::test_what_processes_are_forked_from",
     "apps/test_imports.py::test_an_experiment",
     "apps/test_imports.py::test_commands_with",
     "apps/test_imports.py::test_compare_and_lists",

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+# Installed modules only: before Python 3.13 the server does not get this process's sys.path, and it
+# passes over what it cannot import.
 IMPORTED = [
     "translution.apps.cli", "translution.apps.experiments.making", "translution.apps.published",
     "datasets", "kornia", "sklearn.datasets", "torch.utils.tensorboard",

@@ -286,6 +286,19 @@ def test_processes_end_with_the_one_that_waits_for_them(tmp_path):
     pytest.fail("the process is still there")
 
 
+def test_what_processes_are_forked_from_asks_for_no_gpu():
+    """CUDA does not work in a process that is forked from one that has asked for devices."""
+    code = (
+        "import torch\n"
+        "def asked(*_): raise AssertionError('CUDA was asked')\n"
+        "for name in ('is_available', 'device_count', '_lazy_init', 'get_device_properties'):\n"
+        "    setattr(torch.cuda, name, asked)\n"
+        "import translution.apps.experiments.making"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_is_written_before_a_rate_is_chosen(runs, tmp_path):
     from typer.testing import CliRunner
 

@@ -215,7 +215,8 @@ def _context() -> Any:
 
     On Linux they are forked from a server that has imported the library and done nothing else, so
     that it is imported once instead of once per process. Forking this process itself would be
-    unsafe, since it may have threads or have used a GPU.
+    unsafe, since it may have threads or have used a GPU. For the same reason, nothing that is
+    imported here may ask torch.cuda for devices: CUDA would then fail in the forked processes.
     """
     if not sys.platform.startswith("linux"):
         return get_context("spawn")
