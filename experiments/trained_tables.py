@@ -39,11 +39,19 @@ def by_head(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
-def approximated(weight: Tensor, heads: int, bases: int) -> Tensor:
-    """The best approximation of a table with so many bases per head."""
+def decomposed(weight: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """A table as shares of bases: [heads, classes, bases] and [heads, bases, channels · head_dim].
+
+    The product is the table; the first M bases give its best approximation.
+    """
     u, s, v = torch.linalg.svd(by_head(weight, heads), full_matrices=False)
-    rows = (u[..., :bases] * s[:, None, :bases]) @ v[:, :bases]
-    rows = rows.unflatten(-1, (weight.shape[1], -1))  # [heads, classes, channels, head_dim]
+    return u * s[:, None], v
+
+
+def approximated(shares: Tensor, bases: Tensor, channels: int, count: int) -> Tensor:
+    """The best approximation of a decomposed table with so many bases per head."""
+    rows = shares[..., :count] @ bases[:, :count]
+    rows = rows.unflatten(-1, (channels, -1))  # [heads, classes, channels, head_dim]
     return rows.permute(1, 2, 0, 3).flatten(2)
 
 
@@ -117,11 +125,13 @@ def measure(run: Path, changes: list[str]) -> dict[str, Any]:
     model: Any = open_checkpoint(run).model.eval()
     data, heads = Data(config), model.config.heads
     tables = {n: m for n, m in model.named_modules() if isinstance(m, RelativeLinear)}
-    whole = {name: table.weight.detach().clone() for name, table in tables.items()}
+    parts = {}
     found: dict[str, Any] = {"whole": accuracy(model, data), "accuracy": {}, "energy": {}}
     found |= {"distance": {}, "likeness": {}}
     offsets = offsets_of(model.blocks[0].mixer.layout)
-    for name, weight in whole.items():
+    for name, table in tables.items():
+        weight = table.weight.detach().clone()
+        parts[name] = decomposed(weight, heads)
         found["distance"][name] = on_grid(from_mean(weight), offsets)
         found["likeness"][name] = likeness(weight, heads, offsets)
         squares = torch.linalg.svdvals(by_head(weight, heads)) ** 2  # [heads, values]
@@ -129,7 +139,7 @@ def measure(run: Path, changes: list[str]) -> dict[str, Any]:
         found["energy"][name] = [round(float(x), 4) for x in share]
     for bases in BASES:
         for name, table in tables.items():
-            table.weight.data = approximated(whole[name], heads, bases)
+            table.weight.data = approximated(*parts[name], table.weight.shape[1], bases)
         found["accuracy"][bases] = accuracy(model, data)
     return found
 
