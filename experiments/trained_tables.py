@@ -39,18 +39,9 @@ def by_head(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
-def decomposed(weight: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """A table as shares of bases: [heads, classes, bases] and [heads, bases, channels · head_dim].
-
-    The product is the table; the first M bases give its best approximation.
-    """
-    u, s, v = torch.linalg.svd(by_head(weight, heads), full_matrices=False)
-    return u * s[:, None], v
-
-
-def approximated(shares: Tensor, bases: Tensor, channels: int, count: int) -> Tensor:
-    """The best approximation of a decomposed table with so many bases per head."""
-    rows = shares[..., :count] @ bases[:, :count]
+def approximated(u: Tensor, s: Tensor, v: Tensor, channels: int, bases: int) -> Tensor:
+    """The best approximation of a table with so many bases per head, from its decomposition."""
+    rows = (u[..., :bases] * s[:, None, :bases]) @ v[:, :bases]
     rows = rows.unflatten(-1, (channels, -1))  # [heads, classes, channels, head_dim]
     return rows.permute(1, 2, 0, 3).flatten(2)
 
@@ -130,11 +121,11 @@ def measure(run: Path, changes: list[str]) -> dict[str, Any]:
     found |= {"distance": {}, "likeness": {}}
     offsets = offsets_of(model.blocks[0].mixer.layout)
     for name, table in tables.items():
-        weight = table.weight.detach().clone()
-        parts[name] = decomposed(weight, heads)
+        weight = table.weight.detach()
+        parts[name] = torch.linalg.svd(by_head(weight, heads), full_matrices=False)
         found["distance"][name] = on_grid(from_mean(weight), offsets)
         found["likeness"][name] = likeness(weight, heads, offsets)
-        squares = torch.linalg.svdvals(by_head(weight, heads)) ** 2  # [heads, values]
+        squares = parts[name].S ** 2  # [heads, values]
         share = (squares.cumsum(-1) / squares.sum(-1, keepdim=True)).mean(0)
         found["energy"][name] = [round(float(x), 4) for x in share]
     for bases in BASES:

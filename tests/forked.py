@@ -30,7 +30,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 def start(function: Callable, *arguments) -> multiprocessing.Process:
     """Start a function in a process of its own."""
     CONTEXT.set_forkserver_preload(IMPORTED)
-    process = CONTEXT.Process(target=_as_in_tests, args=(function, *arguments))
+    process = CONTEXT.Process(target=_call, args=(function, *arguments))
     process.start()
     return process
 
@@ -82,9 +82,13 @@ def full_disk(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def _as_in_tests(function: Callable, *arguments) -> None:
-    """Call a function with the settings of conftest.py, so that its numbers are the same."""
+def as_in_tests() -> None:
+    """Make the settings of conftest.py in this process, so that its numbers are the same."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _call(function: Callable, *arguments) -> None:
+    as_in_tests()
     function(*arguments)

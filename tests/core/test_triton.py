@@ -428,8 +428,6 @@ def test_modules_run_on_it(monkeypatch):
 def test_which_backends_are_available():
     code = """
 import sys
-import threading
-import time
 import torch
 from translution import backends
 assert "triton" not in sys.modules

@@ -404,9 +404,7 @@ GROUPS = {}  # in the processes: the group of the first so many
 
 def work(rank, folder):
     """One process: every case on every group that it is in, and what came of each in a file."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    forked.as_in_tests()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES,
         timeout=timedelta(seconds=40),

@@ -173,8 +173,8 @@ def working(
 
     One job runs in this process. Several jobs run in processes that carry out many runs each, with
     one thread each: small models do not use two threads well, and two processes take little more
-    than half of the time of one. An error or Ctrl-C ends the
-    processes, and the checkpoints of their runs are kept.
+    than half of the time of one. An error or Ctrl-C ends the processes, and the checkpoints of
+    their runs are kept.
 
     Args:
         jobs: the number of runs at the same time.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...utils.files import write_whole
 from .config import MEASURES, Run
+from .report import store
 from .runs import Runs, best_rate
 
 __all__ = ["Repeats", "write_repeats"]
@@ -89,13 +88,10 @@ def write_repeats(name: str, command: str, repeats: Repeats, docs: Path) -> str:
     """
     found = repeats.compared()
     docs.mkdir(parents=True, exist_ok=True)
-    path = docs / "repeated.json"
-    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
     before, now = (facts["rows"] for facts in (repeats.known["facts"], repeats.facts))
     times = {row: [rows[row]["step_ms"] for rows in (before, now)] for row in now if row in before}
-    content[name] = {"command": command, "results": found, "step_ms": times}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_whole(path, lambda to: to.write_text(text + "\n", "utf-8"))
+    content = {"command": command, "results": found, "step_ms": times}
+    store(docs / "repeated.json", name, content)
     changed = [one for one in found if len(set(_texts(one))) > 1]
     said = f"{len(found) - len(changed)} of {len(found)} numbers are as before"
     if changed:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from ...utils.files import write_whole
 from ...utils.tables import markdown_table
@@ -13,7 +14,7 @@ from .config import MEASURES
 from .figures import draw, draw_costs
 from .results import Results
 
-__all__ = ["write_results"]
+__all__ = ["store", "write_results"]
 
 
 def write_results(name: str, command: str, results: Results, docs: Path) -> None:
@@ -31,11 +32,7 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
     """
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(exist_ok=True)
-    path = docs / "results.json"
-    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    content[name] = {"command": command, **results.as_dict()}
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_whole(path, lambda to: to.write_text(text + "\n", "utf-8"))
+    store(docs / "results.json", name, {"command": command, **results.as_dict()})
     picture = docs / "images" / f"results-{name}.png"
     write_whole(picture, lambda to: draw(results, to))
     short = results.main_columns()
@@ -65,6 +62,14 @@ def write_results(name: str, command: str, results: Results, docs: Path) -> None
     block = "\n\n".join([*parts, f"`{command}`. {results.about()}"])
     e = results.experiment
     _put(docs / "results.md", "# Results\n", name, f"## {e.title}\n{e.asks}\n", block)
+
+
+def store(path: Path, name: str, content: dict[str, Any]) -> None:
+    """Write the content of one experiment into a JSON file, and keep those of the others."""
+    whole = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    whole[name] = content
+    text = json.dumps(whole, indent=1, ensure_ascii=False)
+    write_whole(path, lambda to: to.write_text(text + "\n", "utf-8"))
 
 
 TABLES = """# All columns of the wide tables
